@@ -1,0 +1,1 @@
+"""From a captured graph to a plan: programs, passes, the slot axis and super-kernels."""

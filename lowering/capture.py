@@ -1,0 +1,173 @@
+"""From AOTAutograd's inference graph to a :class:`Program`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
+
+from .fingerprint import fingerprint
+from .graphs import ROLE, call_nodes, dead_code, outputs_of, placeholders
+from .program import Program
+
+__all__ = ["capture", "model_name"]
+
+
+def model_name(module: GraphModule) -> str:
+    """The class of the outermost module that the graph came from, as a person would call it."""
+    for node in module.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            kind = next(iter(stack.values()))[1]
+            return kind.rsplit(".", 1)[-1] if isinstance(kind, str) else str(kind.__name__)
+    return "function"
+
+
+def _is_symbolic(module: GraphModule) -> bool:
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) or (
+            isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in (*value.shape, *value.stride()))
+        ):
+            return True
+    return False
+
+
+def _copied(module: GraphModule) -> GraphModule:
+    """A copy whose fake tensors belong to a mode of its own, so that nothing of the tracing stays alive."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    known: dict[int, Tensor] = {}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, FakeTensor):
+            if id(value) not in known:
+                with mode:
+                    known[id(value)] = torch.empty_strided(
+                        tuple(int(size) for size in value.shape),
+                        tuple(int(stride) for stride in value.stride()),
+                        dtype=value.dtype,
+                        device=value.device,
+                    )
+            return known[id(value)]
+        if isinstance(value, (tuple, list)):
+            return type(value)(moved(item) for item in value)
+        return value
+
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    for node in module.graph.nodes:
+        copy = graph.node_copy(node, lambda source: mapping[source])
+        copy.meta = {key: node.meta[key] for key in (ROLE,) if key in node.meta}
+        if "val" in node.meta:
+            copy.meta["val"] = moved(node.meta["val"])
+        mapping[node] = copy
+    return GraphModule(module, graph)
+
+
+def _mutates(module: GraphModule) -> str | None:
+    for node in call_nodes(module.graph):
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            return str(node.target)
+    return None
+
+
+def _storage_root(node: Node) -> Node:
+    """The node whose storage ``node``'s value shares, as far as schemas tell."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        aliases = [
+            argument
+            for argument, schema in zip(node.args, node.target._schema.arguments, strict=False)
+            if isinstance(argument, Node) and schema.alias_info is not None and not schema.alias_info.is_write
+        ]
+        if not aliases:
+            break
+        node = aliases[0]
+    return node
+
+
+def _aliased_output(module: GraphModule) -> str | None:
+    """Whether two outputs, or an output and a placeholder, share storage."""
+    roots: set[Node] = set()
+    for output in outputs_of(module.graph):
+        if not isinstance(output, Node):
+            continue
+        root = _storage_root(output)
+        if root.op in ("placeholder", "get_attr") or root in roots:
+            return output.name
+        roots.add(root)
+    return None
+
+
+def _fallback(module: GraphModule) -> FallbackReason | None:
+    written = _mutates(module)
+    if written is not None:
+        return FallbackReason(FallbackKind.MUTATES_INPUT, written)
+    aliased = _aliased_output(module)
+    if aliased is not None:
+        return FallbackReason(FallbackKind.ALIASED_OUTPUT, aliased)
+    for node in call_nodes(module.graph):
+        if isinstance(node.target, torch._ops.OpOverload) and (
+            torch.Tag.nondeterministic_seeded in node.target.tags and node.target.namespace == "aten"
+        ):
+            if "dropout" in str(node.target) or "scaled_dot_product" in str(node.target):
+                continue
+            return FallbackReason(FallbackKind.RANDOM, str(node.target))
+    if not any(node.meta.get(ROLE) == "input" and isinstance(node.meta["val"], Tensor) for node in module.graph.nodes):
+        return FallbackReason(FallbackKind.NO_RULE, "graph", "it has no tensor inputs")
+    values = [value for node in module.graph.nodes if isinstance(value := node.meta.get("val"), Tensor)]
+    devices = {value.device for value in values if value.dim() > 0}
+    if len(devices) > 1:
+        return FallbackReason(FallbackKind.SUBCLASS, "graph", f"spans {sorted(map(str, devices))}")
+    return None
+
+
+def capture(module: GraphModule, static_positions: Sequence[int], name: str) -> Program:
+    """The program of an inference graph.
+
+    Args:
+        module: AOTAutograd's functional ATen graph, with ``meta["val"]`` on every node; copied, not kept.
+        static_positions: positions of parameters and buffers among the graph's arguments.
+        name: what to call it in reports.
+
+    Raises:
+        ValueError: the graph has symbolic shapes; these have no static program.
+    """
+    if _is_symbolic(module):
+        raise ValueError("a graph with symbolic shapes has no static program")
+    static = set(static_positions)
+    for position, node in enumerate(placeholders(module.graph)):
+        tensor = isinstance(node.meta.get("val"), Tensor)
+        node.meta[ROLE] = "parameter" if position in static and tensor else "input"
+    module = _copied(module)
+    dead_code(module.graph)
+    module.recompile()
+    arguments = placeholders(module.graph)
+
+    def spec(value: Any) -> TensorSpec | None:
+        value = value.meta.get("val") if isinstance(value, Node) else value
+        return TensorSpec.of(value) if isinstance(value, Tensor) else None
+
+    inputs = tuple(i for i, node in enumerate(arguments) if node.meta[ROLE] == "input")
+    parameters = tuple(i for i, node in enumerate(arguments) if node.meta[ROLE] == "parameter")
+    specs = [spec(node) for node in arguments]
+    tensors = [item for item in specs if item is not None]
+    device = next((item.device for item in tensors if item.device.type != "cpu"), torch.device("cpu"))
+    return Program(
+        fingerprint=fingerprint(module),
+        name=name,
+        device=device,
+        inputs=tuple(specs[i] for i in inputs),
+        parameters=tuple(item for i in parameters if (item := specs[i]) is not None),
+        outputs=tuple(spec(value) for value in outputs_of(module.graph)),
+        input_positions=inputs,
+        parameter_positions=parameters,
+        mutates=_mutates(module) is not None,
+        fallback=_fallback(module),
+        graph=module,
+    )

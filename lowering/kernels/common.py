@@ -1,0 +1,226 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,unused-ignore"
+"""What the super-kernels share: the persistent loop's bookkeeping, the epilogue and the launch record."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Problems, Tile, Vector
+
+__all__ = [
+    "Activation",
+    "BitClass",
+    "Family",
+    "Launch",
+    "Problems",
+    "Tile",
+    "Vector",
+    "activate",
+    "divisor",
+    "epilogue",
+    "find_slot",
+    "multiprocessors",
+    "precision_of",
+    "tile_ends",
+    "tile_origin",
+    "vector_arguments",
+    "weight_pointer",
+    "working_set",
+]
+
+SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent in fp32; the series keeps small arguments accurate to their last bits."""
+    square = x * x
+    series = 0.021869489 * square - 0.053968254
+    series = series * square + 0.13333333
+    series = series * square - 0.33333333
+    series = x + x * square * series
+    return tl.where(tl.abs(x) < 0.25, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """Applies the activation named ``ACTIVATION`` (a value of :class:`Activation`) to an fp32 block."""
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0.0, 0.0, x)
+    elif ACTIVATION == "relu6":
+        x = tl.where(x < 0.0, 0.0, tl.where(x > 6.0, 6.0, x))
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        x = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "hardswish":
+        gate = x + 3.0
+        gate = tl.where(gate < 0.0, 0.0, tl.where(gate > 6.0, 6.0, gate))
+        x = x * gate * 0.16666666666666666
+    elif ACTIVATION == "sigmoid":
+        x = 1.0 / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "tanh":
+        x = tanh(x)
+    return x
+
+
+@triton.jit
+def finish(acc, scale, shift, residual, out, row, column, m, n, ACTIVATION: tl.constexpr):
+    """Stores ``activate(acc * scale + shift + residual)`` for the channels ``column``."""
+    inside = column < n
+    if scale is not None:
+        factor = tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if shift is not None:
+            term = tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            acc = tl.math.fma(acc, factor, term)
+        else:
+            acc = acc * factor
+    elif shift is not None:
+        acc = acc + tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    offsets = row[:, None] * n + column[None, :]
+    mask = (row < m)[:, None] & inside[None, :]
+    if residual is not None:
+        acc = acc + tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+    acc = activate(acc, ACTIVATION)
+    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def epilogue(acc, scale, shift, residual, out, row, left, m, n, ACTIVATION: tl.constexpr):
+    """Stores an fp32 tile [rows, columns] whose first channel is ``left``.
+
+    ``scale`` and ``shift`` point to one slot's vectors, ``residual`` and ``out`` to its dense [m, n]
+    matrices; each but ``out`` may be None. A wide tile goes out in halves: that halves its registers.
+    """
+    WIDE: tl.constexpr = acc.shape[1]
+    if acc.shape[0] * WIDE >= 8192:
+        halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDE // 2)), (0, 2, 1))
+        one, two = tl.split(halves)
+        epilogue(one, scale, shift, residual, out, row, left, m, n, ACTIVATION)
+        epilogue(two, scale, shift, residual, out, row, left + WIDE // 2, m, n, ACTIVATION)
+    else:
+        finish(acc, scale, shift, residual, out, row, left + tl.arange(0, WIDE), m, n, ACTIVATION)
+
+
+@triton.jit
+def working_set(control, slots, PROGRAMS_PER_SM: tl.constexpr):
+    """(active slots, programs that share the tiles) from the two words of ``control``."""
+    active = tl.minimum(tl.load(control), slots)
+    programs = tl.maximum(tl.load(control + 1), 1) * PROGRAMS_PER_SM
+    return active, tl.minimum(programs, tl.num_programs(0))
+
+
+@triton.jit
+def tile_ends(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For vectors of problem sizes: the first tile behind each problem."""
+    tiles = ((m + BLOCK_M - 1) // BLOCK_M) * ((n + BLOCK_N - 1) // BLOCK_N)
+    return tl.cumsum(tiles.to(tl.int32), 0)
+
+
+@triton.jit
+def find_slot(tile, ends):
+    """(slot, tile within that slot) of ``tile`` given what :func:`tile_ends` returned."""
+    before = ends <= tile
+    return tl.sum(before.to(tl.int32), 0), tile - tl.max(tl.where(before, ends, 0), 0)
+
+
+@triton.jit
+def tile_origin(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and first column of a slot's tile: columns of GROUP row tiles, so that L2 is reused."""
+    down = (m + BLOCK_M - 1) // BLOCK_M
+    across = (n + BLOCK_N - 1) // BLOCK_N
+    group = tile // (GROUP * across)
+    height = tl.minimum(down - group * GROUP, GROUP)
+    local = tile - group * (GROUP * across)
+    return (group * GROUP + local % height) * BLOCK_M, (local // height) * BLOCK_N
+
+
+@triton.jit
+def weight_pointer(table, row, width, column, like, ALIGNED: tl.constexpr):
+    """The pointer at ``table[row, column]`` to elements of ``like``'s dtype."""
+    address = tl.load(table + row * width + column)
+    pointer = address.to(tl.pointer_type(like.dtype.element_ty))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, [16])
+    return pointer
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, ready to run or to be compiled without a device."""
+
+    kernel: Any
+    grid: int
+    arguments: Mapping[str, Any]
+    tile: Tile
+    device: torch.device
+    pdl: bool = False
+
+    def run(self) -> None:
+        """Launches on the current stream; neither synchronises nor allocates, so it may be captured."""
+        if self.grid == 0:
+            return
+        options: dict[str, Any] = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+        if self.pdl:
+            options["launch_pdl"] = True
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                self.kernel[(self.grid,)](**self.arguments, **options)
+        else:
+            self.kernel[(self.grid,)](**self.arguments, **options)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of ``device``; 1 where the interpreter runs on the CPU."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def divisor(*sizes: int) -> int:
+    """The largest power of two up to 16 that divides all ``sizes``."""
+    return math.gcd(16, *sizes)
+
+
+def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:
+    """What operands of ``dtype`` are multiplied in: ``"tf32"`` only for fp32 and where allowed."""
+    return "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
+
+
+def vector_arguments(name: str, vector: Vector | None) -> dict[str, Any]:
+    """The kernel arguments of a per-channel vector."""
+    if vector is None:
+        return {name: None, f"{name}_width": 0, f"{name}_offset": 0}
+    if vector.arena.stride(1) != 1:
+        raise ValueError(
+            f"the rows of {name}'s arena must be contiguous, not of strides {vector.arena.stride()}"
+        )
+    return {name: vector.arena, f"{name}_width": vector.arena.stride(0), f"{name}_offset": vector.offset}
+
+
+def check_operands(
+    x: Tensor, out: Tensor, residual: Tensor | None, table: Tensor, rows: Tensor, control: Tensor
+) -> None:
+    """Raises ValueError for what the kernels do not read rightly."""
+    if x.dtype not in SUPPORTED or out.dtype != x.dtype:
+        raise ValueError(
+            f"the kernels take fp16, bf16 or fp32 in and out alike, not {x.dtype} and {out.dtype}"
+        )
+    if not (x.is_contiguous() and out.is_contiguous()):
+        raise ValueError("x and out must be contiguous")
+    if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
+        raise ValueError(f"residual must be contiguous and of shape {tuple(out.shape)}")
+    if table.dtype != torch.int64 or table.stride(1) != 1:
+        raise ValueError("table must be int64 [capacity, P] with contiguous rows")
+    if rows.dtype != torch.int64 or control.dtype != torch.int32:
+        raise ValueError("rows must be int64 and control int32")

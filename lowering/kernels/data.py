@@ -1,0 +1,112 @@
+"""Plain data of the super-kernels; imports no Triton, so it can be read where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+__all__ = ["Activation", "BitClass", "Family", "Problems", "Tile", "Vector", "family_of"]
+
+
+class Activation(str, Enum):
+    """What a super-kernel applies last. The values are what the kernels are specialised on."""
+
+    NONE = "none"
+    RELU = "relu"
+    RELU6 = "relu6"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    SILU = "silu"
+    HARDSWISH = "hardswish"
+    SIGMOID = "sigmoid"
+    TANH = "tanh"
+
+
+class Family(str, Enum):
+    """The instructions that multiply: asynchronous tensor cores, tensor cores of a warp, or plain FMA."""
+
+    WGMMA = "wgmma"
+    MMA = "mma"
+    FMA = "fma"
+
+
+@dataclass(frozen=True)
+class BitClass:
+    """What decides the bits of a result; a function of the operation's shape and dtype only.
+
+    Attributes:
+        family: the multiplying instructions.
+        swap: weights on the M side of the instruction and pixels on the N side.
+        gather: the K axis of a convolution is flattened over taps and channels instead of tap by tap.
+        precision: ``"ieee"`` or ``"tf32"``, what fp32 operands are multiplied in.
+    """
+
+    family: Family
+    swap: bool = False
+    gather: bool = False
+    precision: str = "ieee"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one launch is cut up; free to change within a bit class.
+
+    Attributes:
+        block_m: rows (tokens, output pixels) of a tile.
+        block_n: output channels of a tile.
+        block_k: elements of the reduction a step, a multiple of 16.
+        warps: warps of a program.
+        stages: buffers of the software pipeline.
+        programs_per_sm: programs that one multiprocessor holds; a cap of c SMs admits c times as many.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    programs_per_sm: int
+
+
+def family_of(tile: Tile, dtype: torch.dtype, swap: bool, precision: str) -> Family:
+    """The instructions that Triton picks on compute capability 9 for ``tile`` and operands of ``dtype``."""
+    if dtype == torch.float32 and precision != "tf32":
+        return Family.FMA
+    tall, wide = (tile.block_n, tile.block_m) if swap else (tile.block_m, tile.block_n)
+    if tall % 64 == 0 and wide % 8 == 0 and tile.warps % 4 == 0:
+        return Family.WGMMA
+    return Family.MMA
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A vector of one value an output channel for every slot.
+
+    Slot t's lives at ``arena[rows[t], offset:offset + n]``.
+
+    Attributes:
+        arena: [capacity, width], any float dtype, rows contiguous.
+        offset: its first column.
+    """
+
+    arena: Tensor
+    offset: int
+
+
+@dataclass(frozen=True)
+class Problems:
+    """A ragged problem list: what each slot's operation measures and where its data lies.
+
+    Attributes:
+        records: int64 [slots, fields] on the device; may be rewritten in place between launches by
+            records of the same bit class whose ``divisors`` still divide them.
+        sizes: the (m, n, k) of every slot on the host, what grid and tile are chosen by.
+        divisors: a power of two up to 16 for each of reduction, channels, data offsets that divides it.
+    """
+
+    records: Tensor
+    sizes: tuple[tuple[int, int, int], ...]
+    divisors: tuple[int, int, int]

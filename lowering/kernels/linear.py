@@ -1,0 +1,309 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,unused-ignore"
+"""The super-kernel of ``linear``, ``addmm`` and ``mm``: one launch for every slot's own weight.
+
+A persistent loop over the tiles of all slots (after the grouped GEMM of Triton's tutorials and the
+coalesced super-kernels of arXiv 1901.10008), weights reached through a table of pointers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_mux.lowering.kernels import choose
+from torch_mux.lowering.kernels.common import (
+    Activation,
+    Launch,
+    check_operands,
+    divisor,
+    epilogue,
+    find_slot,
+    multiprocessors,
+    precision_of,
+    tile_ends,
+    tile_origin,
+    vector_arguments,
+    weight_pointer,
+    working_set,
+)
+from torch_mux.lowering.kernels.data import BitClass, Problems, Tile, Vector
+
+__all__ = ["linear", "linear_launch", "linear_problems"]
+
+FIELDS = tl.constexpr(6)  # m, n, k, x offset, out offset, weight stride
+
+
+@triton.jit
+def linear_sizes(slot, problems, m, n, k, stride, K_DIV: tl.constexpr, N_DIV: tl.constexpr,
+                 DATA_DIV: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+    """(m, n, k, x offset, out offset, weight stride) of a slot, with their divisors made known."""
+    if RAGGED:
+        record = problems + slot * FIELDS
+        m = tl.load(record).to(tl.int32)
+        n = tl.load(record + 1).to(tl.int32)
+        k = tl.load(record + 2).to(tl.int32)
+        stride = tl.load(record + 5).to(tl.int32)
+    n = (n // N_DIV) * N_DIV
+    k = (k // K_DIV) * K_DIV
+    if RAGGED:
+        x_offset = (tl.load(record + 3) // DATA_DIV) * DATA_DIV
+        out_offset = (tl.load(record + 4) // DATA_DIV) * DATA_DIV
+    else:
+        x_offset = slot.to(tl.int64) * m * k
+        out_offset = slot.to(tl.int64) * m * n
+    return m, n, k, x_offset, out_offset, stride
+
+
+@triton.jit
+def linear_tile(x, weight, row, column, m, n, k, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+                SWAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One fp32 [BLOCK_M, BLOCK_N] tile of ``x @ weight.T``, K in steps of BLOCK_K."""
+    inner = tl.arange(0, BLOCK_K)
+    x_at = x + tl.where(row < m, row, 0)[:, None] * k + inner[None, :]
+    inside = column < n
+    if K_MAJOR:
+        weight_at = weight + tl.where(inside, column, 0)[None, :] * stride + inner[:, None]
+        step = BLOCK_K
+    else:
+        weight_at = weight + inner[:, None] * stride + column[None, :]
+        step = BLOCK_K * stride
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(x_at)
+        else:
+            a = tl.load(x_at, mask=(inner < k - start)[None, :], other=0.0)
+        if EVEN_K and (K_MAJOR or EVEN_N):
+            b = tl.load(weight_at)
+        elif K_MAJOR or EVEN_N:
+            b = tl.load(weight_at, mask=(inner < k - start)[:, None], other=0.0)
+        else:
+            b = tl.load(weight_at, mask=(inner < k - start)[:, None] & inside[None, :], other=0.0)
+        if SWAP:
+            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        x_at += BLOCK_K
+        weight_at += step
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
+
+
+TABLES = ["table", "rows", "control", "problems"]
+SIZES = ["slots", "m", "n", "k", "stride", "width", "column", "scale_width", "scale_offset", "shift_width",
+         "shift_offset"]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
+def linear_kernel(x, table, rows, control, out, residual, problems, scale, shift, slots, m, n, k, stride,
+                  width, column, scale_width, scale_offset, shift_width, shift_offset, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr,
+                  RAGGED: tl.constexpr, PROGRAMS_PER_SM: tl.constexpr, K_MAJOR: tl.constexpr,
+                  EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, K_DIV: tl.constexpr, N_DIV: tl.constexpr,
+                  DATA_DIV: tl.constexpr, STRIDE_DIV: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
+                  PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Programs take tiles in slot order until those of the active slots are done."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    active, programs = working_set(control, slots, PROGRAMS_PER_SM)
+    if RAGGED:
+        index = tl.arange(0, SLOTS)
+        sizes = problems + index * FIELDS
+        ends = tile_ends(
+            tl.load(sizes, mask=index < active, other=0), tl.load(sizes + 1, mask=index < active, other=0),
+            BLOCK_M, BLOCK_N)  # fmt: skip
+        total = tl.max(ends, 0)
+    else:
+        each = ((m + BLOCK_M - 1) // BLOCK_M) * ((n + BLOCK_N - 1) // BLOCK_N)
+        total = active * each
+    first = tl.program_id(0)
+    total = tl.where(first < programs, total, 0)
+    for tile in range(first, total, programs):
+        if RAGGED:
+            slot, local = find_slot(tile, ends)
+        else:
+            slot = tile // each
+            local = tile - slot * each
+        mm, nn, kk, x_offset, out_offset, leading = linear_sizes(
+            slot, problems, m, n, k, stride, K_DIV, N_DIV, DATA_DIV, RAGGED)  # fmt: skip
+        leading = (leading // STRIDE_DIV) * STRIDE_DIV
+        top, left = tile_origin(local, mm, nn, BLOCK_M, BLOCK_N, GROUP)
+        line = tl.load(rows + slot)
+        weight = weight_pointer(table, line, width, column, x, ALIGNED)
+        row = top + tl.arange(0, BLOCK_M)
+        channel = left + tl.arange(0, BLOCK_N)
+        acc = linear_tile(x + x_offset, weight, row, channel, mm, nn, kk, leading, BLOCK_M, BLOCK_N, BLOCK_K,
+                          K_MAJOR, EVEN_N, EVEN_K, SWAP, PRECISION)  # fmt: skip
+        factors = None if scale is None else scale + line * scale_width + scale_offset
+        terms = None if shift is None else shift + line * shift_width + shift_offset
+        addend = None if residual is None else residual + out_offset
+        epilogue(acc, factors, terms, addend, out + out_offset, row, left, mm, nn, ACTIVATION)
+
+
+def linear_problems(
+    sizes: Sequence[tuple[int, int, int]],
+    x_offsets: Sequence[int],
+    out_offsets: Sequence[int],
+    device: torch.device,
+    weight_strides: Sequence[int] | None = None,
+) -> Problems:
+    """The ragged problem list of :func:`linear`.
+
+    Args:
+        sizes: (m, n, k) of every slot.
+        x_offsets, out_offsets: where slot t's [m, k] and [m, n] matrices start, in elements of the flat
+            buffers; multiples of 16 keep loads wide.
+        device: where the list goes.
+        weight_strides: the leading stride of every slot's weight, in elements; k (``nn.Linear``) by default.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    strides = [k for _, _, k in sizes] if weight_strides is None else list(weight_strides)
+    records = [
+        (m, n, k, x_offset, out_offset, stride)
+        for (m, n, k), x_offset, out_offset, stride in zip(
+            sizes, x_offsets, out_offsets, strides, strict=True
+        )
+    ]
+    divisors = (
+        divisor(*(k for _, _, k in sizes), *strides),
+        divisor(*(n for _, n, _ in sizes)),
+        divisor(*x_offsets, *out_offsets),
+    )
+    return Problems(torch.tensor(records, dtype=torch.int64).to(device), tuple(sizes), divisors)
+
+
+def _geometry(
+    x: Tensor, out: Tensor, n: int, k: int, leading: int, problems: Problems | None, dtype: torch.dtype
+) -> tuple[dict[str, Any], tuple[tuple[int, int, int], ...]]:
+    """The kernel's size arguments and the (m, n, k) of every slot."""
+    if problems is not None:
+        divisors = problems.divisors
+        sizes = problems.sizes
+        named = {"slots": len(sizes), "m": 0, "n": 0, "k": 0, "stride": 0, "problems": problems.records}
+        named |= {"RAGGED": True, "SLOTS": triton.next_power_of_2(len(sizes))}
+        named |= {
+            "K_DIV": divisors[0],
+            "N_DIV": divisors[1],
+            "DATA_DIV": divisors[2],
+            "STRIDE_DIV": divisors[0],
+        }
+        return named, sizes
+    slots, m = x.shape[0], x.numel() // max(1, x.shape[0] * k)
+    if x.shape[-1] != k or out.shape != (*x.shape[:-1], n):
+        raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit n={n}, k={k}")
+    named = {
+        "slots": slots,
+        "m": m,
+        "n": n,
+        "k": k,
+        "stride": leading,
+        "problems": None,
+        "RAGGED": False,
+        "SLOTS": 1,
+    }
+    named |= {"K_DIV": divisor(k), "N_DIV": divisor(n), "DATA_DIV": 1, "STRIDE_DIV": divisor(leading)}
+    return named, ((m, n, k),) * slots
+
+
+def linear_launch(
+    x: Tensor,
+    table: Tensor,
+    column: int,
+    rows: Tensor,
+    control: Tensor,
+    out: Tensor,
+    *,
+    n: int,
+    k: int,
+    weight_strides: tuple[int, int] | None = None,
+    scale: Vector | None = None,
+    shift: Vector | None = None,
+    residual: Tensor | None = None,
+    activation: Activation | str = Activation.NONE,
+    allow_tf32: bool = False,
+    aligned: bool = True,
+    problems: Problems | None = None,
+    tile: Tile | None = None,
+    bit_class: BitClass | None = None,
+    sms: int | None = None,
+    pdl: bool = False,
+) -> Launch:
+    """What :func:`linear` runs; same arguments and errors."""
+    check_operands(x, out, residual, table, rows, control)
+    stride_n, stride_k = (k, 1) if weight_strides is None else weight_strides
+    if 1 not in (stride_n, stride_k):
+        raise ValueError(f"one stride of the weight must be 1, not {(stride_n, stride_k)}")
+    k_major = stride_k == 1
+    named, sizes = _geometry(x, out, n, k, stride_n if k_major else stride_k, problems, x.dtype)
+    if any(max(m * kk, m * nn, nn * kk) >= 2**31 for m, nn, kk in sizes[:1] if problems is None) or any(
+        max(m * kk, m * nn, nn * kk) >= 2**31 for m, nn, kk in sizes if problems is not None
+    ):
+        raise ValueError("a slot's matrices must have less than 2**31 elements each")
+    sms = multiprocessors(x.device) if sms is None else sms
+    bit_class = choose.linear_class(sizes, x.dtype, allow_tf32) if bit_class is None else bit_class
+    tile = choose.tile(sizes, x.dtype, bit_class, sms) if tile is None else tile
+    choose.check(tile, bit_class, x.dtype)
+    tiles = choose.tiles_of(sizes, tile)
+    arguments = {
+        "x": x, "table": table, "rows": rows, "control": control, "out": out, "residual": residual,
+        "width": table.stride(0), "column": column,
+        **named, **vector_arguments("scale", scale), **vector_arguments("shift", shift),
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": 8,
+        "PROGRAMS_PER_SM": tile.programs_per_sm, "K_MAJOR": k_major, "ALIGNED": aligned,
+        "EVEN_N": all(nn % tile.block_n == 0 for _, nn, _ in sizes),
+        "EVEN_K": all(kk % tile.block_k == 0 for _, _, kk in sizes),
+        "SWAP": bit_class.swap, "PRECISION": precision_of(x.dtype, allow_tf32),
+        "ACTIVATION": Activation(activation).value, "PDL": pdl,
+    }  # fmt: skip
+    return Launch(linear_kernel, min(tiles, sms * tile.programs_per_sm), arguments, tile, x.device, pdl)
+
+
+def linear(
+    x: Tensor,
+    table: Tensor,
+    column: int,
+    rows: Tensor,
+    control: Tensor,
+    out: Tensor,
+    *,
+    n: int,
+    k: int,
+    **options: Any,
+) -> None:
+    """``out[t] = activation((x[t] @ W[t].T) * scale[t] + shift[t] + residual[t])`` for every active slot t.
+
+    Accumulates in fp32 and rounds once. Bits depend on (m, n, k), dtype and ``allow_tf32`` only: not on T,
+    slot, cap or how many slots are active. Slots at and behind ``control[0]`` are neither read nor written.
+
+    Args:
+        x: [T, ..., K] contiguous, fp16, bf16 or fp32; with ``problems`` a flat buffer.
+        table: int64 [capacity, P], addresses; slot t's weight is at ``table[rows[t], column]``.
+        rows: int64 [T].
+        control: int32 [2], active slots and cap in multiprocessors, read on the device.
+        out: [T, ..., N] contiguous, of x's dtype; with ``problems`` a flat buffer.
+        n, k: sizes of the weight (its logical shape is [n, k]); the largest ones with ``problems``.
+        weight_strides: (stride along n, stride along k) in elements, one of them 1; (k, 1) by default. Of
+            ``problems`` only which one is 1 is read.
+        scale, shift: a :class:`Vector` [n], or None.
+        residual: like out, added before the activation, or None.
+        activation: an :class:`Activation` or its value.
+        allow_tf32: fp32 operands are rounded to tf32 for the tensor cores.
+        aligned: every address in the column is a multiple of 16 bytes.
+        problems: a ragged list from :func:`linear_problems`.
+        tile, bit_class, sms: instead of what :mod:`choose` and the device say.
+        pdl: programmatic dependent launch: waits for the kernel before it on the device.
+
+    Raises:
+        ValueError: an operand the kernel cannot read, or a tile outside the bit class.
+    """
+    linear_launch(x, table, column, rows, control, out, n=n, k=k, **options).run()

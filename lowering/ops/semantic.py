@@ -1,0 +1,162 @@
+"""``mux::linear`` and ``mux::convolution``: one slot's GEMM or convolution with its epilogue.
+
+They are what passes write into a graph in place of ATen's operations. Run as they stand they are the plain
+PyTorch meaning of a super-kernel; the slot axis turns them into ``lowering.ops.slots``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "CONVOLUTION", "LIBRARY", "LINEAR", "apply_activation", "apply_epilogue"]
+
+LIBRARY: Final = torch.library.Library("mux", "DEF")
+
+#: Activations an epilogue can apply, by name.
+ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "relu6": lambda x: torch.clamp(x, 0, 6),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def apply_activation(x: Tensor, name: str) -> Tensor:
+    """``x`` through the named activation of :data:`ACTIVATIONS`."""
+    return ACTIVATIONS[name](x)
+
+
+def apply_epilogue(
+    accumulator: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    channel: int,
+) -> Tensor:
+    """``act(accumulator * scale + shift + residual)``; the vectors lie along dimension ``channel``.
+
+    Computed in the accumulator's dtype, which is float32 or wider for half-precision operands.
+    """
+    view = [1] * accumulator.dim()
+    view[channel] = -1
+    if scale is not None:
+        accumulator = accumulator * scale.to(accumulator.dtype).view(view)
+    if shift is not None:
+        accumulator = accumulator + shift.to(accumulator.dtype).view(view)
+    if residual is not None:
+        accumulator = accumulator + residual
+    return apply_activation(accumulator, activation)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """``act((x @ weight.T) * scale + shift + residual)``.
+
+    Args:
+        x: [..., K].
+        weight: [N, K], any strides, dtype of ``x``.
+        scale, shift: [N] of any float dtype, or None.
+        residual: the result's shape, or None.
+        activation: a name in :data:`ACTIVATIONS`.
+
+    Returns:
+        [..., N] in the dtype of ``x``, contiguous.
+    """
+    wide = F.linear(_wide(x), _wide(weight))
+    return apply_epilogue(wide, scale, shift, residual, activation, -1).to(x.dtype).contiguous()
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """``act(conv2d(x, weight) * scale + shift + residual)``, channels-last.
+
+    Args:
+        x: [B, C, H, W].
+        weight: [O, C, KH, KW].
+        scale, shift: [O] of any float dtype, or None.
+        residual: the result's shape, or None.
+
+    Returns:
+        [B, O, OH, OW] in the dtype of ``x`` and channels-last memory.
+    """
+    wide = F.conv2d(_wide(x), _wide(weight), None, list(stride), list(padding), list(dilation))
+    result = apply_epilogue(wide, scale, shift, residual, activation, 1).to(x.dtype)
+    return result.contiguous(memory_format=torch.channels_last)
+
+
+LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, str activation) -> Tensor"
+)
+LIBRARY.define(
+    "convolution(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "int[] stride, int[] padding, int[] dilation, str activation) -> Tensor"
+)
+LIBRARY.impl("linear", linear, "CompositeExplicitAutograd")
+LIBRARY.impl("convolution", convolution, "CompositeExplicitAutograd")
+
+
+def _linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _convolution_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    spatial = [
+        (x.shape[axis + 2] + 2 * padding[axis] - dilation[axis] * (weight.shape[axis + 2] - 1) - 1) // stride[axis] + 1
+        for axis in (0, 1)
+    ]
+    shape = (x.shape[0], weight.shape[0], *spatial)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+torch.library.register_fake("mux::linear", _linear_fake, lib=LIBRARY)
+torch.library.register_fake("mux::convolution", _convolution_fake, lib=LIBRARY)
+
+LINEAR: Final = torch.ops.mux.linear.default
+CONVOLUTION: Final = torch.ops.mux.convolution.default

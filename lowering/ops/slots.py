@@ -1,0 +1,309 @@
+"""``mux::slot_linear``, ``mux::slot_convolution``, ``mux::slot_embedding``: a whole bundle of slots in one call.
+
+Slot ``t`` reads its weight through ``table[rows[t], column]`` and its epilogue vectors from ``arena[rows[t]]``. On CUDA each
+call is one super-kernel launch. On the CPU each slot is one vendor call over its weight, because merging rows or groups there
+would change bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.data import Vector
+from ..storage import storage_of
+from .semantic import LIBRARY, apply_activation
+
+__all__ = ["SLOT_CONVOLUTION", "SLOT_EMBEDDING", "SLOT_LINEAR"]
+
+_EPILOGUE = (
+    "Tensor? scale, int scale_offset, Tensor? shift, int shift_offset, Tensor? residual, str activation, "
+    "bool allow_tf32, str program"
+)
+LIBRARY.define(
+    "slot_linear(Tensor x, Tensor table, Tensor rows, Tensor control, int column, int n, int[] weight_strides, "
+    f"{_EPILOGUE}) -> Tensor"
+)
+LIBRARY.define(
+    "slot_convolution(Tensor x, Tensor table, Tensor rows, Tensor control, int column, int n, int[] kernel, "
+    f"int[] stride, int[] padding, int[] dilation, {_EPILOGUE}) -> Tensor"
+)
+LIBRARY.define(
+    "slot_embedding(Tensor indices, Tensor table, Tensor rows, Tensor control, int column, int vocabulary, int width, "
+    "ScalarType dtype, str program) -> Tensor"
+)
+
+#: Vendor GEMMs on the CPU choose code by the alignment of their operands.
+_ALIGNMENT = 64
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def _vectors(arena: Tensor, offset: int, n: int, rows: Tensor, rank: int) -> Tensor:
+    """The slots' vectors [T, 1, …, n]."""
+    chosen = arena[:, offset : offset + n].index_select(0, rows)
+    return chosen.view(chosen.shape[0], *([1] * (rank - 2)), n)
+
+
+def _epilogue_(
+    out: Tensor,
+    rows: Tensor,
+    scale: Tensor | None,
+    scale_offset: int,
+    shift: Tensor | None,
+    shift_offset: int,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The epilogue over all slots at once, in float32 for half-precision results; ``out`` may be overwritten."""
+    n, dtype = out.shape[-1], out.dtype
+    wide = out.float() if dtype in (torch.float16, torch.bfloat16) else out
+    if scale is not None:
+        wide = wide.mul_(_vectors(scale, scale_offset, n, rows, out.dim()).to(wide.dtype))
+    if shift is not None:
+        wide = wide.add_(_vectors(shift, shift_offset, n, rows, out.dim()).to(wide.dtype))
+    if residual is not None:
+        wide = wide.add_(residual)
+    if activation == "relu":
+        return wide.relu_().to(dtype)
+    return apply_activation(wide, activation).to(dtype)
+
+
+def _linear_cpu(
+    x: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    control: Tensor,
+    column: int,
+    n: int,
+    weight_strides: Sequence[int],
+    scale: Tensor | None,
+    scale_offset: int,
+    shift: Tensor | None,
+    shift_offset: int,
+    residual: Tensor | None,
+    activation: str,
+    allow_tf32: bool,
+    program: str,
+) -> Tensor:
+    weights = storage_of(program).weights(rows.tolist(), column)
+    out = x.new_empty((x.shape[0], x.shape[1], n))
+    for rows_in, weight, rows_out in zip(x.unbind(0), weights, out.unbind(0), strict=True):
+        transposed = weight.t()
+        if rows_out.data_ptr() % _ALIGNMENT == 0:
+            torch.mm(_aligned(rows_in), transposed, out=rows_out)
+        else:
+            rows_out.copy_(torch.mm(_aligned(rows_in), transposed))
+    return _epilogue_(out, rows, scale, scale_offset, shift, shift_offset, residual, activation)
+
+
+def _convolution_cpu(
+    x: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    control: Tensor,
+    column: int,
+    n: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    scale: Tensor | None,
+    scale_offset: int,
+    shift: Tensor | None,
+    shift_offset: int,
+    residual: Tensor | None,
+    activation: str,
+    allow_tf32: bool,
+    program: str,
+) -> Tensor:
+    weights = storage_of(program).weights(rows.tolist(), column)
+    out = x.new_empty(_convolution_shape(x, n, kernel, stride, padding, dilation))
+    images = x.permute(0, 1, 4, 2, 3).unbind(0)
+    results = out.permute(0, 1, 4, 2, 3).unbind(0)
+    for image, weight, result in zip(images, weights, results, strict=True):
+        result.copy_(F.conv2d(_aligned(image), weight, None, list(stride), list(padding), list(dilation)))
+    return _epilogue_(out, rows, scale, scale_offset, shift, shift_offset, residual, activation)
+
+
+def _embedding_cpu(
+    indices: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    control: Tensor,
+    column: int,
+    vocabulary: int,
+    width: int,
+    dtype: torch.dtype,
+    program: str,
+) -> Tensor:
+    weights = storage_of(program).weights(rows.tolist(), column)
+    return torch.stack([F.embedding(index, weight) for index, weight in zip(indices.unbind(0), weights, strict=True)])
+
+
+def _vector(arena: Tensor | None, offset: int) -> Vector | None:
+    return None if arena is None else Vector(arena, offset)
+
+
+def _linear_cuda(
+    x: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    control: Tensor,
+    column: int,
+    n: int,
+    weight_strides: Sequence[int],
+    scale: Tensor | None,
+    scale_offset: int,
+    shift: Tensor | None,
+    shift_offset: int,
+    residual: Tensor | None,
+    activation: str,
+    allow_tf32: bool,
+    program: str,
+) -> Tensor:
+    from ..kernels.linear import linear
+
+    out = x.new_empty((x.shape[0], x.shape[1], n))
+    linear(
+        x,
+        table,
+        column,
+        rows,
+        control,
+        out,
+        n=n,
+        k=x.shape[2],
+        weight_strides=(weight_strides[0], weight_strides[1]),
+        scale=_vector(scale, scale_offset),
+        shift=_vector(shift, shift_offset),
+        residual=residual,
+        activation=activation,
+        allow_tf32=allow_tf32,
+    )
+    return out
+
+
+def _convolution_cuda(
+    x: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    control: Tensor,
+    column: int,
+    n: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    scale: Tensor | None,
+    scale_offset: int,
+    shift: Tensor | None,
+    shift_offset: int,
+    residual: Tensor | None,
+    activation: str,
+    allow_tf32: bool,
+    program: str,
+) -> Tensor:
+    from ..kernels.conv import conv
+
+    out = x.new_empty(_convolution_shape(x, n, kernel, stride, padding, dilation))
+    conv(
+        x,
+        table,
+        column,
+        rows,
+        control,
+        out,
+        kernel=(kernel[0], kernel[1]),
+        stride=(stride[0], stride[1]),
+        padding=(padding[0], padding[1]),
+        dilation=(dilation[0], dilation[1]),
+        scale=_vector(scale, scale_offset),
+        shift=_vector(shift, shift_offset),
+        residual=residual,
+        activation=activation,
+        allow_tf32=allow_tf32,
+    )
+    return out
+
+
+def _embedding_cuda(
+    indices: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    control: Tensor,
+    column: int,
+    vocabulary: int,
+    width: int,
+    dtype: torch.dtype,
+    program: str,
+) -> Tensor:
+    from ..kernels.embedding import embedding
+
+    out = torch.empty((*indices.shape, width), dtype=dtype, device=indices.device)
+    embedding(indices, table, column, rows, control, out, num_embeddings=vocabulary)
+    return out
+
+
+def _convolution_shape(
+    x: Tensor, n: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    height, width = (
+        (x.shape[axis + 2] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
+        for axis in (0, 1)
+    )
+    return (x.shape[0], x.shape[1], height, width, n)
+
+
+def _linear_fake(x: Tensor, table: Tensor, rows: Tensor, control: Tensor, column: int, n: int, *rest: object) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], n))
+
+
+def _convolution_fake(
+    x: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    control: Tensor,
+    column: int,
+    n: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *rest: object,
+) -> Tensor:
+    return x.new_empty(_convolution_shape(x, n, kernel, stride, padding, dilation))
+
+
+def _embedding_fake(
+    indices: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    control: Tensor,
+    column: int,
+    vocabulary: int,
+    width: int,
+    dtype: torch.dtype,
+    program: str,
+) -> Tensor:
+    return indices.new_empty((*indices.shape, width), dtype=dtype)
+
+
+for _name, _cpu, _cuda, _fake in (
+    ("slot_linear", _linear_cpu, _linear_cuda, _linear_fake),
+    ("slot_convolution", _convolution_cpu, _convolution_cuda, _convolution_fake),
+    ("slot_embedding", _embedding_cpu, _embedding_cuda, _embedding_fake),
+):
+    LIBRARY.impl(_name, _cpu, "CPU")
+    LIBRARY.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"mux::{_name}", _fake, lib=LIBRARY)
+
+SLOT_LINEAR: Final = torch.ops.mux.slot_linear.default
+SLOT_CONVOLUTION: Final = torch.ops.mux.slot_convolution.default
+SLOT_EMBEDDING: Final = torch.ops.mux.slot_embedding.default

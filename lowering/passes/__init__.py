@@ -1,0 +1,35 @@
+"""The rewriting of a program's graph as one explicit, ordered list of passes.
+
+Each pass is one file with one function ``run(module, settings) -> module``; it may edit the module it is given, which is
+the plan's own copy of the program's graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from torch.fx import GraphModule
+
+from torch_mux.settings import Settings
+
+from . import canonicalise, channels_last, fold_batch_norm, fuse_epilogues, select_super_kernels
+
+__all__ = ["PASSES", "Pass", "run_passes"]
+
+Pass = Callable[[GraphModule, Settings], GraphModule]
+
+PASSES: Final[tuple[Pass, ...]] = (
+    canonicalise.run,
+    select_super_kernels.run,
+    fold_batch_norm.run,
+    fuse_epilogues.run,
+    channels_last.run,
+)
+
+
+def run_passes(module: GraphModule, settings: Settings) -> GraphModule:
+    """``module`` after every pass in order."""
+    for step in PASSES:
+        module = step(module, settings)
+    return module

@@ -1,0 +1,262 @@
+"""From a program to what the runtime executes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from torch_mux import compat_inductor as compat
+from torch_mux.settings import Settings
+from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
+
+from .coalesce import MOST_SLOTS, dense_order, lay_out, mark
+from .graphs import ROLE, call_nodes, fake_of, outputs_of, placeholders
+from .ops.semantic import CONVOLUTION, LINEAR
+from .passes import run_passes
+from .prepare import INDEX, Prepare, split_prepare
+from .program import Program
+from .segments import Segment, cut, single_slot, trace
+from .storage import Layout, Storage
+
+__all__ = ["CompiledPlan", "PlanReport", "compile_plan", "stack_buffer"]
+
+log = logging.getLogger(__name__)
+Artifact = Callable[[list[Any]], Any]
+
+
+def stack_buffer(spec: TensorSpec, slots: int) -> Tensor:
+    """An uninitialised [slots, *shape] whose slots are dense in the memory order of ``spec``."""
+    order = dense_order(spec)
+    dense = torch.empty((slots, *(spec.shape[dim] for dim in order)), dtype=spec.dtype, device=spec.device)
+    return dense.permute(0, *(order.index(dim) + 1 for dim in range(len(order))))
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What ``explain()`` tells about a plan.
+
+    Attributes:
+        kernels: super-kernel operations by name.
+        fused: operations absorbed into epilogues or into the preparation of an instance.
+        inductor: operations in the batched graph that Inductor compiles.
+        alone: operations that run per instance.
+        segments: "coalesced" or "per instance", in order.
+        graph: the rewritten graph of one slot, as text.
+    """
+
+    kernels: dict[str, int] = field(default_factory=dict)
+    fused: int = 0
+    inductor: int = 0
+    alone: int = 0
+    segments: tuple[str, ...] = ()
+    graph: str = ""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A compiled segment: which values of the running environment it reads and writes."""
+
+    artifact: Artifact
+    coalesced: bool
+    inputs: tuple[int, ...]
+    parameters: tuple[int, ...]
+    results: tuple[int, ...]
+    specs: tuple[TensorSpec, ...]
+    slots: int
+
+
+class CompiledPlan:
+    """An executable form of a program.
+
+    ``coalesced`` plans serve any subset of instances at any slot count up to ``max_slots`` with one compiled artifact; the
+    others serve one request at a time through :meth:`run_alone`. ``capturable`` plans may be captured in a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        reasons: tuple[FallbackReason, ...],
+        report: PlanReport,
+        storage: Storage,
+        steps: tuple[_Step, ...],
+        outputs: tuple[int, ...],
+        alone: Artifact | None,
+    ) -> None:
+        self.program = program
+        self.reasons = reasons
+        self.report = report
+        self.storage = storage
+        self.coalesced = alone is None
+        self.capturable = alone is None and all(step.coalesced for step in steps)
+        self.max_slots = min((step.slots for step in steps), default=1)
+        self._steps = steps
+        self._outputs = outputs
+        self._alone = alone
+
+    def run(self, rows: Tensor, control: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """One bundle.
+
+        Args:
+            rows: int64 [T], the storage row of each slot.
+            control: int32 [2], (active slots, cap in SMs); slots from ``active`` on hold garbage but valid rows.
+            inputs: [T, *shape] for each tensor input, as :func:`stack_buffer` lays them out.
+
+        Returns:
+            [T, *shape] for each tensor output of the program, in order.
+        """
+        storage = self.storage
+        environment: dict[int, Tensor] = dict(enumerate(inputs))
+        for step in self._steps:
+            gathered = [environment[index] for index in step.inputs]
+            if step.coalesced:
+                results = step.artifact([rows, control, storage.table, *storage.arenas.values(), *gathered])
+            else:
+                results = self._run_slots(step, rows, gathered)
+            environment.update(zip(step.results, results, strict=True))
+        return [environment[index] for index in self._outputs]
+
+    def _run_slots(self, step: _Step, rows: Tensor, gathered: Sequence[Tensor]) -> list[Tensor]:
+        stacked = [stack_buffer(spec, rows.shape[0]) for spec in step.specs]
+        for slot, row in enumerate(rows.tolist()):
+            values = self.storage.values(row)
+            arguments = [tensor[slot] for tensor in gathered] + [values[index] for index in step.parameters]
+            for buffer, result in zip(stacked, step.artifact(arguments), strict=True):
+                buffer[slot].copy_(result)
+        return stacked
+
+    def run_alone(self, parameters: Sequence[Tensor], inputs: Sequence[object]) -> list[object]:
+        """One request of a program that is not coalesced; all graph outputs in fresh storage, in order."""
+        if self._alone is None:
+            raise TypeError(f"{self.program.name} is coalesced; use run()")
+        return list(self._alone(self.program.join(inputs, parameters)))
+
+
+def compile_plan(program: Program, settings: Settings) -> CompiledPlan:
+    """Lowers and compiles ``program``; takes seconds. The caller holds the compile lock."""
+    if program.fallback is not None:
+        return _whole(program, (program.fallback,))
+    try:
+        return _coalesced(program, settings)
+    except Exception as error:
+        log.warning("%s does not coalesce: %s", program.name, error, exc_info=True)
+        detail = f"{type(error).__name__}: {error}".split("\n")[0]
+        return _whole(program, (FallbackReason(FallbackKind.COMPILE_FAILED, program.name, detail),))
+
+
+def _whole(program: Program, reasons: tuple[FallbackReason, ...]) -> CompiledPlan:
+    artifact = program.artifact or _inductor_static(program.graph)
+    empty = Prepare(GraphModule({}, torch.fx.Graph()), (), (), ())
+    storage = Storage(program.fingerprint, program.device, empty, Layout((), {}, {}))
+    report = PlanReport(alone=len(call_nodes(program.graph.graph)), segments=("per instance",))
+    return CompiledPlan(program, reasons, report, storage, (), (), artifact)
+
+
+def _inductor_static(module: GraphModule) -> Artifact:
+    """Inductor's code for a graph whose placeholders carry static fakes."""
+    fakes = [node.meta["val"] for node in placeholders(module.graph)]
+    world = compat.symbolic_world()
+    moved = [_refaked(fake, world) for fake in fakes]
+    with world.tracing():
+        graph = compat.trace_graph(module, moved)
+    return compat.inductor_compile(graph, moved, world.mode)
+
+
+def _refaked(fake: Any, world: compat.SymbolicWorld) -> Any:
+    if not isinstance(fake, Tensor):
+        return fake
+    with world.mode:
+        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+
+
+def _coalesced(program: Program, settings: Settings) -> CompiledPlan:
+    copy = GraphModule(program.graph, _copy_graph(program.graph))
+    module = run_passes(copy, settings)
+    text = module.print_readable(print_output=False)
+    prepare, body = split_prepare(module)
+    allow_tf32 = compat.tf32_allowed()
+    reasons = mark(body, prepare, program.device, allow_tf32)
+    segments = cut(body, reasons)
+    if not any(segment.coalesced for segment in segments):
+        return _whole(program, tuple(dict.fromkeys(reasons.values())))
+    nodes = [node for segment in segments if segment.coalesced for node in segment.nodes]
+    layout = lay_out(body, prepare, nodes)
+    storage = Storage(program.fingerprint, program.device, prepare, layout)
+    numbers: dict[Node, int] = {}
+    for node in placeholders(body.graph):
+        if node.meta[ROLE] == "input":
+            numbers[node] = node.meta[INDEX]
+    for segment in segments:
+        for node in segment.results:
+            numbers[node] = len(program.inputs) + len(numbers)
+    steps = tuple(_step(body, segment, storage, program.device, allow_tf32, numbers) for segment in segments)
+    outputs = tuple(numbers[node] for node in outputs_of(body.graph) if isinstance(node, Node))
+    report = _report(program, body, segments, reasons, text)
+    return CompiledPlan(program, tuple(dict.fromkeys(reasons.values())), report, storage, steps, outputs, None)
+
+
+def _copy_graph(module: GraphModule) -> torch.fx.Graph:
+    graph = torch.fx.Graph()
+    mapping: dict[Node, Node] = {}
+    for node in module.graph.nodes:
+        mapping[node] = graph.node_copy(node, lambda source: mapping[source])
+    return graph
+
+
+def _step(
+    body: GraphModule,
+    segment: Segment,
+    storage: Storage,
+    device: torch.device,
+    allow_tf32: tuple[bool, bool],
+    numbers: dict[Node, int],
+) -> _Step:
+    if segment.coalesced:
+        graph, space, fakes = trace(body, segment, storage.layout, device, storage.key, allow_tf32)
+        artifact = compat.inductor_compile(graph, fakes, space.shapes.mode)
+        slots, rows = space.limits()
+        if min(slots, rows) < 1:
+            raise ValueError(f"the compiled code fixes a symbol: {space.shapes.knowledge()}")
+        storage.most_rows = min(storage.most_rows, rows)
+    else:
+        artifact, slots = _inductor_static(single_slot(body, segment)), MOST_SLOTS
+    return _Step(
+        artifact,
+        segment.coalesced,
+        tuple(numbers[node] for node in segment.inputs),
+        tuple(node.meta[INDEX] for node in segment.parameters),
+        tuple(numbers[node] for node in segment.results),
+        tuple(TensorSpec.of(fake_of(node)) for node in segment.results),
+        slots,
+    )
+
+
+def _report(
+    program: Program,
+    body: GraphModule,
+    segments: Sequence[Segment],
+    reasons: dict[Node, FallbackReason],
+    text: str,
+) -> PlanReport:
+    calls = call_nodes(body.graph)
+    kernels: dict[str, int] = {}
+    for node in calls:
+        name = {LINEAR: "linear", CONVOLUTION: "conv", torch.ops.aten.embedding.default: "embedding"}.get(node.target)
+        if name is not None and node not in reasons:
+            kernels[name] = kernels.get(name, 0) + 1
+    rest = len(calls) - sum(kernels.values()) - len(reasons)
+    return PlanReport(
+        kernels=kernels,
+        fused=len(call_nodes(program.graph.graph)) - len(calls),
+        inductor=rest,
+        alone=len(reasons),
+        segments=tuple("coalesced" if segment.coalesced else "per instance" for segment in segments),
+        graph=text,
+    )
+
+

@@ -1,0 +1,90 @@
+"""``mux::linear`` and ``mux::convolution`` become one super-kernel call over all slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from ..ops.semantic import CONVOLUTION, LINEAR
+from ..ops.slots import SLOT_CONVOLUTION, SLOT_LINEAR
+from .base import Context, NoRule, Parameter, Slotted, rule
+
+__all__: list[str] = []
+
+
+def _weight(value: Any) -> Parameter:
+    if not isinstance(value, Parameter):
+        raise NoRule("a kernel whose weight is no parameter")
+    return value
+
+
+def _vector(context: Context, value: Any) -> tuple[Tensor | None, int]:
+    """(arena, offset) of a per-channel vector."""
+    if value is None:
+        return None, 0
+    if not isinstance(value, Parameter):
+        raise NoRule("an epilogue vector that is no parameter")
+    place = context.fields[value.index]
+    return context.arenas[place.dtype], place.offset
+
+
+def _epilogue(context: Context, scale: Any, shift: Any) -> tuple[Any, ...]:
+    return (*_vector(context, scale), *_vector(context, shift))
+
+
+@rule(LINEAR)
+def _linear(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value, weight, scale, shift, residual, activation = args
+    weight = _weight(weight)
+    x = context.lift(value)
+    flat = x.reshape(context.slots, -1, x.shape[-1]).contiguous()
+    n = weight.shape[0]
+    added = None
+    if residual is not None:
+        added = context.lift(residual).reshape(context.slots, -1, n).contiguous()
+    out = SLOT_LINEAR(
+        flat,
+        context.table,
+        context.rows,
+        context.control,
+        context.columns[weight.index],
+        n,
+        list(weight.strides),
+        *_epilogue(context, scale, shift),
+        added,
+        activation,
+        context.allow_tf32[0],
+        context.key,
+    )
+    return Slotted(out.view(context.slots, *x.shape[1:-1], n))
+
+
+@rule(CONVOLUTION)
+def _convolution(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value, weight, scale, shift, residual, stride, padding, dilation, activation = args
+    weight = _weight(weight)
+    to_last, to_first = (0, 1, 3, 4, 2), (0, 1, 4, 2, 3)
+    x = context.lift(value).permute(to_last).contiguous()
+    added = None if residual is None else context.lift(residual).permute(to_last).contiguous()
+    out = SLOT_CONVOLUTION(
+        x,
+        context.table,
+        context.rows,
+        context.control,
+        context.columns[weight.index],
+        weight.shape[0],
+        list(weight.shape[2:]),
+        stride,
+        padding,
+        dilation,
+        *_epilogue(context, scale, shift),
+        added,
+        activation,
+        context.allow_tf32[1],
+        context.key,
+    )
+    return Slotted(out.permute(to_first))
+
+

@@ -1,0 +1,237 @@
+"""The address-stable tables through which coalesced code reaches each instance's weights.
+
+A row belongs to one instance. The pointer table holds the addresses of weight matrices; the arenas, one a dtype, hold copies
+of the small parameters (norms, biases, positions, folded batch-norm) side by side, so that one batched graph can index them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from torch_mux.errors import TooManyInstances
+
+from .prepare import Prepare
+
+__all__ = ["Field", "Layout", "Storage", "storage_of"]
+
+#: Weight addresses and arena fields are multiples of this many bytes.
+ALIGNMENT: Final = 16
+_ROWS_AT_FIRST: Final = 32
+
+_version = attrgetter("_version")
+_numbers = itertools.count()
+_storages: weakref.WeakValueDictionary[str, Storage] = weakref.WeakValueDictionary()
+
+
+class _OptimizerEpoch:
+    """Counts optimizer steps: fused and collective optimizers write parameters without a version bump."""
+
+    value = 0
+
+    def step(self, *_: object) -> None:
+        self.value += 1
+
+
+_epoch: Final = _OptimizerEpoch()
+register_optimizer_step_post_hook(_epoch.step)
+
+
+def storage_of(key: str) -> Storage:
+    """The live storage with that key.
+
+    Raises:
+        KeyError: it was dropped; the code that still names it belongs to a dropped plan.
+    """
+    return _storages[key]
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where a value lies in the arena of its dtype, in elements."""
+
+    dtype: torch.dtype
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a plan reads of an instance.
+
+    Attributes:
+        columns: prepared-value index of each pointer column.
+        fields: arena place of each prepared value that batched code reads, by value index.
+        widths: arena width in elements, by dtype.
+    """
+
+    columns: tuple[int, ...]
+    fields: dict[int, Field]
+    widths: dict[torch.dtype, int]
+
+
+@dataclass
+class _Row:
+    parameters: list[Tensor]
+    values: tuple[Tensor, ...]
+    weights: list[Tensor]
+    watched: list[Tensor]
+    versions: list[int]
+    pointed: list[weakref.ref[Tensor]]
+    pointers: list[int]
+    epoch: int
+    copied: int
+    untracked: bool = field(default=False)
+
+
+class Storage:
+    """The tables of one plan on one device; safe to use from several threads."""
+
+    def __init__(self, fingerprint: str, device: torch.device, prepare: Prepare, layout: Layout) -> None:
+        self.key = f"{fingerprint[:16]}-{next(_numbers)}"
+        self.device = device
+        self.prepare = prepare
+        self.layout = layout
+        self.generation = 0
+        self.most_rows = 1 << 20
+        self._lock = threading.RLock()
+        self._rows: dict[int, _Row] = {}
+        self._free: list[int] = []
+        self.capacity = 0
+        self.table = torch.empty(0)
+        self.arenas: dict[torch.dtype, Tensor] = {}
+        with torch.inference_mode(False):
+            self._grow(_ROWS_AT_FIRST)
+        _storages[self.key] = self
+
+    def _grow(self, capacity: int) -> None:
+        """Moves the tables to ``capacity`` rows; captured code of the old generation keeps its own references."""
+        table = torch.zeros((capacity, max(1, len(self.layout.columns))), dtype=torch.int64, device=self.device)
+        arenas = {
+            dtype: torch.zeros((capacity, width), dtype=dtype, device=self.device)
+            for dtype, width in self.layout.widths.items()
+        }
+        if self.capacity:
+            table[: self.capacity].copy_(self.table)
+            for dtype, arena in arenas.items():
+                arena[: self.capacity].copy_(self.arenas[dtype])
+        self._free.extend(range(capacity - 1, self.capacity - 1, -1))
+        self.table, self.arenas, self.capacity = table, arenas, capacity
+        self.generation += 1
+
+    def bind(self, parameters: Sequence[Tensor]) -> int:
+        """Takes a row for an instance, prepares its values and writes them, on the current stream.
+
+        Args:
+            parameters: the program's parameters and buffers in order; held as detached aliases only.
+        """
+        with self._lock, torch.inference_mode(False):
+            if not self._free:
+                if self.capacity >= self.most_rows:
+                    raise TooManyInstances(limit=self.most_rows)
+                self._grow(min(self.capacity * 2, self.most_rows))
+            row = self._free.pop()
+            try:
+                self._write(row, parameters)
+            except BaseException:
+                self._free.append(row)
+                raise
+            return row
+
+    def refresh(self, row: int, parameters: Sequence[Tensor]) -> None:
+        """Prepares the instance again and rewrites its row, on the current stream."""
+        with self._lock, torch.inference_mode(False):
+            self._write(row, parameters)
+
+    def release(self, row: int) -> None:
+        """Gives the row back; nothing enqueued may still read it."""
+        with self._lock:
+            del self._rows[row]
+            self._free.append(row)
+
+    def _write(self, row: int, parameters: Sequence[Tensor]) -> None:
+        epoch = _epoch.value
+        prepare, layout = self.prepare, self.layout
+        untracked = any(parameter.is_inference() for parameter in parameters)
+        held = [parameter.detach() for parameter in parameters]
+        watched_positions = sorted(
+            {
+                source
+                for index, sources in enumerate(prepare.sources)
+                for source in sources
+                if index in layout.fields or not prepare.direct[index]
+            }
+        )
+        versions = [] if untracked else [held[position]._version for position in watched_positions]
+        values = list(prepare.run(held))
+        moved = sorted({source for index in layout.columns for source in prepare.sources[index] if prepare.direct[index]})
+        for index in layout.columns:
+            if values[index].data_ptr() % ALIGNMENT:
+                values[index] = values[index].clone()
+                watched_positions = sorted({*watched_positions, *prepare.sources[index]})
+                versions = [] if untracked else [held[position]._version for position in watched_positions]
+        self._copy_in(row, values)
+        copies = [value for i, value in enumerate(values) if not prepare.direct[i] and i in layout.columns]
+        self._rows[row] = _Row(
+            parameters=held,
+            values=tuple(values),
+            weights=[values[index] for index in layout.columns],
+            watched=[held[position] for position in watched_positions],
+            versions=versions,
+            pointed=[weakref.ref(parameters[position]) for position in moved],
+            pointers=[parameters[position].data_ptr() for position in moved],
+            epoch=epoch,
+            copied=sum(copy.untyped_storage().nbytes() for copy in copies),
+            untracked=untracked,
+        )
+
+    def _copy_in(self, row: int, values: Sequence[Tensor]) -> None:
+        addresses = [values[index].data_ptr() for index in self.layout.columns]
+        if addresses:
+            self.table[row].copy_(torch.tensor(addresses, dtype=torch.int64))
+        targets, sources = [], []
+        for index, place in self.layout.fields.items():
+            arena = self.arenas[place.dtype]
+            targets.append(arena[row, place.offset : place.offset + place.numel])
+            sources.append(values[index].reshape(-1))
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def stale(self, row: int) -> bool:
+        """Whether an in-place write, a moved pointer or an optimizer step made the row's copies or addresses old.
+
+        Costs one version read a copied parameter and one ``data_ptr`` a weight matrix. Writes through ``.data`` to a
+        copied parameter bump no version: they need ``torch_mux.refresh``.
+        """
+        state = self._rows[row]
+        if state.untracked or state.epoch != _epoch.value:
+            return True
+        if list(map(_version, state.watched)) != state.versions:
+            return True
+        for reference, pointer in zip(state.pointed, state.pointers, strict=True):
+            parameter = reference()
+            if parameter is not None and parameter.data_ptr() != pointer:
+                return True
+        return False
+
+    def weights(self, rows: Sequence[int], column: int) -> list[Tensor]:
+        """The weight tensors behind a pointer column, one a slot (what the CPU reads instead of addresses)."""
+        return [self._rows[row].weights[column] for row in rows]
+
+    def values(self, row: int) -> tuple[Tensor, ...]:
+        """All prepared values of an instance, for segments that run per instance."""
+        return self._rows[row].values
+
+    def nbytes(self, row: int) -> int:
+        """Bytes held for this instance beyond its own weights: prepared copies and its share of the tables."""
+        fixed = self.table.shape[1] * 8 + sum(arena.shape[1] * arena.itemsize for arena in self.arenas.values())
+        return fixed + self._rows[row].copied

@@ -1,0 +1,1 @@
+"""From requests to bundles to results: the serving side of torch-mux."""

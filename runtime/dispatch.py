@@ -1,0 +1,364 @@
+"""The dispatcher of one device: a line, one role, and whoever holds it dispatches for everybody.
+
+The caller that finds the role free takes it and sends out what the policy chooses until its own requests have
+gone out; the others block on a light lock each. On release the role is offered to a blocked caller whose
+request is still pending, or to the service thread for requests that nobody waits for. Everything that touches
+the device or the tables happens under the role; the mutex guards the line only and is never held while
+something runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from torch_mux.errors import CancelledRequest, ClosedError, ModelRemoved
+from torch_mux.runtime.accounting import Accounting
+from torch_mux.runtime.bundle import Bundle
+from torch_mux.runtime.executors.base import Executor, Flight
+from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.line import Line
+from torch_mux.runtime.request import Request, RequestState, Waiter
+from torch_mux.runtime.runner import Runner, call_back
+from torch_mux.runtime.scheduler.base import Busy, Issue, Later, Policy, View
+from torch_mux.runtime.served import ServedProgram, failure
+from torch_mux.runtime.service import Service
+from torch_mux.settings import Settings
+
+__all__ = ["Dispatcher"]
+
+_LIVENESS = 1.0
+_POLL = 50e-6
+_PAUSE = 200e-6
+
+
+class Dispatcher:
+    """Line and role of one device; safe from any thread.
+
+    Args:
+        executor: the device.
+        policy: who goes out together; only the role's holder asks it.
+        clock: seconds; what arrivals and waits are measured on.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        policy: Policy,
+        clock: Callable[[], float],
+        settings: Settings,
+        accounting: Accounting,
+    ) -> None:
+        self.executor = executor
+        self.policy = policy
+        self._settings = settings
+        self._clock = clock
+        self._accounting = accounting
+        self._mutex = threading.Lock()
+        self._line = Line()
+        self._runner = Runner(executor, policy, clock, accounting, self._mutex, self._line)
+        self._holder: threading.Thread | None = None
+        self._closed = False
+        self.service = Service(self.attend, executor.flying, self.fail_all)
+
+    # The callers' side.
+
+    def enqueue(self, requests: Sequence[Request]) -> None:
+        """Appends requests, all at once: none of them goes out before the last is there.
+
+        Raises:
+            ClosedError: the engine was closed.
+        """
+        failed: list[Request] = []
+        with self._mutex:
+            if self._closed:
+                raise ClosedError
+            for request in requests:
+                instance, served = request.instance, request.instance.served
+                instance.uses += 1
+                if instance.removed:
+                    request.error = ModelRemoved(model=served.program.name)
+                elif served.error is not None:
+                    request.error = failure(served, served.error)
+                if request.error is None:
+                    self._line.append(request)
+                else:
+                    failed.append(request)
+            self._line.rouse(requests)
+        self._accounting.accepted(requests)
+        if failed:
+            self._runner.end(failed, self._clock())
+
+    def kick(self) -> None:
+        """Has the service thread send out what is pending, for requests that nobody waits for."""
+        with self._mutex:
+            self._line.kick()
+            self._line.rouse()
+            closed = self._closed
+        if not closed:
+            self.service.poke()
+
+    def wait(self, requests: Sequence[Request]) -> None:
+        """Returns when all of these have gone out, dispatching for everybody if nobody else does."""
+        me = threading.current_thread()
+        nested = self._holder is me
+        waiter: Waiter | None = None
+        try:
+            while True:
+                with self._mutex:
+                    left = [request for request in requests if not request.out]
+                    if not left:
+                        return
+                    drive = (nested or self._holder is None) and self._line.runnable()
+                    if drive:
+                        self._holder = me
+                    else:
+                        waiter = _line_up(waiter, left)
+                if drive:
+                    self._drive_as_holder(left, nested)
+                elif waiter is not None and not waiter.block(_LIVENESS):
+                    self._check_holder()
+        finally:
+            if waiter is not None:
+                self._step_out(waiter, requests)
+            if not nested and self._holder is me:
+                self._release()
+
+    def _step_out(self, waiter: Waiter, requests: Sequence[Request]) -> None:
+        """A wait is over, perhaps by an exception: a role that was offered to it goes to somebody else."""
+        with self._mutex:
+            for request in requests:
+                if request.waiters:
+                    request.waiters = tuple(other for other in request.waiters if other is not waiter)
+            if self._holder is None and waiter.signalled:
+                self._hand_on(poke=True)
+
+    def cancel(self, request: Request) -> bool:
+        """Takes a request out of the line; False when it has gone out."""
+        with self._mutex:
+            if request.state is not RequestState.QUEUED or request.error is not None:
+                return False
+            self._line.take_out([request])
+            request.state = RequestState.CANCELLED
+        request.error = CancelledRequest(tenant=request.quota.tenant)
+        self._runner.end([request], self._clock())
+        return True
+
+    def add_done_callback(self, request: Request, callback: Callable[[Request], object]) -> None:
+        """See :meth:`Request.add_done_callback`."""
+        with self._mutex:
+            ended = request.done()
+            flying = request.out and not ended
+            if not ended:
+                request.callbacks = (*request.callbacks, callback)
+            if flying:
+                self._runner.watched = True
+        if ended:
+            call_back(callback, request)
+        elif flying:
+            self.service.poke()
+
+    def configure(self, settings: Settings) -> None:
+        """Takes over new settings from the next decision on."""
+        with self._mutex:
+            self.executor.configure(settings)
+            self._settings = settings
+            self._line.rouse()
+
+    def compiled(self, served: ServedProgram) -> None:
+        """A program's plan is there, or its error: its requests can go out, or fail."""
+        failed: list[Request] = []
+        with self._mutex:
+            served.ready = True
+            if served.error is not None:
+                failed = list(served.requests)
+                self._line.take_out(failed)
+                for request in failed:
+                    request.error = failure(served, served.error)
+            for request in served.requests:
+                if request.waiters:
+                    request.waiters[0].signal()
+                    break
+            if not self._line.rouse() and self._holder is None:
+                self._hand_on(poke=True)
+        if failed:
+            self._runner.end(failed, self._clock())
+
+    def died(self, instance: Instance) -> None:
+        """A model was collected; its row is released when nothing of it is under way. Takes no lock."""
+        self._runner.dead.append(instance)
+        self.service.poke_from_anywhere()
+
+    def retire(self, instances: Sequence[Instance]) -> None:
+        """Marks instances as removed and releases their rows as soon as nothing of them is under way."""
+        with self._mutex:
+            for instance in instances:
+                instance.removed = True
+            self._runner.dead.extend(instances)
+            free = self._holder is None
+            if free:
+                self._holder = threading.current_thread()
+        if free:
+            self._release()
+
+    # The role.
+
+    def attend(self) -> None:
+        """The service thread's turn: everything that can go out, and what has ended."""
+        while True:
+            with self._mutex:
+                if self._holder is not None:
+                    return
+                self._holder = threading.current_thread()
+            flight = self._drive_as_holder(None, nested=False)
+            if flight is None:
+                return
+            # Without the role, so that callers can enqueue behind it meanwhile.
+            flight.wait()
+
+    @contextlib.contextmanager
+    def _role(self) -> Iterator[None]:
+        """Waits for the role and holds it; the holder itself goes on holding it."""
+        me = threading.current_thread()
+        nested = taken = self._holder is me
+        pause = threading.Event()
+        while not taken:
+            with self._mutex:
+                if self._holder is None:
+                    self._holder = me
+                    taken = True
+            if not taken:
+                self._check_holder()
+                pause.wait(_PAUSE)
+        try:
+            yield
+        finally:
+            if not nested:
+                self._release()
+
+    def _drive_as_holder(self, left: Sequence[Request] | None, nested: bool) -> Flight | None:
+        """Drives, and returns the flight whose end somebody wants to be told."""
+        try:
+            self._drive(left)
+            return self.executor.oldest() if self._runner.watched else None
+        except BaseException as error:
+            self._runner.rescue(error)
+            raise
+        finally:
+            if not nested:
+                self._release()
+
+    def _release(self) -> None:
+        own = self.service.is_current()
+        while True:
+            with self._mutex:
+                if not self._runner.dead:
+                    self._holder = None
+                    self._hand_on(poke=not own)
+                    break
+            self._runner.release_rows()
+        if not own and self.executor.flying():
+            self.service.watch(at_once=self._runner.watched)
+
+    def _hand_on(self, poke: bool) -> None:
+        """Offers the free role to a blocked caller, or else to the service thread; the mutex is held."""
+        waiter = self._line.waiter()
+        if waiter is not None:
+            waiter.signal()
+        elif poke and self._line.orphaned():
+            self.service.poke()
+
+    def _drive(self, left: Sequence[Request] | None) -> None:
+        """Sends out what the policy chooses, until ``left`` have gone out or nothing can."""
+        while True:
+            self._runner.land()
+            bundle: Bundle | None = None
+            nap: Waiter | None = None
+            with self._mutex:
+                if not self._line.active or (left is not None and all(request.out for request in left)):
+                    return
+                now = self._clock()
+                view = View(self._line.ordered(), self.executor.loads())
+                decision = self.policy.form(view, now, self._settings)
+                if isinstance(decision, Issue):
+                    bundle = self._runner.pop(decision, now)
+                elif decision is None:
+                    return
+                elif decision.wake is not None:
+                    nap = self._line.lie_down(decision.wake)
+            if bundle is not None:
+                self._runner.run(bundle)
+            elif nap is not None:
+                self._sleep(nap, decision.until - now if isinstance(decision, Later) else _POLL)
+            elif isinstance(decision, Busy):
+                flight = self.executor.oldest()
+                if flight is not None:
+                    flight.wait()
+
+    def _sleep(self, nap: Waiter, seconds: float) -> None:
+        try:
+            nap.block(seconds)
+        finally:
+            with self._mutex:
+                self._line.get_up()
+
+    # Ends and accidents.
+
+    def _check_holder(self) -> None:
+        """A holder whose thread ended without a release: its bundle fails, and the role is free again."""
+        with self._mutex:
+            holder = self._holder
+            if holder is None or holder.is_alive():
+                return
+            self._holder = None
+            self._line.get_up()
+            stranded = self._runner.stranded()
+        self._runner.fail(stranded, RuntimeError(f"thread {holder.name} died while it dispatched"))
+
+    def fail_all(self, error: BaseException, unready_only: bool = False) -> None:
+        """Everything pending ends with ``error``, or with it as the cause."""
+        with self._mutex:
+            requests = self._line.queued(unready_only)
+            self._line.take_out(requests)
+        self._runner.fail(requests, error)
+
+    def drain(self) -> None:
+        """Returns when everything pending has gone out and ended on the device."""
+        with self._mutex:
+            pending = self._line.queued()
+        self.wait(pending)
+        with self._role():
+            while (flight := self.executor.oldest()) is not None:
+                flight.wait()
+                self._runner.land()
+
+    def close(self, timeout: float) -> None:
+        """Refuses new requests, drains what can run and stops the service thread."""
+        with self._mutex:
+            self._closed = True
+        self.fail_all(ClosedError(), unready_only=True)
+        self.drain()
+        self.service.close(timeout)
+
+    def abandon_after_fork(self) -> None:
+        """In a forked child: the threads are gone, and with them everything that was pending."""
+        self._mutex = self._runner.mutex = threading.Lock()
+        self._holder = None
+        self._line.get_up()
+        self._closed = True
+        self._runner.dead.clear()
+        self.service.abandon_after_fork()
+        self.fail_all(RuntimeError("it was pending when the process forked"))
+
+
+def _line_up(waiter: Waiter | None, left: Sequence[Request]) -> Waiter:
+    """Registers a thread that is about to block; the mutex is held."""
+    if waiter is None:
+        waiter = Waiter()
+        for request in left:
+            request.waiters = (*request.waiters, waiter)
+    else:
+        waiter.rearm()
+    waiter.left = len(left)
+    return waiter

@@ -1,0 +1,370 @@
+"""The engine: programs, instances and requests of one process, over one dispatcher a device."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torch_mux.errors import ClosedError, ModelRemoved
+from torch_mux.lowering.program import Program
+from torch_mux.runtime.accounting import Accounting, StatsSnapshot
+from torch_mux.runtime.compile_thread import CompileThread
+from torch_mux.runtime.dispatch import Dispatcher
+from torch_mux.runtime.executors.base import Executor
+from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.report import ProgramReport, report_of
+from torch_mux.runtime.request import Request
+from torch_mux.runtime.scheduler.base import Policy
+from torch_mux.runtime.scheduler.fifo import FifoPolicy
+from torch_mux.runtime.served import ServedProgram
+from torch_mux.settings import Settings
+from torch_mux.types import Quota
+
+if TYPE_CHECKING:
+    from torch_mux.lowering.plan import CompiledPlan
+
+__all__ = ["Engine"]
+
+logger = logging.getLogger(__name__)
+
+CompilePlan = Callable[[Program, Settings], "CompiledPlan"]
+MakeExecutor = Callable[["Engine", torch.device], Executor]
+
+_JOIN = 5.0
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+class Engine:
+    """Serves the requests of many models; safe from any thread.
+
+    Args:
+        settings: see :meth:`configure`.
+        clock: seconds, increasing; arrivals, waits and latencies are measured on it.
+        compile_plan: lowering's ``compile_plan`` unless given; called on the compile thread only.
+        compile_lock: held while a plan compiles or is captured.
+        policy: makes the scheduling policy of a device.
+        executor: makes the executor of a device.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        compile_plan: CompilePlan | None = None,
+        compile_lock: contextlib.AbstractContextManager[object] | None = None,
+        policy: Callable[[], Policy] = FifoPolicy,
+        executor: MakeExecutor | None = None,
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.compile_lock = threading.RLock() if compile_lock is None else compile_lock
+        self._compile_plan = compile_plan
+        self._policy = policy
+        self._make_executor = _executor if executor is None else executor
+        self._lock = threading.RLock()
+        self._accounting = Accounting()
+        self._closed = False
+        self._start()
+        _engines.add(self)
+
+    def _start(self) -> None:
+        self.compile_thread = CompileThread()
+        self._dispatchers: dict[torch.device, Dispatcher] = {}
+        self._served: dict[str, ServedProgram] = {}
+
+    # Programs and instances.
+
+    def register(self, program: Program) -> Program:
+        """The program under which equal ones are served: the first of that fingerprint. Starts its compile.
+
+        Raises:
+            ClosedError: the engine was closed.
+        """
+        return self._find(program).program
+
+    def _find(self, program: Program) -> ServedProgram:
+        served = self._served.get(program.fingerprint)
+        return self._enter(program) if served is None else served
+
+    def _enter(self, program: Program) -> ServedProgram:
+        with self._lock:
+            if self._closed:
+                raise ClosedError
+            served = self._served.get(program.fingerprint)
+            if served is None:
+                served = ServedProgram(program, self._dispatcher(program.device))
+                self._served[program.fingerprint] = served
+                entered = served
+                self.compile_thread.submit(lambda: self._compile(entered), urgent=True)
+            return served
+
+    def _dispatcher(self, device: torch.device) -> Dispatcher:
+        dispatcher = self._dispatchers.get(device)
+        if dispatcher is None:
+            executor = self._make_executor(self, device)
+            dispatcher = Dispatcher(executor, self._policy(), self.clock, self.settings, self._accounting)
+            self._dispatchers[device] = dispatcher
+        return dispatcher
+
+    def _compile(self, served: ServedProgram) -> None:
+        program = served.program
+        try:
+            with self.compile_lock:
+                if self._compile_plan is None:
+                    from torch_mux.lowering.plan import compile_plan as lower
+
+                    self._compile_plan = lower
+                plan = self._compile_plan(program, self.settings)
+            if program.device.type == "cuda":
+                # Tables and constants were written on this thread's stream; lanes do not wait for it.
+                torch.cuda.current_stream(program.device).synchronize()
+            served.slots = served.dispatcher.executor.slots(program) if plan.coalesced else 1
+            served.coalesced = plan.coalesced
+            served.plan = plan
+        except BaseException as error:
+            # Whatever it was, callers wait for the outcome.
+            logger.exception("%s did not compile", program.name)
+            served.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
+        else:
+            logger.debug("%s is ready, %s", program.name, "coalesced" if plan.coalesced else "per instance")
+        served.dispatcher.compiled(served)
+
+    def instance(self, program: Program, parameters: Sequence[Tensor]) -> Instance:
+        """The instance whose parameters and buffers are these very tensors; a new one if they are unknown.
+
+        Raises:
+            ClosedError: the engine was closed.
+            ModelRemoved: it was removed.
+        """
+        served = self._find(program)
+        found = served.instances.find(parameters)
+        if found is None:
+            found = self._new_instance(served, parameters)
+        if found.removed:
+            raise ModelRemoved(model=program.name)
+        return found
+
+    def _new_instance(self, served: ServedProgram, parameters: Sequence[Tensor]) -> Instance:
+        dispatcher = served.dispatcher
+        with self._lock:
+            found = served.instances.find(parameters)
+            if found is None:
+                found = Instance(served, parameters, dispatcher.died)
+                served.instances.add(found)
+                if parameters:
+                    dispatcher.service.start()
+                logger.debug("instance %d of %s", len(served.instances), served.program.name)
+        return found
+
+    def _instances(self) -> list[Instance]:
+        return [instance for served in list(self._served.values()) for instance in served.instances]
+
+    def refresh(self, parameters: Sequence[Tensor]) -> None:
+        """Has every instance that uses one of these tensors prepared again before its next run."""
+        identities = frozenset(map(id, parameters))
+        for instance in self._instances():
+            if instance.uses_any(identities):
+                instance.renew = True
+
+    def remove(self, parameters: Sequence[Tensor]) -> None:
+        """Forgets the instances whose tensors are all among these; earlier requests are still served."""
+        identities = frozenset(map(id, parameters))
+        found = [instance for instance in self._instances() if instance.uses_only(identities)]
+        for dispatcher in list(self._dispatchers.values()):
+            mine = [instance for instance in found if instance.served.dispatcher is dispatcher]
+            if mine:
+                dispatcher.retire(mine)
+
+    def restore(self, parameters: Sequence[Tensor]) -> None:
+        """Undoes :meth:`remove`: the next request of such an instance finds it new."""
+        identities = frozenset(map(id, parameters))
+        with self._lock:
+            for instance in self._instances():
+                if instance.removed and instance.uses_only(identities):
+                    instance.served.instances.discard(instance)
+
+    # Requests.
+
+    def submit(self, instance: Instance, inputs: Sequence[object], quota: Quota) -> Request:
+        """Queues one request and returns at once; see :meth:`submit_all`."""
+        return self.submit_all([(instance, inputs, quota)])[0]
+
+    def submit_all(self, calls: Sequence[tuple[Instance, Sequence[object], Quota]]) -> list[Request]:
+        """Queues requests together: none goes out before all of a device are queued. Never waits.
+
+        Outputs are allocated here, on the caller's stream and in the caller's inference mode. Nothing goes
+        out until somebody waits for it, dispatches for others, or :meth:`kick` is called.
+
+        Args:
+            calls: (instance, the program's inputs in order, quota) each.
+
+        Raises:
+            ClosedError: the engine was closed.
+            DeviceMismatch: an input is not where its program runs; nothing was queued then.
+            ModelRemoved: an instance was removed or its model was collected.
+        """
+        inference = torch.is_inference_mode_enabled()
+        arrival = self.clock()
+        requests: list[Request] = []
+        for instance, inputs, quota in calls:
+            if instance.removed or instance.dropped or not instance.alive:
+                instance = self._live(instance)
+            served = instance.served
+            served.check(inputs)
+            outputs = served.empty_outputs() if served.coalesced else []
+            requests.append(Request(served.dispatcher, instance, inputs, outputs, quota, inference, arrival))
+        for dispatcher, own in _by_dispatcher(requests):
+            mark = dispatcher.executor.mark()
+            if mark is not None:
+                for request in own:
+                    request.mark = mark
+            dispatcher.enqueue(own)
+        return requests
+
+    def _live(self, instance: Instance) -> Instance:
+        """The instance to use instead of one that was handed out before a reset."""
+        program = instance.served.program
+        if self._closed:
+            raise ClosedError
+        if instance.removed or not instance.alive:
+            raise ModelRemoved(model=program.name)
+        return self.instance(program, instance.current())
+
+    def wait(self, requests: Sequence[Request]) -> None:
+        """Blocks until these have gone out, dispatching for everybody pending meanwhile if nobody else does.
+
+        The caller's current stream waits for them. Their errors stay with them; see :meth:`Request.result`.
+        """
+        for dispatcher, own in _by_dispatcher(requests):
+            dispatcher.wait(own)
+            dispatcher.executor.join(own)
+
+    def kick(self) -> None:
+        """Has what is queued sent out by the dispatchers' own threads."""
+        for dispatcher in list(self._dispatchers.values()):
+            dispatcher.kick()
+
+    def call(self, program: Program, args: Sequence[object], quota: Quota) -> list[object]:
+        """One blocking request from the graph's flat arguments; returns the graph's outputs in order.
+
+        Raises:
+            MuxError: what :meth:`submit` or :meth:`Request.result` raises.
+        """
+        inputs, parameters = program.split(args)
+        return self.submit(self.instance(program, parameters), inputs, quota).result()
+
+    # Life.
+
+    def configure(self, settings: Settings) -> None:
+        """Takes over new settings, from the next bundle and the next compile on."""
+        with self._lock:
+            self.settings = settings
+            for dispatcher in self._dispatchers.values():
+                dispatcher.configure(settings)
+
+    def quiesce(self, timeout: float | None = None) -> bool:
+        """Waits until nothing compiles or is captured; False when ``timeout`` seconds passed before."""
+        return self.compile_thread.quiesce(timeout)
+
+    def stats(self) -> StatsSnapshot:
+        """What every tenant got so far."""
+        return self._accounting.snapshot()
+
+    def plans(self) -> tuple[ProgramReport, ...]:
+        """What is known of every program, in the order they were registered."""
+        return tuple(report_of(served) for served in list(self._served.values()))
+
+    def reset(self) -> None:
+        """Drains, drops every program, instance and counter, and serves again, also after :meth:`close`."""
+        for dispatcher in list(self._dispatchers.values()):
+            dispatcher.drain()
+        self._stop()
+        with self._lock:
+            self._start()
+            self._accounting.clear()
+            self._closed = False
+
+    def close(self) -> None:
+        """Drains what can run and refuses everything from now on, until :meth:`reset`."""
+        with self._lock:
+            self._closed = True
+        self._stop()
+
+    def _stop(self) -> None:
+        with self._lock:
+            dispatchers, served = list(self._dispatchers.values()), list(self._served.values())
+            self._dispatchers, self._served = {}, {}
+        self.compile_thread.close(0.0 if dispatchers else _JOIN)
+        for dispatcher in dispatchers:
+            dispatcher.close(_JOIN)
+        for one in served:
+            one.dispatcher.executor.forget(one)
+            for instance in one.instances:
+                instance.dropped = True
+                instance.free()
+
+    def _after_fork(self) -> None:
+        """In a forked child: threads and pending requests are gone; programs compile again on use."""
+        dispatchers = list(self._dispatchers.values())
+        for served in self._served.values():
+            for instance in served.instances:
+                instance.dropped = True
+        self._lock = threading.RLock()
+        self._accounting = Accounting()
+        self._start()
+        for dispatcher in dispatchers:
+            dispatcher.abandon_after_fork()
+
+
+def _by_dispatcher(requests: Sequence[Request]) -> list[tuple[Dispatcher, Sequence[Request]]]:
+    if not requests:
+        return []
+    first = requests[0].dispatcher
+    if len(requests) == 1 or all(request.dispatcher is first for request in requests):
+        return [(first, requests)]
+    groups: dict[Dispatcher, list[Request]] = {}
+    for request in requests:
+        groups.setdefault(request.dispatcher, []).append(request)
+    return list(groups.items())
+
+
+def _executor(engine: Engine, device: torch.device) -> Executor:
+    from torch_mux.lowering.plan import stack_buffer
+
+    if device.type != "cuda":
+        from torch_mux.runtime.executors.cpu import CpuExecutor
+
+        return CpuExecutor(device, stack_buffer)
+    from torch_mux.lowering.kernels.transport import gather, scatter
+    from torch_mux.runtime.executors.capture import Capturer, Steps
+    from torch_mux.runtime.executors.cuda import CudaExecutor
+
+    steps = Steps(stack_buffer, gather, scatter)
+    capturer = Capturer(engine.compile_thread, steps, engine.compile_lock)
+    return CudaExecutor(device, steps, capturer, engine.clock, engine.settings)
+
+
+def _close_all() -> None:
+    for engine in list(_engines):
+        engine.close()
+
+
+def _forked() -> None:
+    for engine in list(_engines):
+        engine._after_fork()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,1 @@
+"""Executors: how a bundle runs on a device."""

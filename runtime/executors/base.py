@@ -1,0 +1,183 @@
+"""What the dispatcher asks of a device, and what both executors share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from torch_mux.lowering.program import Program
+from torch_mux.runtime.bundle import Bundle
+from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.request import Request
+from torch_mux.runtime.scheduler.base import LaneLoad
+from torch_mux.runtime.served import ServedProgram, failure
+from torch_mux.settings import Settings
+from torch_mux.types import TensorSpec
+
+__all__ = [
+    "Executor",
+    "ExecutorReport",
+    "Flight",
+    "Stack",
+    "bound_rows",
+    "plain_context",
+    "run_each_alone",
+    "stale",
+]
+
+#: Makes the uninitialised [slots, *shape] input buffer of a spec.
+Stack = Callable[[TensorSpec, int], torch.Tensor]
+
+_NOTHING = contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class ExecutorReport:
+    """Executables of one program on one device.
+
+    Attributes:
+        captured: bundle sizes captured, by lane.
+        failures: why captures failed, one text each.
+    """
+
+    captured: tuple[tuple[int, ...], ...] = ()
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Flight:
+    """A bundle under way on an asynchronous device.
+
+    Attributes:
+        bundle: what it carries.
+        launched: seconds on the clock when it was enqueued.
+        ended: seconds on the clock when the device finished it, once known.
+        seconds: device seconds it took, once known.
+        error: what the device reported, or None.
+        finished: whether the device is known to have finished it.
+    """
+
+    bundle: Bundle
+    launched: float
+    ended: float = field(default=0.0)
+    seconds: float = field(default=0.0)
+    error: Exception | None = field(default=None)
+    finished: bool = field(default=False)
+
+    def wait(self) -> None:
+        """Blocks the host until the device finished it; any thread may call it."""
+
+
+class Executor(Protocol):
+    """One device. Only the holder of the dispatcher's role calls launch, reap and oldest."""
+
+    device: torch.device
+    sms: int
+
+    def configure(self, settings: Settings) -> None:
+        """Takes over new settings before the next bundle."""
+        ...
+
+    def slots(self, program: Program) -> int:
+        """Most slots of one bundle of ``program`` that the tables have room for."""
+        ...
+
+    def loads(self) -> Sequence[LaneLoad]:
+        """What every lane carries."""
+        ...
+
+    def mark(self) -> object:
+        """A point on the caller's current stream that the request's bundle shall wait for."""
+        ...
+
+    def launch(self, bundle: Bundle) -> Flight | None:
+        """Runs a bundle, or enqueues it and returns its flight. Errors of single requests are set on them."""
+        ...
+
+    def reap(self) -> Sequence[Flight]:
+        """The flights that the device has finished since the last call, oldest first of each lane."""
+        ...
+
+    def flying(self) -> bool:
+        """Whether bundles are under way."""
+        ...
+
+    def oldest(self) -> Flight | None:
+        """The flight that was enqueued first of those under way."""
+        ...
+
+    def join(self, requests: Sequence[Request]) -> None:
+        """Makes the caller's current stream wait for these requests, all of which have gone out."""
+        ...
+
+    def forget(self, served: ServedProgram) -> None:
+        """Drops what is kept for a program of which nothing is under way."""
+        ...
+
+    def report(self, served: ServedProgram) -> ExecutorReport:
+        """What is built for a program."""
+        ...
+
+
+def plain_context(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """A context in which the dispatching caller's autocast does not reach into other people's requests."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return _NOTHING
+
+
+def bound_rows(bundle: Bundle, verify: bool, before: Callable[[bool], object] | None = None) -> list[int]:
+    """The row of each slot, on the current stream: new instances are bound, stale ones refreshed.
+
+    Args:
+        verify: compare every instance with what its row holds; otherwise only announced changes count.
+        before: called before each write with True for a new row, which may move the tables, and False for an
+            old one.
+    """
+    storage = bundle.served.storage
+    rows: list[int] = []
+    seen: dict[Instance, int] = {}
+    for request in bundle.requests:
+        instance = request.instance
+        row = seen.get(instance)
+        if row is None:
+            row = instance.row
+            if row is None:
+                if before is not None:
+                    before(True)
+                row = instance.bind()
+            elif instance.renew or (verify and storage.stale(row)):
+                if before is not None:
+                    before(False)
+                instance.rewrite(row)
+            seen[instance] = row
+        rows.append(row)
+    return rows
+
+
+def stale(bundle: Bundle) -> list[Instance]:
+    """The instances of a bundle whose rows no longer hold their weights."""
+    storage = bundle.served.storage
+    found = []
+    for instance in {request.instance for request in bundle.requests}:
+        if instance.row is not None and storage.stale(instance.row):
+            found.append(instance)
+    return found
+
+
+def run_each_alone(bundle: Bundle) -> None:
+    """Runs the slots one by one through the plan's per-instance form, each in its caller's inference mode.
+
+    What one of them raises becomes that request's error.
+    """
+    plan = bundle.served.compiled
+    for request in bundle.requests:
+        try:
+            with torch.inference_mode(request.inference), torch.no_grad():
+                request.outputs = plan.run_alone(request.instance.current(), request.inputs)
+        except Exception as error:
+            request.error = failure(bundle.served, error)

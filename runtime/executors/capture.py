@@ -1,0 +1,155 @@
+"""The steps of a coalesced bundle on CUDA, launched as they are or captured once into a graph."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torch_mux.runtime.compile_thread import CompileThread
+from torch_mux.runtime.executors.base import Stack
+from torch_mux.runtime.lanes import Executable, Lane, new_stream
+from torch_mux.runtime.ring import RingEntry, TableLayout
+from torch_mux.runtime.served import ServedProgram
+from torch_mux.types import TensorSpec
+
+__all__ = ["Capturer", "Move", "Steps"]
+
+logger = logging.getLogger(__name__)
+
+
+class Move(Protocol):
+    """A copy between the slots of a batched tensor and tensors given by address."""
+
+    def __call__(self, first: Tensor, second: Tensor, control: Tensor, strides: Sequence[int], /) -> object:
+        """Enqueues it on the current stream."""
+        ...
+
+
+class Steps:
+    """gather → plan → scatter over one lane's table.
+
+    Args:
+        stack: ``stack_buffer`` of lowering.
+        gather, scatter: the transport kernels of lowering.
+    """
+
+    def __init__(self, stack: Stack, gather: Move, scatter: Move) -> None:
+        self._stack = stack
+        self._gather = gather
+        self._scatter = scatter
+
+    def run(self, served: ServedProgram, layout: TableLayout, table: Tensor) -> None:
+        """Enqueues the steps on the current stream; ``table`` is on the device."""
+        program = served.program
+        control, of_all = layout.control(table), layout.control_of_all(table)
+        batched: list[Tensor] = []
+        for spec in program.inputs:
+            if spec is not None:
+                buffer = self._stack(spec, layout.slots)
+                self._gather(layout.input(table, len(batched)), buffer, of_all, spec.strides)
+                batched.append(buffer)
+        results = served.compiled.run(layout.rows(table), control, batched)
+        specs = [spec for spec in program.outputs if spec is not None]
+        for index, (spec, result) in enumerate(zip(specs, results, strict=True)):
+            self._scatter(result, layout.output(table, index), control, spec.strides)
+
+
+class Capturer:
+    """Captures graphs on the compile thread, each size of each program once a lane and generation.
+
+    Args:
+        compile_lock: held while kernels may be compiled.
+    """
+
+    def __init__(
+        self, thread: CompileThread, steps: Steps, compile_lock: contextlib.AbstractContextManager[object]
+    ) -> None:
+        self._thread = thread
+        self._steps = steps
+        self._compile_lock = compile_lock
+        self._lock = threading.Lock()
+        self._wanted: dict[ServedProgram, set[tuple[int, int, int]]] = {}
+        self._failures: dict[ServedProgram, list[str]] = {}
+
+    def want(self, lane: Lane, served: ServedProgram, slots: int) -> None:
+        """Asks for the graph of a bundle size; a second time, or after a failure, nothing happens."""
+        wish = (lane.index, slots, served.storage.generation)
+        with self._lock:
+            wishes = self._wanted.setdefault(served, set())
+            if wish in wishes:
+                return
+            wishes.add(wish)
+        self._thread.submit(lambda: self._attempt(lane, served, slots))
+
+    def failures(self, served: ServedProgram) -> tuple[str, ...]:
+        """Why sizes of a program could not be captured."""
+        with self._lock:
+            return tuple(self._failures.get(served, ()))
+
+    def forget(self, served: ServedProgram) -> None:
+        """Drops what is known of a program."""
+        with self._lock:
+            self._wanted.pop(served, None)
+            self._failures.pop(served, None)
+
+    def _attempt(self, lane: Lane, served: ServedProgram, slots: int) -> None:
+        with self._lock:
+            if served not in self._wanted:
+                return
+        try:
+            with self._compile_lock, served.storage_lock:
+                executable = self._capture(lane, served, slots)
+        except Exception as error:
+            logger.exception(
+                "capturing %s for %d slots failed; it stays uncaptured", served.program.name, slots
+            )
+            with self._lock:
+                self._failures.setdefault(served, []).append(
+                    f"{slots} slots: {type(error).__name__}: {error}"
+                )
+            return
+        with self._lock:
+            if served in self._wanted:
+                lane.add(served.key, executable)
+        logger.debug("captured %s for %d slots on lane %d", served.program.name, slots, lane.index)
+
+    def _capture(self, lane: Lane, served: ServedProgram, slots: int) -> Executable:
+        device = served.program.device
+        layout = TableLayout.of(served.program, slots)
+        side = new_stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(side), torch.inference_mode():
+            if lane.pool is None:
+                lane.pool = torch.cuda.graph_pool_handle()
+            self._rehearse(served, layout)
+            side.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Not torch.cuda.graph(): it synchronises the device, collects garbage and empties the cache.
+            graph.capture_begin(pool=lane.pool, capture_error_mode="thread_local")
+            try:
+                self._steps.run(served, layout, lane.ring.table)
+            finally:
+                graph.capture_end()
+        return Executable(graph, slots, served.storage.generation)
+
+    def _rehearse(self, served: ServedProgram, layout: TableLayout) -> None:
+        """Runs the steps once on zeros with no slot active, so that capturing compiles and loads nothing."""
+        program = served.program
+        device = program.device
+
+        def zeros(spec: TensorSpec) -> Tensor:
+            return torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device).zero_()
+
+        inputs = [[zeros(spec)] for spec in program.inputs if spec is not None]
+        outputs = [[zeros(spec)] for spec in program.outputs if spec is not None]
+        entry = RingEntry(layout.words, pinned=False)
+        entry.fill(layout, [0], 1, inputs, outputs)
+        entry.deactivate()
+        table = entry.host.to(device)
+        self._steps.run(served, layout, table)
+        torch.cuda.current_stream(device).synchronize()

@@ -1,0 +1,158 @@
+"""The CPU executor: the same programs and the same bundles, run by the thread that dispatches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from torch_mux.lowering.program import Program
+from torch_mux.runtime.bundle import Bundle, cap_of
+from torch_mux.runtime.executors.base import (
+    ExecutorReport,
+    Flight,
+    Stack,
+    bound_rows,
+    plain_context,
+    run_each_alone,
+)
+from torch_mux.runtime.request import Request
+from torch_mux.runtime.scheduler.base import LaneLoad
+from torch_mux.runtime.served import ServedProgram
+from torch_mux.settings import Settings
+
+__all__ = ["CpuExecutor"]
+
+_IDLE = (LaneLoad(),)
+_UNLIMITED = 1 << 30
+_KEPT = 256
+
+
+class _Stacks:
+    """Input buffers of one program, grown to the largest bundle seen and shared by all sizes."""
+
+    def __init__(self, program: Program, stack: Stack) -> None:
+        self._stack = stack
+        self._specs = [spec for spec in program.inputs if spec is not None]
+        self._room = 0
+        self._whole: list[Tensor] = []
+        self._parts: dict[int, tuple[list[Tensor], list[tuple[Tensor, ...]]]] = {}
+
+    def of(self, slots: int) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+        """(one [slots, *shape] tensor an input, their slots as views)."""
+        if slots > self._room:
+            self._whole = [self._stack(spec, slots) for spec in self._specs]
+            self._room = slots
+            self._parts.clear()
+        part = self._parts.get(slots)
+        if part is None:
+            tensors = [whole.narrow(0, 0, slots) for whole in self._whole]
+            part = self._parts[slots] = (tensors, [tensor.unbind(0) for tensor in tensors])
+        return part
+
+
+class CpuExecutor:
+    """Runs each bundle to its end. Caps are recorded, not enforced: there is one unit.
+
+    Args:
+        stack: ``stack_buffer`` of lowering.
+    """
+
+    def __init__(self, device: torch.device, stack: Stack) -> None:
+        self.device = device
+        self._stack = stack
+        self.sms = 1
+        self._stacks: dict[ServedProgram, _Stacks] = {}
+        self._controls: dict[tuple[int, int], Tensor] = {}
+        self._rows: dict[tuple[int, ...], Tensor] = {}
+
+    def configure(self, settings: Settings) -> None:
+        """Nothing here depends on the settings."""
+
+    def slots(self, program: Program) -> int:
+        """There are no tables to run out of."""
+        return _UNLIMITED
+
+    def loads(self) -> Sequence[LaneLoad]:
+        """One lane, idle whenever somebody can ask."""
+        return _IDLE
+
+    def mark(self) -> object:
+        """A CPU has no streams."""
+        return None
+
+    def launch(self, bundle: Bundle) -> Flight | None:
+        """Runs the bundle to its end."""
+        with plain_context(self.device.type):
+            if bundle.served.compiled.coalesced:
+                rows = bound_rows(bundle, verify=True)
+                with torch.inference_mode():
+                    self._run(bundle, rows)
+            else:
+                run_each_alone(bundle)
+        return None
+
+    def _run(self, bundle: Bundle, rows: list[int]) -> None:
+        served, requests = bundle.served, bundle.requests
+        stacks = self._stacks.get(served)
+        if stacks is None:
+            stacks = self._stacks[served] = _Stacks(served.program, self._stack)
+        inputs, columns = stacks.of(len(requests))
+        for index, column in enumerate(columns):
+            for place, request in zip(column, requests, strict=True):
+                place.copy_(cast(Tensor, request.inputs[index]))
+        control = self._control(len(requests), cap_of(bundle.share, self.sms))
+        results = served.compiled.run(self._row_tensor(tuple(rows)), control, inputs)
+        position = 0
+        for index, spec in enumerate(served.program.outputs):
+            if spec is not None:
+                _deal(results[position], requests, index)
+                position += 1
+
+    def _row_tensor(self, rows: tuple[int, ...]) -> Tensor:
+        # Making a tensor of a list costs more than the rest of the tables.
+        tensor = self._rows.get(rows)
+        if tensor is None:
+            if len(self._rows) >= _KEPT:
+                self._rows.clear()
+            tensor = self._rows[rows] = torch.tensor(rows)
+        return tensor
+
+    def _control(self, slots: int, cap: int) -> Tensor:
+        control = self._controls.get((slots, cap))
+        if control is None:
+            if len(self._controls) >= _KEPT:
+                self._controls.clear()
+            control = self._controls[slots, cap] = torch.tensor([slots, cap], dtype=torch.int32)
+        return control
+
+    def reap(self) -> Sequence[Flight]:
+        """Nothing is ever under way."""
+        return ()
+
+    def flying(self) -> bool:
+        """Nothing is ever under way."""
+        return False
+
+    def oldest(self) -> Flight | None:
+        """Nothing is ever under way."""
+        return None
+
+    def join(self, requests: Sequence[Request]) -> None:
+        """What has gone out is computed."""
+
+    def forget(self, served: ServedProgram) -> None:
+        """Drops the input buffers of a program."""
+        self._stacks.pop(served, None)
+
+    def report(self, served: ServedProgram) -> ExecutorReport:
+        """Nothing is captured on a CPU."""
+        return ExecutorReport()
+
+
+def _deal(batched: Tensor, requests: Sequence[Request], index: int) -> None:
+    """Copies each slot of one batched output into that request's own tensor."""
+    for request, piece in zip(requests, batched.unbind(0), strict=True):
+        cast(Tensor, request.outputs[index]).copy_(piece)

@@ -1,0 +1,231 @@
+"""The CUDA executor: bundles on lanes, replayed from captured graphs that read nothing but tables."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from torch_mux.lowering.program import Program
+from torch_mux.runtime.bundle import Bundle, cap_of
+from torch_mux.runtime.executors.base import (
+    ExecutorReport,
+    Flight,
+    bound_rows,
+    plain_context,
+    run_each_alone,
+    stale,
+)
+from torch_mux.runtime.executors.capture import Capturer, Steps
+from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, new_event, passed
+from torch_mux.runtime.request import Request
+from torch_mux.runtime.ring import TableLayout
+from torch_mux.runtime.scheduler.base import LaneLoad
+from torch_mux.runtime.served import ServedProgram, failure
+from torch_mux.settings import Settings
+
+__all__ = ["CudaExecutor"]
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 3
+
+
+class CudaExecutor:
+    """One GPU.
+
+    A coalesced bundle is a row of addresses in a pinned ring, one copy to the lane's table and one graph
+    replay. Until a graph of its size is captured, the same kernels are launched one by one. Whether weights
+    changed is checked while the device is already at work; a bundle that read an old row is enqueued again
+    before anybody is told.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        steps: Steps,
+        capturer: Capturer,
+        clock: Callable[[], float],
+        settings: Settings,
+    ) -> None:
+        self.device = device
+        self.sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._steps = steps
+        self._capturer = capturer
+        self._clock = clock
+        self._lanes: list[Lane] = []
+        self._used = 1
+        self._capture = True
+        self.configure(settings)
+
+    def configure(self, settings: Settings) -> None:
+        """Adds lanes as needed; surplus ones drain and stay unused."""
+        while len(self._lanes) < max(1, settings.lanes):
+            self._lanes.append(Lane(len(self._lanes), self.device))
+        self._used = max(1, settings.lanes)
+        self._capture = settings.capture
+
+    def slots(self, program: Program) -> int:
+        """As many as a lane's table has room for."""
+        sections = TableLayout.of(program, 1)
+        return max(1, (Lane.words() - 4) // (1 + sections.inputs + sections.outputs) - 1)
+
+    def loads(self) -> Sequence[LaneLoad]:
+        """Bundles under way on each lane in use."""
+        return tuple(LaneLoad(len(lane.flights)) for lane in self._lanes[: self._used])
+
+    def mark(self) -> object:
+        """An event on the caller's current stream."""
+        event = new_event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def launch(self, bundle: Bundle) -> Flight | None:
+        """Enqueues the bundle on its lane."""
+        lane = self._lanes[bundle.lane]
+        flight = CudaFlight(bundle, self._clock())
+        with torch.cuda.device(self.device), torch.cuda.stream(lane.stream), plain_context("cuda"):
+            try:
+                self._enqueue_flight(lane, flight)
+            except BaseException:
+                # What was enqueued before it failed reads inputs and writes outputs that are let go of now.
+                lane.stream.synchronize()
+                raise
+        for request in bundle.requests:
+            request.flight = flight
+        lane.flights.append(flight)
+        return flight
+
+    def _enqueue_flight(self, lane: Lane, flight: CudaFlight) -> None:
+        bundle = flight.bundle
+        for mark in {id(request.mark): request.mark for request in bundle.requests}.values():
+            lane.stream.wait_event(cast(torch.cuda.Event, mark))
+        flight.start.record(lane.stream)
+        if bundle.served.compiled.coalesced:
+            flight.kept = self._coalesced(lane, bundle)
+        else:
+            run_each_alone(bundle)
+            flight.kept = tuple(request.instance.current() for request in bundle.requests)
+        flight.end.record(lane.stream)
+
+    def _coalesced(self, lane: Lane, bundle: Bundle) -> tuple[object, ...]:
+        kept: list[object] = []
+        for _ in range(_ATTEMPTS):
+            rows = bound_rows(bundle, verify=False, before=lambda new: self._settle(lane, new))
+            kept.extend(request.instance.held for request in bundle.requests)
+            with torch.inference_mode():
+                kept.append(self._enqueue(lane, bundle, rows))
+            changed = stale(bundle)
+            if not changed:
+                break
+            for instance in changed:
+                instance.renew = True
+        return tuple(kept)
+
+    def _settle(self, lane: Lane, new: bool) -> None:
+        """Waits until nothing reads what is about to be written.
+
+        That is all of the tables, which a new row may move, or one row, which is in order on the lane itself.
+        """
+        for other in self._lanes:
+            if new or other is not lane:
+                for flight in other.flights:
+                    flight.end.synchronize()
+
+    def _enqueue(self, lane: Lane, bundle: Bundle, rows: list[int]) -> object:
+        served, requests = bundle.served, bundle.requests
+        program, plan = served.program, served.compiled
+        count = len(requests)
+        executable: Executable | None = None
+        if plan.capturable and self._capture:
+            executable = lane.executable(served.key, count, plan.storage.generation)
+            if executable is None or executable.slots != count:
+                self._capturer.want(lane, served, count)
+        layout = TableLayout.of(program, count if executable is None else executable.slots)
+        entry = lane.ring.take()
+        entry.fill(
+            layout,
+            rows,
+            cap_of(bundle.share, self.sms),
+            [[cast(Tensor, r.inputs[i]) for r in requests] for i, spec in enumerate(program.inputs) if spec],
+            [
+                [cast(Tensor, r.outputs[i]) for r in requests]
+                for i, spec in enumerate(program.outputs)
+                if spec
+            ],
+        )
+        lane.ring.table[: layout.words].copy_(entry.host[: layout.words], non_blocking=True)
+        entry.copied = new_event()
+        entry.copied.record(lane.stream)
+        if executable is None:
+            self._steps.run(served, layout, lane.ring.table)
+        else:
+            executable.graph.replay()
+        return executable
+
+    def reap(self) -> Sequence[Flight]:
+        """The flights that ended, with their device seconds."""
+        landed: list[Flight] = []
+        for lane in self._lanes:
+            while lane.flights and self._ended(lane, lane.flights[0]):
+                landed.append(lane.flights.popleft())
+        return landed
+
+    def _ended(self, lane: Lane, flight: CudaFlight) -> bool:
+        now = self._clock()
+        try:
+            if not passed(flight.end):
+                return False
+            flight.seconds = flight.start.elapsed_time(flight.end) * 1e-3
+        except Exception as error:
+            flight.error = failure(flight.bundle.served, error)
+        # It started when it was enqueued or when its predecessor ended; seen later, it still ended then.
+        flight.ended = min(now, max(flight.launched, lane.free_at) + flight.seconds)
+        lane.free_at = flight.ended
+        flight.finished = True
+        flight.kept = ()
+        return True
+
+    def flying(self) -> bool:
+        """Whether a lane has bundles under way."""
+        return any(lane.flights for lane in self._lanes)
+
+    def oldest(self) -> Flight | None:
+        """The flight that was enqueued first of those under way."""
+        return min(
+            (lane.flights[0] for lane in self._lanes if lane.flights),
+            key=lambda flight: flight.launched,
+            default=None,
+        )
+
+    def join(self, requests: Sequence[Request]) -> None:
+        """The caller's current stream waits for the requests' bundles."""
+        stream = torch.cuda.current_stream(self.device)
+        waited: set[int] = set()
+        for request in requests:
+            flight = cast("CudaFlight | None", request.flight)
+            if flight is not None and not flight.finished and id(flight) not in waited:
+                waited.add(id(flight))
+                stream.wait_event(flight.end)
+            if not request.served.coalesced and request.joined != stream:
+                # These were allocated on the lane's stream, which could use their memory again too early.
+                request.joined = stream
+                for output in request.outputs:
+                    if isinstance(output, Tensor) and output.is_cuda:
+                        output.record_stream(stream)
+
+    def forget(self, served: ServedProgram) -> None:
+        """Drops a program's graphs."""
+        for lane in self._lanes:
+            lane.forget(served.key)
+        self._capturer.forget(served)
+
+    def report(self, served: ServedProgram) -> ExecutorReport:
+        """Captured sizes by lane, and what could not be captured."""
+        captured = tuple(
+            tuple(sorted(lane.executables.get(served.key, {}))) for lane in self._lanes[: self._used]
+        )
+        return ExecutorReport(captured, self._capturer.failures(served))

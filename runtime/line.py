@@ -1,0 +1,122 @@
+"""What is pending on one device. Every method is called with the dispatcher's mutex held."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch_mux.runtime.request import Request, RequestState, Waiter
+from torch_mux.runtime.served import ServedProgram
+
+__all__ = ["Line", "go_out"]
+
+
+class Line:
+    """The queues of one device's programs, and the thread that sleeps until they fill.
+
+    Attributes:
+        active: the programs with pending requests.
+    """
+
+    def __init__(self) -> None:
+        self.active: dict[ServedProgram, None] = {}
+        self._next = 0
+        self._kicked = 0
+        self._nap: tuple[Waiter, Mapping[str, int]] | None = None
+
+    def append(self, request: Request) -> None:
+        """Queues a request behind all others."""
+        served = request.served
+        request.seq = self._next
+        self._next += 1
+        served.requests.append(request)
+        self.active[served] = None
+
+    def put_back(self, requests: Sequence[Request]) -> None:
+        """Requests of one program that had been taken out become its oldest again."""
+        served = requests[0].served
+        for request in reversed(requests):
+            request.state = RequestState.QUEUED
+            served.requests.appendleft(request)
+        self.active[served] = None
+        self.kick()
+
+    def take_out(self, requests: Sequence[Request]) -> None:
+        """Removes pending requests."""
+        for request in requests:
+            queue = request.served.requests
+            if queue and queue[0] is request:
+                queue.popleft()
+            else:
+                queue.remove(request)
+            if not queue:
+                self.active.pop(request.served, None)
+
+    def queued(self, unready_only: bool = False) -> list[Request]:
+        """Everything pending, or what waits for its plan."""
+        return [
+            request
+            for served in self.active
+            if not (unready_only and served.ready)
+            for request in served.requests
+        ]
+
+    def runnable(self) -> bool:
+        """Whether a request with a plan is pending."""
+        return any(served.ready for served in self.active)
+
+    def ordered(self) -> list[ServedProgram]:
+        """The programs, that of the oldest request first."""
+        if len(self.active) < 2:
+            return list(self.active)
+        return sorted(self.active, key=lambda served: served.requests[0].seq)
+
+    def kick(self) -> None:
+        """What is pending now goes out even if nobody waits for it."""
+        self._kicked = self._next
+
+    def orphaned(self) -> bool:
+        """Whether a kicked request with a plan is pending."""
+        return any(served.ready and served.requests[0].seq < self._kicked for served in self.active)
+
+    def waiter(self) -> Waiter | None:
+        """A blocked thread whose request can go out, that of the oldest such request."""
+        for served in self.ordered():
+            if served.ready:
+                for request in served.requests:
+                    if request.waiters:
+                        return request.waiters[0]
+        return None
+
+    def lie_down(self, wake: Mapping[str, int]) -> Waiter:
+        """The caller will sleep until a program outside ``wake``, or one in it so often, is pending."""
+        waiter = Waiter()
+        self._nap = (waiter, wake)
+        return waiter
+
+    def get_up(self) -> None:
+        """The sleeper woke."""
+        self._nap = None
+
+    def rouse(self, requests: Sequence[Request] | None = None) -> bool:
+        """Wakes the sleeper if these new requests (None: whatever) concern it; returns whether one sleeps."""
+        if self._nap is None:
+            return False
+        waiter, wake = self._nap
+        if requests is None or any(
+            request.served.ready and len(request.served.requests) >= wake.get(request.served.key, 1)
+            for request in requests
+        ):
+            waiter.signal()
+        return True
+
+
+def go_out(request: Request) -> None:
+    """Marks a request as out and wakes those who wait for it; the mutex is held."""
+    if request.out:
+        return
+    request.out = True
+    for waiter in request.waiters:
+        waiter.left -= 1
+        if waiter.left <= 0:
+            waiter.signal()
+    request.waiters = ()

@@ -1,0 +1,132 @@
+"""The tables of a bundle: rows, addresses and control words, filled on the host, copied at once.
+
+One bundle's table is ``[control][rows][input 0]…[output 0]…`` in 64-bit words. The first word holds two
+int32, the active slots and the cap in multiprocessors; the second the same with every slot active, which the
+gather reads so that padding slots hold valid inputs. Each section starts on 16 bytes: kernels specialise on
+the alignment of their arguments, and must not be compiled again because a bundle is larger.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_mux.lowering.program import Program
+
+__all__ = ["RingEntry", "TableLayout", "TableRing"]
+
+_CONTROL_WORDS = 2
+_address = torch.Tensor.data_ptr
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """Where the sections of a table lie, in words, for so many slots, tensor inputs and tensor outputs."""
+
+    slots: int
+    inputs: int
+    outputs: int
+
+    @classmethod
+    def of(cls, program: Program, slots: int) -> TableLayout:
+        """The layout of bundles of ``slots`` slots of a program."""
+        inputs = sum(spec is not None for spec in program.inputs)
+        return cls(slots, inputs, sum(spec is not None for spec in program.outputs))
+
+    @property
+    def stride(self) -> int:
+        """Words from one section to the next."""
+        return self.slots + self.slots % 2
+
+    @property
+    def words(self) -> int:
+        """Words of the whole table."""
+        return _CONTROL_WORDS + self.stride * (1 + self.inputs + self.outputs)
+
+    def section(self, number: int) -> slice:
+        """The words of section ``number``: 0 is the rows, then the inputs, then the outputs."""
+        start = _CONTROL_WORDS + self.stride * number
+        return slice(start, start + self.slots)
+
+    def control(self, table: Tensor) -> Tensor:
+        """int32 [2]: active slots and cap."""
+        return table[0:1].view(torch.int32)
+
+    def control_of_all(self, table: Tensor) -> Tensor:
+        """int32 [2]: all slots and cap."""
+        return table[1:2].view(torch.int32)
+
+    def rows(self, table: Tensor) -> Tensor:
+        """int64 [slots]."""
+        return table[self.section(0)]
+
+    def input(self, table: Tensor, index: int) -> Tensor:
+        """int64 [slots]: addresses of the tensor input ``index``."""
+        return table[self.section(1 + index)]
+
+    def output(self, table: Tensor, index: int) -> Tensor:
+        """int64 [slots]: addresses of the tensor output ``index``."""
+        return table[self.section(1 + self.inputs + index)]
+
+
+class RingEntry:
+    """One pinned table. It may be filled again once the copy that reads it is over."""
+
+    def __init__(self, words: int, pinned: bool) -> None:
+        self.host = torch.zeros(words, dtype=torch.int64, pin_memory=pinned)
+        self._words = (ctypes.c_int64 * words).from_address(self.host.data_ptr())
+        self._halves = (ctypes.c_int32 * (2 * words)).from_address(self.host.data_ptr())
+        self.copied: torch.cuda.Event | None = None
+
+    def fill(
+        self,
+        layout: TableLayout,
+        rows: Sequence[int],
+        cap: int,
+        inputs: Sequence[Sequence[Tensor]],
+        outputs: Sequence[Sequence[Tensor]],
+    ) -> None:
+        """Writes one bundle's table.
+
+        Args:
+            rows: one a request; slots beyond them are padded with the first request's row and addresses.
+            cap: in multiprocessors.
+            inputs: the tensors of each input, one a request.
+            outputs: the tensors of each output, one a request.
+        """
+        active = len(rows)
+        padding = layout.slots - active
+        self._halves[0:4] = [active, cap, layout.slots, cap]
+        words = self._words
+        words[layout.section(0)] = [*rows, *[rows[0]] * padding]
+        for number, column in enumerate((*inputs, *outputs), 1):
+            addresses: list[Any] = list(map(_address, column))
+            words[layout.section(number)] = addresses + addresses[:1] * padding
+
+    def deactivate(self) -> None:
+        """No slot is active any more: kernels do nothing for this table."""
+        self._halves[0] = 0
+
+
+class TableRing:
+    """The pinned tables of one lane, and the device copy that they take turns to fill."""
+
+    def __init__(self, entries: int, words: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self._entries = [RingEntry(words, pinned) for _ in range(entries)]
+        self._next = 0
+        self.table = torch.zeros(words, dtype=torch.int64, device=device)
+
+    def take(self) -> RingEntry:
+        """The entry that was used longest ago; blocks the host while its copy is not over."""
+        entry = self._entries[self._next]
+        self._next = (self._next + 1) % len(self._entries)
+        if entry.copied is not None:
+            entry.copied.synchronize()
+            entry.copied = None
+        return entry

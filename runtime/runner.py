@@ -1,0 +1,197 @@
+"""Runs bundles and ends requests, for whoever holds the dispatcher's role."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from torch_mux.errors import DispatchFailed, MuxError
+from torch_mux.runtime.accounting import Accounting
+from torch_mux.runtime.bundle import Bundle
+from torch_mux.runtime.executors.base import Executor
+from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.line import Line, go_out
+from torch_mux.runtime.request import Request, RequestState
+from torch_mux.runtime.scheduler.base import Issue, Policy
+from torch_mux.runtime.served import failure
+
+__all__ = ["Runner", "call_back"]
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """From an issued bundle to the ends of its requests.
+
+    Attributes:
+        dead: instances to forget once nothing of them is under way; appended to from anywhere.
+        watched: somebody wants to be told when what is under way ends.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        policy: Policy,
+        clock: Callable[[], float],
+        accounting: Accounting,
+        mutex: threading.Lock,
+        line: Line,
+    ) -> None:
+        self._executor = executor
+        self._policy = policy
+        self._clock = clock
+        self._accounting = accounting
+        self.mutex = mutex
+        self._line = line
+        self._underway: Sequence[Request] = ()
+        self.dead: deque[Instance] = deque()
+        self.watched = False
+
+    def pop(self, issue: Issue, now: float) -> Bundle:
+        """Takes an issue's requests out of the line; the mutex is held."""
+        requests = cast("list[Request]", list(issue.requests))
+        self._line.take_out(requests)
+        for request in requests:
+            request.state = RequestState.RUNNING
+            request.started = now
+        self._underway = requests
+        self._policy.issued(issue, now)
+        return Bundle(requests[0].served, requests, issue.share, issue.lane)
+
+    def run(self, bundle: Bundle) -> None:
+        """Runs or enqueues a bundle; what it raises becomes errors of its requests."""
+        self._launch(bundle)
+        self._underway = ()
+
+    def _launch(self, bundle: Bundle) -> None:
+        started = self._clock()
+        raised: Exception | None = None
+        try:
+            flight = self._executor.launch(bundle)
+        except Exception as error:
+            raised = error
+        if raised is not None:
+            # Not in the handler: what is raised next must not name it as its context.
+            self._isolate(bundle, raised)
+            return
+        bundle.served.sizes[len(bundle.requests)] += 1
+        if flight is None:
+            ended = self._clock()
+            self._settle(bundle, ended, ended - started)
+            return
+        with self.mutex:
+            for request in bundle.requests:
+                go_out(request)
+                self.watched = self.watched or bool(request.callbacks)
+
+    def _settle(self, bundle: Bundle, ended: float, seconds: float) -> None:
+        bundle.seconds = seconds
+        self._policy.completed(bundle.served.key, ended, seconds)
+        self._accounting.ran(bundle.requests, seconds, bundle.served.coalesced)
+        self.end(bundle.requests, ended)
+
+    def _isolate(self, bundle: Bundle, error: Exception) -> None:
+        """A bundle raised: each request runs again alone, so that only the guilty one fails."""
+        self._policy.completed(bundle.served.key, self._clock(), 0.0)
+        if len(bundle.requests) == 1:
+            cause = error if isinstance(error, MuxError) else failure(bundle.served, error)
+            bundle.requests[0].error = cause
+            self.end(bundle.requests, self._clock())
+            return
+        logger.warning(
+            "a bundle of %d requests of %s raised %r; each runs again alone",
+            len(bundle.requests),
+            bundle.served.program.name,
+            error,
+        )
+        for request in bundle.requests:
+            self._launch(Bundle(bundle.served, [request], min(1.0, request.quota.sms), bundle.lane))
+
+    def land(self) -> None:
+        """Ends what the device has finished, and releases the rows of collected models."""
+        if self.dead:
+            self.release_rows()
+        for flight in self._executor.reap():
+            for request in flight.bundle.requests:
+                if flight.error is not None and request.error is None:
+                    request.error = flight.error
+            self._settle(flight.bundle, flight.ended, flight.seconds)
+        if self.watched and not self._executor.flying():
+            self.watched = False
+
+    def release_rows(self) -> None:
+        """Forgets the dead instances of which nothing is under way."""
+        gone: list[Instance] = []
+        with self.mutex:
+            while self.dead:
+                instance = self.dead.popleft()
+                if instance.uses:
+                    # It comes again when its last request ends.
+                    continue
+                if not instance.alive:
+                    instance.served.instances.discard(instance)
+                gone.append(instance)
+        for instance in gone:
+            instance.free()
+
+    def end(self, requests: Sequence[Request], now: float) -> None:
+        """Requests ended: counts, tells those who wait, and calls back. Any thread may call it."""
+        callbacks: list[tuple[Callable[[Request], object], Request]] = []
+        for request in requests:
+            if request.state is not RequestState.CANCELLED:
+                request.state = RequestState.DONE if request.error is None else RequestState.ERROR
+        self._accounting.ended(requests, now)
+        with self.mutex:
+            for request in requests:
+                go_out(request)
+                request.inputs = ()
+                request.mark = request.flight = None
+                if request.callbacks:
+                    callbacks.extend((callback, request) for callback in request.callbacks)
+                    request.callbacks = ()
+                instance = request.instance
+                instance.uses -= 1
+                if not instance.uses and (instance.removed or not instance.alive):
+                    self.dead.append(instance)
+        for callback, request in callbacks:
+            call_back(callback, request)
+
+    def fail(self, requests: Sequence[Request], error: BaseException) -> None:
+        """Ends requests that the runtime could not serve."""
+        for request in requests:
+            if request.error is None:
+                if isinstance(error, MuxError):
+                    request.error = error
+                else:
+                    request.error = DispatchFailed(f"{type(error).__name__}: {error}")
+                    request.error.__cause__ = error
+        self.end(requests, self._clock())
+
+    def rescue(self, error: BaseException) -> None:
+        """Dispatching was interrupted: what was under way goes out later, or fails if it may not."""
+        stranded = self.stranded()
+        if not stranded:
+            return
+        served = stranded[0].served
+        self._policy.completed(served.key, self._clock(), 0.0)
+        if isinstance(error, Exception) or not served.coalesced:
+            self.fail(stranded, error)
+            return
+        with self.mutex:
+            self._line.put_back(stranded)
+
+    def stranded(self) -> list[Request]:
+        """What was taken out of the line last and has not gone out; it is nobody's then."""
+        underway, self._underway = self._underway, ()
+        return [request for request in underway if not request.out]
+
+
+def call_back(callback: Callable[[Request], object], request: Request) -> None:
+    """Calls a done callback; what it raises is logged."""
+    try:
+        callback(request)
+    except Exception:
+        logger.exception("a done callback of a request raised")

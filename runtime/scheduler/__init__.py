@@ -1,0 +1,1 @@
+"""Scheduling policies: which pending requests go out together."""

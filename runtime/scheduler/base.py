@@ -1,0 +1,154 @@
+"""The interface of scheduling policies.
+
+A policy is told what is pending and what the lanes carry, and says what goes out next. It reads no clock,
+takes no lock and touches no device, so the same code runs in the dispatcher and in a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch_mux.settings import Settings
+from torch_mux.types import Quota
+
+__all__ = ["Busy", "Decision", "Issue", "LaneLoad", "Later", "Policy", "Queue", "Ticket", "View", "share_of"]
+
+
+class Ticket(Protocol):
+    """What a policy may know of a request."""
+
+    @property
+    def arrival(self) -> float:
+        """Seconds on the clock when it was submitted."""
+        ...
+
+    @property
+    def client(self) -> int:
+        """Identity of the submitting thread."""
+        ...
+
+    @property
+    def quota(self) -> Quota:
+        """Tenant and limits it runs under."""
+        ...
+
+
+class Queue(Protocol):
+    """What a policy may know of the pending requests of one program; never empty."""
+
+    @property
+    def key(self) -> str:
+        """Identity of the program."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether its plan is compiled; what is not ready cannot go out."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Most slots that one bundle of it may have, 1 where nothing coalesces."""
+        ...
+
+    @property
+    def ordered(self) -> bool:
+        """Whether its bundles must run in order, on the first lane."""
+        ...
+
+    @property
+    def requests(self) -> Sequence[Ticket]:
+        """Its pending requests, oldest first."""
+        ...
+
+
+@dataclass(frozen=True)
+class LaneLoad:
+    """Bundles enqueued on one lane that the device has not finished."""
+
+    bundles: int = 0
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything pending, the queue with the oldest request first, and the load of every lane."""
+
+    queues: Sequence[Queue]
+    lanes: Sequence[LaneLoad]
+
+
+@dataclass(frozen=True)
+class Issue:
+    """These requests of one program go out now.
+
+    Attributes:
+        key: the program.
+        requests: in slot order; all from that program's queue.
+        share: cap of the bundle, a fraction in (0, 1].
+        lane: index of the lane.
+    """
+
+    key: str
+    requests: Sequence[Ticket]
+    share: float
+    lane: int = 0
+
+
+@dataclass(frozen=True)
+class Later:
+    """Nothing goes out before the clock shows ``until``.
+
+    Ask again sooner when the queue of a program in ``wake`` has so many requests, or when a request arrives
+    for a program that is not in it.
+    """
+
+    until: float
+    wake: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Nothing goes out before a lane finishes a bundle.
+
+    With ``wake`` given, ask again sooner as for :class:`Later`; None says that every lane is full.
+    """
+
+    wake: Mapping[str, int] | None = None
+
+
+Decision = Issue | Later | Busy | None
+
+
+class Policy(Protocol):
+    """Decides who goes out together, in which order and under which cap."""
+
+    def form(self, view: View, now: float, settings: Settings) -> Decision:
+        """What to do now; None when nothing that is pending can run. Changes nothing."""
+        ...
+
+    def issued(self, issue: Issue, now: float) -> None:
+        """``issue`` has been taken out of the queues."""
+        ...
+
+    def completed(self, key: str, now: float, seconds: float) -> None:
+        """The device finished the oldest bundle of that program that was under way, after ``seconds``."""
+        ...
+
+    def forget(self, key: str) -> None:
+        """The program was dropped."""
+        ...
+
+
+def share_of(requests: Sequence[Ticket]) -> float:
+    """Cap of a bundle: the sum of its distinct tenants' ``sms``, at most 1.
+
+    A tenant whose requests carry different limits, because its quota was changed meanwhile, counts with the
+    largest.
+    """
+    limits: dict[str, float] = {}
+    for request in requests:
+        quota = request.quota
+        limits[quota.tenant] = max(limits.get(quota.tenant, 0.0), quota.sms)
+    return min(1.0, sum(limits.values()))

@@ -1,0 +1,103 @@
+"""What the runtime keeps of one program."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from torch_mux.errors import DeviceMismatch, ExecutionFailed
+from torch_mux.lowering.program import Program
+from torch_mux.runtime.instance import InstanceTable
+from torch_mux.runtime.request import Request
+
+if TYPE_CHECKING:
+    from torch_mux.lowering.plan import CompiledPlan
+    from torch_mux.lowering.storage import Storage
+    from torch_mux.runtime.dispatch import Dispatcher
+
+__all__ = ["ServedProgram", "failure"]
+
+_RUNTIME = __name__.rpartition(".")[0]
+
+
+class ServedProgram:
+    """A program with its plan, instances and queue.
+
+    Attributes:
+        key: the program's fingerprint.
+        plan: None until it is compiled.
+        error: why it did not compile, or None.
+        ready: requests may go out.
+        coalesced: one run serves many slots.
+        slots: most slots of one bundle as far as the plan and the tables are concerned.
+        ordered: bundles must keep their order, so they stay on the first lane.
+        requests: the queue, oldest first; guarded by the dispatcher's mutex.
+        sizes: bundles that went out, by number of slots.
+        storage_lock: held while tables are written or a plan is captured over them.
+    """
+
+    def __init__(self, program: Program, dispatcher: Dispatcher) -> None:
+        self.program = program
+        self.key = program.fingerprint
+        self.dispatcher = dispatcher
+        self.plan: CompiledPlan | None = None
+        self.error: Exception | None = None
+        self.ready = False
+        self.coalesced = program.fallback is None and not program.mutates
+        self.slots = 1
+        self.ordered = program.mutates
+        self.requests: deque[Request] = deque()
+        self.instances = InstanceTable()
+        self.sizes: Counter[int] = Counter()
+        self.storage_lock = threading.Lock()
+        self.devices = tuple(
+            (index, spec.device) for index, spec in enumerate(program.inputs) if spec is not None
+        )
+
+    def check(self, inputs: Sequence[object]) -> None:
+        """Compares the devices of a request's inputs with the program's.
+
+        Raises:
+            DeviceMismatch: the first input that lies elsewhere.
+        """
+        for index, device in self.devices:
+            got = cast(Tensor, inputs[index]).device
+            if got != device:
+                raise DeviceMismatch(index=index, model=self.program.name, got=str(got), want=str(device))
+
+    def empty_outputs(self) -> list[object]:
+        """Uninitialised outputs, each with its own storage; inference tensors in inference mode."""
+        return [
+            None
+            if spec is None
+            else torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
+            for spec in self.program.outputs
+        ]
+
+    @property
+    def compiled(self) -> CompiledPlan:
+        """The plan of a program that is ready."""
+        assert self.plan is not None
+        return self.plan
+
+    @property
+    def storage(self) -> Storage:
+        """The tables of a program that is ready."""
+        return self.compiled.storage
+
+
+def failure(served: ServedProgram, cause: BaseException) -> ExecutionFailed:
+    """The error for the caller whose run of ``served`` raised ``cause``, which is chained."""
+    traceback = cause.__traceback__
+    # The runtime's own frames hold whole bundles: without them a kept exception keeps nobody's tensors alive.
+    while traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith(_RUNTIME):
+        traceback = traceback.tb_next
+    cause.__traceback__ = traceback
+    error = ExecutionFailed(f"{type(cause).__name__}: {cause}", model=served.program.name)
+    error.__cause__ = cause
+    return error

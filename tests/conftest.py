@@ -1,0 +1,31 @@
+"""Shared fixtures: every test starts with an empty Dynamo and an empty runtime."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests that need a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """No compiled code, no instances and no settings are left over from another test."""
+    yield
+    if "torch_mux.runtime.engine" in sys.modules:
+        import torch_mux
+
+        torch_mux.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

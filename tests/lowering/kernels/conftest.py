@@ -1,0 +1,119 @@
+"""Runs tests marked ``interpreter`` in one subprocess a module under Triton's interpreter.
+
+TRITON_INTERPRET must be set before Triton is imported, and must not be set for the tests that compile.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+RESULTS: dict[Path, dict[str, str]] = {}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "interpreter: runs in a subprocess under Triton's interpreter")
+
+
+def _run(items: Sequence[pytest.Item], directory: Path) -> dict[str, str]:
+    """What failed, by test name; "" for what passed."""
+    report = directory / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *(item.nodeid for item in items)],
+        cwd=items[0].config.rootpath,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if not report.exists():
+        raise RuntimeError(f"pytest under the interpreter did not run:\n{done.stdout}\n{done.stderr}")
+    found = {}
+    for case in ET.parse(report).getroot().iter("testcase"):
+        bad = [child.text or child.get("message", "") for child in case if child.tag != "properties"]
+        found[case.get("name", "")] = "\n".join(bad)
+    return found
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if pyfuncitem.get_closest_marker("interpreter") is None or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    module = pyfuncitem.path
+    if module not in RESULTS:
+        factory = pyfuncitem.session.config._tmp_path_factory  # type: ignore[attr-defined]
+        items = [item for item in pyfuncitem.session.items if item.path == module]
+        RESULTS[module] = _run(items, factory.mktemp("interpreter"))
+    outcome = RESULTS[module].get(pyfuncitem.name, "not among the results of the interpreter's run")
+    if outcome:
+        pytest.fail(outcome, pytrace=False)
+    return True
+
+
+@dataclass
+class Tools:
+    """Builders that tests of every kernel share."""
+
+    device: torch.device
+
+    def guarded(self, tensor: Tensor) -> Tensor:
+        """``tensor`` with NaN on either side of its memory, so that a stray read shows."""
+        pad = 64
+        flat = torch.full((tensor.numel() + 2 * pad,), float("nan"), dtype=tensor.dtype, device=self.device)
+        inner = flat[pad : pad + tensor.numel()].view(tensor.shape)
+        inner.copy_(tensor)
+        return inner
+
+    def table(self, weights: Sequence[Tensor]) -> Tensor:
+        """A pointer table whose column 1 holds the weights' addresses."""
+        return torch.tensor([[0, weight.data_ptr(), 0] for weight in weights], device=self.device)
+
+    def control(self, active: int, cap: int) -> Tensor:
+        return torch.tensor([active, cap], dtype=torch.int32, device=self.device)
+
+    def pack(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+        """One flat buffer with NaN in its gaps, and where each tensor starts."""
+        offsets, end = [], 0
+        for tensor in tensors:
+            offsets.append(end)
+            end += (tensor.numel() + 31) // 16 * 16
+        flat = torch.full((end,), float("nan"), dtype=dtype, device=self.device)
+        for offset, tensor in zip(offsets, tensors, strict=True):
+            flat[offset : offset + tensor.numel()] = tensor.flatten().to(self.device)
+        return flat, offsets
+
+    def unpack(self, flat: Tensor, offsets: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
+        return [flat[at : at + each.numel()].view(each.shape) for at, each in zip(offsets, like, strict=True)]
+
+    def close(self, got: Tensor, want: Tensor, dtype: torch.dtype, tf32: bool = False) -> None:
+        """Asserts that ``got`` is ``want`` (float64) but for one rounding to ``dtype``."""
+        epsilon = 1e-3 if tf32 else {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+        torch.testing.assert_close(got.double(), want.double(), rtol=epsilon, atol=4 * epsilon)
+
+
+@pytest.fixture
+def tools() -> Tools:
+    torch.manual_seed(0)
+    return Tools(torch.device("cpu"))
+
+
+@pytest.fixture
+def gpu_tools() -> Tools:
+    torch.manual_seed(0)
+    return Tools(torch.device("cuda"))
+
+
+@pytest.fixture
+def filled() -> Callable[..., Tensor]:
+    """An output whose every element is 7: what is not written stays so."""
+    return lambda *shape, dtype, device="cpu": torch.full(shape, 7.0, dtype=dtype, device=device)

@@ -1,0 +1,98 @@
+"""Heuristics: the class follows the operation alone, the tile stays within it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torch_mux.lowering.kernels import choose
+from torch_mux.lowering.kernels.data import BitClass, Family, Tile, family_of
+
+HALF = torch.float16
+SIZE = st.integers(1, 5000)
+
+
+@given(m=SIZE, n=SIZE, k=SIZE, slots=st.integers(1, 64), sms=st.sampled_from([1, 8, 66, 132]))
+def test_no_number_of_slots_changes_the_class(m: int, n: int, k: int, slots: int, sms: int) -> None:
+    for dtype in (HALF, torch.bfloat16, torch.float32):
+        for tf32 in (False, True):
+            alone = choose.linear_class([(m, n, k)], dtype, tf32)
+            assert choose.linear_class([(m, n, k)] * slots, dtype, tf32) == alone
+            tile = choose.tile([(m, n, k)] * slots, dtype, alone, sms)
+            choose.check(tile, alone, dtype)
+            assert family_of(tile, dtype, alone.swap, alone.precision) is alone.family
+
+
+@given(
+    m=SIZE, channels=st.integers(1, 600), taps=st.sampled_from([1, 9, 49]), slots=st.integers(1, 64),
+)  # fmt: skip
+def test_convolutions_as_well(m: int, channels: int, taps: int, slots: int) -> None:
+    sizes = [(m, 64, taps * channels)]
+    alone = choose.conv_class(sizes, [channels], taps, HALF, False)
+    assert choose.conv_class(sizes * slots, [channels] * slots, taps, HALF, False) == alone
+    assert alone.gather == (taps > 1 and channels < 64)
+    tile = choose.conv_tile(sizes * slots, [channels] * slots, HALF, alone, 132)
+    choose.check(tile, alone, HALF)
+    assert tile.block_k % 16 == 0
+
+
+def test_classes() -> None:
+    assert choose.linear_class([(16, 64, 64)], HALF).family is Family.MMA
+    assert choose.linear_class([(17, 64, 64)], HALF).family is Family.WGMMA
+    assert choose.linear_class([(17, 64, 64)], torch.float32) == BitClass(Family.FMA)
+    assert choose.linear_class([(17, 64, 64)], torch.float32, True) == BitClass(
+        Family.WGMMA, precision="tf32"
+    )
+    with pytest.raises(ValueError, match="share a bit class"):
+        choose.linear_class([(16, 64, 64), (17, 64, 64)], HALF)
+
+
+def test_family_follows_the_tall_side() -> None:
+    assert family_of(Tile(64, 32, 64, 4, 3, 1), HALF, False, "ieee") is Family.WGMMA
+    assert family_of(Tile(32, 64, 64, 4, 3, 1), HALF, False, "ieee") is Family.MMA
+    assert family_of(Tile(32, 64, 64, 4, 3, 1), HALF, True, "ieee") is Family.WGMMA
+    assert family_of(Tile(64, 64, 64, 2, 3, 1), HALF, False, "ieee") is Family.MMA
+    assert family_of(Tile(64, 64, 16, 4, 3, 1), torch.float32, False, "ieee") is Family.FMA
+
+
+def test_a_tile_outside_the_class_is_refused() -> None:
+    wgmma = BitClass(Family.WGMMA)
+    with pytest.raises(ValueError, match="outside"):
+        choose.check(Tile(32, 64, 64, 4, 3, 1), wgmma, HALF)
+    with pytest.raises(ValueError, match="outside"):
+        choose.check(Tile(64, 64, 24, 4, 3, 1), wgmma, HALF)
+
+
+@pytest.mark.parametrize("family", list(Family))
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+def test_every_candidate_is_of_its_class(family: Family, swap: bool, dtype: torch.dtype) -> None:
+    precision = "tf32" if dtype == torch.float32 and family is not Family.FMA else "ieee"
+    if family is Family.FMA:
+        dtype = torch.float32
+    bit_class = BitClass(family, swap, precision=precision)
+    found = choose.candidates(bit_class, dtype)
+    assert len(found) >= 4
+    for tile in found:
+        choose.check(tile, bit_class, dtype)
+
+
+def test_one_slot_spreads_and_many_slots_use_large_tiles() -> None:
+    wgmma = BitClass(Family.WGMMA)
+    alone = choose.tile([(197, 768, 768)], HALF, wgmma, 132)
+    together = choose.tile([(197, 3072, 768)] * 16, HALF, wgmma, 132)
+    assert choose.tiles_of([(197, 768, 768)], alone) >= 40
+    assert together.block_m * together.block_n > alone.block_m * alone.block_n
+
+
+def test_steps_fit_the_channels_of_a_tap() -> None:
+    sizes, wgmma = [(784, 96, 9 * 96)], BitClass(Family.WGMMA)
+    assert choose.conv_tile(sizes, [96], HALF, wgmma, 132).block_k == 32
+    assert choose.conv_tile([(784, 128, 9 * 128)], [128], HALF, wgmma, 132).block_k == 64
+
+
+def test_tiles_are_counted_per_slot() -> None:
+    tile = Tile(64, 64, 64, 4, 3, 1)
+    assert choose.tiles_of([(64, 64, 8), (65, 64, 8), (1, 129, 8), (0, 64, 8)], tile) == 1 + 2 + 3

@@ -1,0 +1,137 @@
+"""What the kernels compile to for an H100: nothing spills, loads stay asynchronous and wide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from torch_mux.lowering.kernels.common import Launch
+from torch_mux.lowering.kernels.conv import conv_launch, conv_problems
+from torch_mux.lowering.kernels.data import Tile, Vector
+from torch_mux.lowering.kernels.embedding import embedding_launch
+from torch_mux.lowering.kernels.inspection import compile_launch
+from torch_mux.lowering.kernels.linear import linear_launch, linear_problems
+from torch_mux.lowering.kernels.transport import gather_launch, scatter_launch
+
+CPU = torch.device("cpu")
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+TABLE = torch.zeros(16, 4, dtype=torch.int64)
+ROWS = torch.zeros(16, dtype=torch.int64)
+CONTROL = torch.zeros(2, dtype=torch.int32)
+ARENA = torch.zeros(16, 8192)
+BIG = Tile(128, 128, 64, 4, 3, 2)
+
+
+def linear_of(slots: int, m: int, n: int, k: int, dtype: torch.dtype, **named: Any) -> Launch:
+    x, out = torch.empty(slots, m, k, dtype=dtype), torch.empty(slots, m, n, dtype=dtype)
+    named = {"activation": "gelu", "residual": out, "shift": Vector(ARENA, 0), "sms": 132, **named}
+    return linear_launch(x, TABLE, 1, ROWS, CONTROL, out, n=n, k=k, **named)
+
+
+def conv_of(
+    slots: int, c: int, size: int, o: int, kernel: int, stride: int, dtype: torch.dtype, **named: Any
+) -> Launch:
+    out_size = (size - 1) // stride + 1
+    x = torch.empty(slots, 1, size, size, c, dtype=dtype)
+    out = torch.empty(slots, 1, out_size, out_size, o, dtype=dtype)
+    named = {
+        "activation": "relu",
+        "scale": Vector(ARENA, 0),
+        "shift": Vector(ARENA, 4096),
+        "sms": 132,
+        **named,
+    }
+    return conv_launch(
+        x, TABLE, 1, ROWS, CONTROL, out, kernel=(kernel, kernel), stride=(stride, stride),
+        padding=(kernel // 2, kernel // 2), **named,
+    )  # fmt: skip
+
+
+def ragged_linear() -> Launch:
+    flat = torch.empty(1 << 20, dtype=HALF)
+    problems = linear_problems([(197, 768, 768), (100, 512, 64)], [0, 1 << 18], [0, 1 << 18], CPU)
+    return linear_launch(
+        flat, TABLE, 1, ROWS, CONTROL, flat, n=768, k=768, shift=Vector(ARENA, 0), activation="gelu",
+        problems=problems, tile=BIG, sms=132,
+    )  # fmt: skip
+
+
+def ragged_conv() -> Launch:
+    flat = torch.empty(1 << 20, dtype=HALF)
+    geometry: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1)}
+    shapes = [(1, 56, 56, 64, 64), (1, 28, 28, 128, 64)]
+    problems = conv_problems(shapes, [0, 1 << 18], [0, 1 << 18], CPU, **geometry)
+    return conv_launch(
+        flat, TABLE, 1, ROWS, CONTROL, flat, shift=Vector(ARENA, 0), activation="relu", problems=problems,
+        tile=BIG, sms=132, **geometry,
+    )  # fmt: skip
+
+
+WGMMA = {
+    "linear 197x768x768, largest tile": lambda: linear_of(16, 197, 768, 768, HALF, tile=BIG),
+    "linear 197x768x768, chosen": lambda: linear_of(16, 197, 768, 768, HALF),
+    "addmm bf16": lambda: linear_of(16, 197, 768, 768, BRAIN, weight_strides=(1, 768), tile=BIG),
+    "linear tf32": lambda: linear_of(4, 197, 768, 768, FULL, allow_tf32=True),
+    "linear, dependent launch": lambda: linear_of(16, 128, 768, 768, HALF, pdl=True),
+    "linear, ragged": ragged_linear,
+    "conv 3x3 64 @56": lambda: conv_of(16, 64, 56, 64, 3, 1, HALF),
+    "conv 3x3 128 @28, largest tile": lambda: conv_of(16, 128, 28, 128, 3, 1, BRAIN, tile=BIG),
+    "conv 3x3 96 @28": lambda: conv_of(4, 96, 28, 96, 3, 1, HALF),
+    "conv 1x1 strided": lambda: conv_of(16, 256, 56, 512, 1, 2, HALF),
+    "conv 3x3 of 16 channels": lambda: conv_of(16, 16, 32, 32, 3, 1, HALF),
+    "conv, ragged": ragged_conv,
+}
+
+
+@pytest.mark.parametrize("name", list(WGMMA))
+def test_tensor_cores_fed_asynchronously(name: str) -> None:
+    launch = WGMMA[name]()
+    found = compile_launch(launch)
+    assert found.stack == 0
+    assert found.registers <= 255
+    assert found.wgmma > 0
+    assert found.cp_async >= 2 * launch.tile.stages
+    assert found.cp_async_bytes == 16
+    assert found.programs_per_sm >= launch.tile.programs_per_sm
+    assert ("griddepcontrol.wait" in found.ptx) == launch.pdl
+
+
+@pytest.mark.parametrize(("channels", "width"), [(3, 0), (4, 8)])
+def test_stem(channels: int, width: int) -> None:
+    launch = conv_of(16, channels, 224, 64, 7, 2, HALF)
+    found = compile_launch(launch)
+    assert found.stack == 0
+    assert found.wgmma > 0
+    assert found.cp_async_bytes == width
+    assert found.programs_per_sm >= launch.tile.programs_per_sm
+
+
+def test_few_rows_use_the_tensor_cores_of_a_warp() -> None:
+    launch = linear_of(4, 1, 4096, 4096, HALF)
+    found = compile_launch(launch)
+    assert (found.stack, found.wgmma, found.cp_async_bytes) == (0, 0, 16)
+    assert found.mma > 0
+    assert found.programs_per_sm >= launch.tile.programs_per_sm
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+def test_true_fp32_uses_no_tensor_core(convolution: bool) -> None:
+    launch = conv_of(16, 128, 28, 128, 3, 1, FULL) if convolution else linear_of(16, 197, 768, 768, FULL)
+    found = compile_launch(launch)
+    assert (found.stack, found.wgmma, found.mma, found.cp_async_bytes) == (0, 0, 0, 16)
+    assert found.programs_per_sm >= launch.tile.programs_per_sm
+
+
+def test_copies_are_wide() -> None:
+    indices, out = torch.zeros(4, 128, dtype=torch.int64), torch.empty(4, 128, 768, dtype=HALF)
+    found = compile_launch(embedding_launch(indices, TABLE, 1, ROWS, CONTROL, out, 30522, sms=132))
+    assert "ld.global.v4" in found.ptx or "ld.global.v8" in found.ptx
+    batched = torch.empty(4, 3, 224, 224, dtype=HALF)
+    strides = batched.stride()[1:]
+    for launch in (
+        gather_launch(ROWS, batched, CONTROL, strides),
+        scatter_launch(batched, ROWS, CONTROL, strides),
+    ):
+        assert "ld.global.v4" in compile_launch(launch).ptx

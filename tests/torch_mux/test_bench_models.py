@@ -1,0 +1,168 @@
+"""The peer harness: its logic, on small models and without a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_mux.bench import measure, models
+from torch_mux.bench.contenders import CONTENDERS, Eager, Mux, default_contenders
+from torch_mux.bench.workloads import WORKLOADS, Encoded, Tenants, build
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["tiny-cnn", "tiny-encoder"])
+def tenants(request: pytest.FixtureRequest) -> Tenants:
+    return build(WORKLOADS[request.param], 3, CPU, torch.float32)
+
+
+def test_tenants_have_weights_and_requests_of_their_own(tenants: Tenants) -> None:
+    first, second = (list(model.parameters()) for model in tenants.models[:2])
+    assert any(not torch.equal(a, b) for a, b in zip(first, second))
+    texts = {str([x.tolist() for x in args]) for row in tenants.requests for args in row}
+    assert len(texts) == 12
+    again = build(tenants.workload, 3, CPU, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(first, again.models[0].parameters()))
+    assert tenants.weight_bytes() == sum(t.nbytes for t in tenants.models[0].state_dict().values())
+
+
+def test_channels_last_reaches_weights_and_images() -> None:
+    tenants = build(WORKLOADS["tiny-cnn"], 1, CPU, torch.float32, channels_last=True)
+    image = tenants.requests[0][0][0]
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    weight = tenants.models[0].get_parameter("block.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_errors_are_small_for_a_right_contender(tenants: Tenants) -> None:
+    with torch.no_grad():
+        exact = measure.references(tenants)
+        eager = Eager()
+        eager.prepare(tenants, (3,))
+        found = measure.errors(eager, tenants, exact, 3)
+    assert exact[0][0].dtype == torch.float64
+    assert 0 < found["mean"] <= found["worst"] < 1e-5
+    assert found["answers"] == 12
+
+
+class Reusing(Eager):
+    """Wrong: every round writes its answers where the last one's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots: list[Tensor] = []
+
+    def round(self, requests: Sequence[tuple[Tensor, ...]]) -> Sequence[Any]:
+        answers = super().round(requests)
+        if not self.slots:
+            self.slots = [answer.clone() for answer in answers]
+        for slot, answer in zip(self.slots, answers):
+            slot.copy_(answer)
+        return self.slots
+
+
+class Swapped(Eager):
+    """Wrong: tenants get each other's answers."""
+
+    def round(self, requests: Sequence[tuple[Tensor, ...]]) -> Sequence[Any]:
+        return list(reversed(super().round(requests)))
+
+
+@pytest.mark.parametrize("wrong", [Reusing, Swapped])
+def test_errors_show_a_wrong_contender(tenants: Tenants, wrong: type[Eager]) -> None:
+    with torch.no_grad():
+        contender = wrong()
+        contender.prepare(tenants, (3,))
+        found = measure.errors(contender, tenants, measure.references(tenants), 3)
+    assert found["worst"] > 1e-2
+
+
+def test_mux_answers_and_goes_out_coalesced(tenants: Tenants) -> None:
+    with torch.no_grad():
+        exact = measure.references(tenants)
+    with torch.inference_mode():
+        mux = Mux()
+        mux.prepare(tenants, (3, 1))
+        assert measure.errors(mux, tenants, exact, 3)["worst"] < 1e-5
+        assert measure.errors(mux, tenants, exact, 1)["worst"] < 1e-5
+    assert mux.notes()["coalesced share at 3"] == 1.0
+    mux.release()
+
+
+def test_mux_answers_with_the_models_own_output() -> None:
+    tenants = build(WORKLOADS["tiny-encoder"], 2, CPU, torch.float32)
+    with torch.no_grad():
+        exact = measure.references(tenants)
+    with torch.inference_mode():
+        raw = CONTENDERS["mux-raw"]()
+        raw.prepare(tenants, (2,))
+        assert measure.errors(raw, tenants, exact, 2)["worst"] < 1e-5
+        assert all(isinstance(answer, Encoded) for answer in raw.round(tenants.requests[0]))
+    raw.release()
+
+
+def test_the_spread_of_times() -> None:
+    spread = measure.Spread.of([3e-6, 1e-6, 2e-6])
+    assert spread.data() == pytest.approx({"median": 2.0, "low": 1.0, "high": 3.0})
+
+
+def test_the_command_line_writes_a_record_and_prints_the_table_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_MUX_COMMIT", "abc123")
+    path = tmp_path / "records" / "out.json"
+    flags = "--tiny --device cpu --models tiny-cnn --tenants 1,2 --rounds 4 --repetitions 2"
+    models.main([*flags.split(), "--contenders", "eager,mux", "--json", str(path)])
+    record = json.loads(path.read_text())
+    facts = record["environment"]
+    assert facts["commit"] == "abc123"
+    assert facts["torch"] == torch.__version__
+    places = [(entry["contender"], entry["tenants"]) for entry in record["results"]]
+    assert places == [(CONTENDERS[key]().name, count) for key in ("eager", "mux") for count in (1, 2)]
+    for entry in record["results"]:
+        for kind in ("pipelined_us", "synchronised_us"):
+            assert 0 < entry[kind]["low"] <= entry[kind]["median"] <= entry[kind]["high"]
+        assert entry["error"]["worst"] < 1e-5
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert len(printed) == 2 + len(places)
+    assert "abc123" in printed[0]
+    assert printed[1].split()[:3] == ["model", "tenants", "contender"]
+
+
+def test_unknown_names_are_refused_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        models.main(["--device", "cpu", "--models", "resnet51"])
+    assert "unknown model resnet51; choose from resnet50" in capsys.readouterr().err
+
+
+def test_the_peers_of_a_device() -> None:
+    assert default_contenders(torch.device("cuda")) == ["graphs", "forked", "mux"]
+    assert default_contenders(CPU) == ["eager", "inductor", "mux"]
+
+
+@pytest.mark.gpu
+def test_graph_peers_answer_and_count_launches() -> None:
+    device = torch.device("cuda")
+    for name in ("tiny-cnn", "tiny-encoder"):
+        tenants = build(WORKLOADS[name], 4, device, torch.float16)
+        with torch.no_grad():
+            exact = measure.references(tenants)
+        with torch.inference_mode():
+            for key in ("graphs", "forked", "mux"):
+                contender = CONTENDERS[key]()
+                contender.prepare(tenants, (4, 1))
+                assert measure.errors(contender, tenants, exact, 4)["worst"] < 1e-2
+                one, four = (measure.launches(contender, tenants, count) for count in (1, 4))
+                assert one is not None
+                assert four is not None
+                if key == "mux":
+                    assert four["kernels"] <= one["kernels"] + 4
+                else:
+                    assert four["kernels"] >= 3 * one["kernels"]

@@ -1,0 +1,137 @@
+"""First calls from many threads at once: right answers, one compile, one cache entry."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from torch_mux import compat
+
+THREADS = 16
+
+
+class CountingBackend:
+    """Runs graphs as they are and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        self.graphs += 1
+        return gm.forward
+
+
+@pytest.fixture
+def backend() -> Iterator[CountingBackend]:
+    counting = CountingBackend()
+    compat.install_first_call_guard(counting)
+    yield counting
+    compat._guarded.remove(counting)
+
+
+def fresh_class(name: str = "Net") -> type[nn.Module]:
+    """A new class whose forward has a code object of its own."""
+    scope: dict[str, object] = {"nn": nn}
+    source = (
+        f"class {name}(nn.Module):\n"
+        "    def __init__(self, width):\n"
+        "        super().__init__()\n"
+        "        self.first = nn.Linear(8, width)\n"
+        "        self.second = nn.Linear(width, 4)\n"
+        "    def forward(self, x):\n"
+        "        return self.second(self.first(x).relu())\n"
+    )
+    exec(source, scope)
+    made = scope[name]
+    assert isinstance(made, type)
+    return made
+
+
+def call_at_once(models: list[nn.Module], backend: CountingBackend) -> None:
+    """Every model's first call, ``THREADS`` at a time, each answer checked."""
+    gate = threading.Barrier(THREADS)
+    inputs = [torch.randn(3, 8) for _ in models]
+    compiled = [torch.compile(model, backend=backend) for model in models]
+
+    def client(worker: int) -> None:
+        gate.wait()
+        with torch.no_grad():
+            for index in range(worker, len(models), THREADS):
+                torch.testing.assert_close(compiled[index](inputs[index]), models[index](inputs[index]))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for done in [pool.submit(client, worker) for worker in range(THREADS)]:
+            done.result()
+
+
+@pytest.mark.parametrize("repetition", range(5))
+def test_one_architecture_compiles_once(backend: CountingBackend, repetition: int) -> None:
+    net = fresh_class()
+    call_at_once([net(16).eval() for _ in range(40)], backend)
+    assert backend.graphs == 1
+    assert len(compat.cache_entries(net.forward.__code__)) == 1
+
+
+def test_different_architectures_at_once(backend: CountingBackend) -> None:
+    classes = [fresh_class(f"Net{index}") for index in range(4)]
+    call_at_once([classes[index % 4](16).eval() for index in range(32)], backend)
+    assert backend.graphs == 4
+    assert [len(compat.cache_entries(net.forward.__code__)) for net in classes] == [1, 1, 1, 1]
+
+
+def test_widths_of_one_class_at_once(backend: CountingBackend) -> None:
+    net = fresh_class()
+    call_at_once([net(8 + index % 4).eval() for index in range(32)], backend)
+    assert backend.graphs == 4
+    assert len(compat.cache_entries(net.forward.__code__)) == 4
+
+
+def test_duplicates_do_not_count_towards_the_recompile_limit(backend: CountingBackend) -> None:
+    net = fresh_class()
+    call_at_once([net(16).eval() for _ in range(40)], backend)
+    with torch._dynamo.config.patch(recompile_limit=4), torch.no_grad():
+        for width in (17, 18, 19):
+            torch.compile(net(width).eval(), backend=backend)(torch.randn(3, 8))
+    assert backend.graphs == 4
+
+
+def test_an_exception_in_the_backend_reaches_the_caller_and_frees_the_lock() -> None:
+    def broken(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        raise ValueError("no such graph")
+
+    compat.install_first_call_guard(broken)
+    model = torch.compile(fresh_class()(16).eval(), backend=broken)
+    with ThreadPoolExecutor(4) as pool:
+        errors = [pool.submit(model, torch.randn(3, 8)).exception(timeout=60) for _ in range(4)]
+    assert all("no such graph" in str(error) for error in errors)
+    compat._guarded.remove(broken)
+
+
+def test_other_backends_are_left_alone(backend: CountingBackend) -> None:
+    other = CountingBackend()
+    model = fresh_class()(16).eval()
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(x)
+        torch.testing.assert_close(torch.compile(model, backend=other)(x), model(x))
+    assert (backend.graphs, other.graphs) == (1, 1)
+
+
+def test_recompile_limits_hold_in_other_threads(backend: CountingBackend) -> None:
+    compat.raise_recompile_limits()
+    net = fresh_class()
+
+    def client() -> int:
+        with torch.no_grad():
+            for width in range(1, 65):
+                torch.compile(net(width).eval(), backend=backend)(torch.randn(3, 8))
+        return torch._dynamo.config.recompile_limit
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(client).result() >= 64
+    assert backend.graphs == 64

@@ -1,0 +1,96 @@
+"""Many models, one GPU: ``torch.compile(model, backend="mux")``.
+
+``import torch_mux`` loads nothing but this file; every public name is imported on first use (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch_mux.api import (
+        adopt,
+        close,
+        configure,
+        explain,
+        gather,
+        refresh,
+        remove,
+        reset,
+        stats,
+        submit,
+        warmup,
+    )
+    from torch_mux.errors import (
+        CancelledRequest,
+        ClosedError,
+        DeviceMismatch,
+        ExecutionFailed,
+        InvalidQuota,
+        InvalidRequest,
+        InvalidSetting,
+        ModelRemoved,
+        MuxError,
+        NotCompiled,
+        RefreshNeeded,
+        TooManyInstances,
+        UnknownOption,
+        UnparsableQuantity,
+    )
+    from torch_mux.quotas import current_quota, quota
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CancelledRequest",
+    "ClosedError",
+    "DeviceMismatch",
+    "ExecutionFailed",
+    "InvalidQuota",
+    "InvalidRequest",
+    "InvalidSetting",
+    "ModelRemoved",
+    "MuxError",
+    "NotCompiled",
+    "RefreshNeeded",
+    "TooManyInstances",
+    "UnknownOption",
+    "UnparsableQuantity",
+    "__version__",
+    "adopt",
+    "close",
+    "configure",
+    "current_quota",
+    "explain",
+    "gather",
+    "quota",
+    "refresh",
+    "remove",
+    "reset",
+    "stats",
+    "submit",
+    "warmup",
+]
+
+_API = frozenset("adopt close configure explain gather refresh remove reset stats submit warmup".split())
+
+
+def _home(name: str) -> str:
+    if name in _API:
+        return "torch_mux.api"
+    if name in ("quota", "current_quota"):
+        return "torch_mux.quotas"
+    return "torch_mux.errors"
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_home(name)), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

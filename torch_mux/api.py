@@ -1,0 +1,311 @@
+"""The public functions: ``gather``, ``submit``, ``warmup``, ``configure``, ``adopt`` and the rest."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_mux import carry, compat, state
+from torch_mux.calls import Prepared, prepare, require_mux
+from torch_mux.errors import InvalidRequest, InvalidSetting, MuxError, NotCompiled
+from torch_mux.futures import Future
+from torch_mux.learned import name_of
+from torch_mux.quotas import current_quota, parse_duration
+from torch_mux.report import Explanation, Stats, explanation, statistics
+from torch_mux.routes import ATTRIBUTE
+from torch_mux.settings import Settings
+
+__all__ = [
+    "Warmup",
+    "adopt",
+    "close",
+    "configure",
+    "explain",
+    "gather",
+    "refresh",
+    "remove",
+    "reset",
+    "stats",
+    "submit",
+    "warmup",
+]
+
+log = logging.getLogger(__name__)
+
+_DURATIONS = ("max_wait", "linger")
+_COUNTS = ("max_bundle", "lanes", "in_flight")
+_SWITCHES = ("enabled", "capture")
+
+
+def gather(*requests: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Runs one round of requests together and returns their results in order.
+
+    Args:
+        requests: ``(model, *args)`` each; every model compiled with ``backend="mux"``. One model may come several times.
+
+    Raises:
+        NotCompiled: a model that was not compiled with mux.
+        InvalidRequest: an item that is not a tuple.
+        DeviceMismatch: inputs and weights on different devices.
+        Exception: the first failed request's own error, after all others have been completed.
+    """
+    for index, item in enumerate(requests):
+        if not isinstance(item, tuple) or not item:
+            raise InvalidRequest(index=index, got=f"a {type(item).__name__}" if item != () else "empty")
+    round_ = _Round([prepare(item[0], item[1:], {}) for item in requests])
+    return round_.run()
+
+
+class _Round:
+    """One ``gather``: what is learned now, what goes straight to the engine, what stays on the guarded path."""
+
+    def __init__(self, calls: Sequence[Prepared]) -> None:
+        self.calls = calls
+        self.answers: dict[int, Any] = {}
+        self.errors: dict[int, Exception] = {}
+
+    def run(self) -> tuple[Any, ...]:
+        """Every answer in order, or the first error once all have ended."""
+        for index, call in enumerate(self.calls):
+            call.look_again()
+            if call.learnable:
+                self._keep(index, call.call)
+        open_ = [index for index in range(len(self.calls)) if index not in self.answers and index not in self.errors]
+        requests = self._submit([index for index in open_ if self.calls[index].route is not None])
+        self._guarded([index for index in open_ if self.calls[index].route is None])
+        if requests:
+            state.engine().wait(list(requests.values()))
+        for index, request in requests.items():
+            self._keep(index, lambda: self.calls[index].finish(request))
+        if self.errors:
+            raise self.errors[min(self.errors)]
+        return tuple(self.answers[index] for index in range(len(self.calls)))
+
+    def _keep(self, index: int, function: Callable[[], Any]) -> None:
+        try:
+            self.answers[index] = function()
+        except Exception as error:
+            self.errors[index] = error
+
+    def _submit(self, indices: Sequence[int]) -> dict[int, Any]:
+        quota, calls = current_quota(), [self.calls[index] for index in indices]
+        try:
+            together = state.engine().submit_all([call.request(quota) for call in calls]) if calls else []
+            return dict(zip(indices, together))
+        except MuxError:
+            log.debug("one request of a round was refused; each is submitted on its own")
+        requests = {}
+        for index, call in zip(indices, calls):
+            try:
+                requests[index] = call.submit(quota)
+            except Exception as error:
+                self.errors[index] = error
+        return requests
+
+    def _guarded(self, indices: Sequence[int]) -> None:
+        """Guarded calls, each on a thread, so that they are pending together; the last one on this thread."""
+        if not indices:
+            return
+        if compat.active_modes():  # torch function and dispatch modes belong to this thread alone
+            for index in indices:
+                self._keep(index, self.calls[index].call)
+            return
+        futures = {index: carry.run(self.calls[index].call) for index in indices[:-1]}
+        self._keep(indices[-1], self.calls[indices[-1]].call)
+        for index, future in futures.items():
+            self._keep(index, future.result)
+
+
+def submit(model: Any, *args: Any, **kwargs: Any) -> Future:
+    """Sends one request off and returns at once.
+
+    The quota, grad, inference and autocast mode and the CUDA stream are the caller's.
+
+    Raises:
+        NotCompiled: ``model`` was not compiled with mux. All other errors come out of the future.
+    """
+    call = prepare(model, args, kwargs)
+    quota = current_quota()
+    if call.route is not None and call.route.holds():
+        request = call.submit(quota)
+        state.engine().kick()
+        return Future(request, quota.tenant, call.settle)
+    call.route = None
+    return Future(carry.run(call.call), quota.tenant, lambda source: source.result())
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What ``warmup`` did.
+
+    Attributes:
+        model: name of the model.
+        sizes: bundle sizes that ran.
+        seconds: how long it took.
+        learned: whether ``gather`` and ``submit`` skip Dynamo for this signature from now on.
+    """
+
+    model: str
+    sizes: tuple[int, ...]
+    seconds: float
+    learned: bool
+
+    def __str__(self) -> str:
+        path = "learned path" if self.learned else "guarded path"
+        return f"{self.model} is ready for bundles of {', '.join(map(str, self.sizes))} ({self.seconds:.1f} s, {path})"
+
+
+def warmup(model: Any, *inputs: Any, sizes: Sequence[int] = (1,)) -> Warmup:
+    """Compiles, tunes and captures now what requests like this one will need.
+
+    Args:
+        model: compiled with ``backend="mux"``.
+        inputs: as the requests will bring them: shapes, strides, dtypes and devices count, values do not.
+        sizes: bundle sizes to make ready, each at least 1. Grad and inference mode are the caller's.
+
+    Raises:
+        NotCompiled, InvalidSetting: see the messages.
+    """
+    wrong = next((size for size in sizes if not isinstance(size, int) or size < 1), None)
+    if wrong is not None:
+        raise InvalidSetting(name="sizes", value=wrong, detail="bundle sizes are whole numbers from 1")
+    start = time.perf_counter()
+    gather((model, *inputs))
+    engine = state.engine()
+    for size in sizes:
+        gather(*[(model, *inputs)] * size)
+        engine.quiesce()
+        gather(*[(model, *inputs)] * size)
+    done = Warmup(name_of(model), tuple(sizes), time.perf_counter() - start, prepare(model, inputs, {}).route is not None)
+    log.info("%s", done)
+    return done
+
+
+def configure(**settings: Any) -> Settings:
+    """Changes settings of this process while it runs; durations as ``"200us"`` or seconds.
+
+    Args:
+        settings: fields of ``torch_mux.settings.Settings``, for example ``max_wait="200us", max_bundle=16``.
+
+    Returns:
+        The settings now in force.
+
+    Raises:
+        UnknownOption: no such setting.
+        UnparsableQuantity: a duration that cannot be read.
+        InvalidSetting: a value outside its range.
+    """
+    return state.configure({name: _setting(name, value) for name, value in settings.items()})
+
+
+def _setting(name: str, value: Any) -> Any:
+    if name in _DURATIONS:
+        return parse_duration(value)
+    if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise InvalidSetting(name=name, value=value, detail="a whole number from 1")
+    if name in _SWITCHES and not isinstance(value, bool):
+        raise InvalidSetting(name=name, value=value, detail="True or False")
+    return value
+
+
+def adopt(model: Any) -> int:
+    """Re-strides a model's convolution weights in place to channels-last, the layout of the kernels.
+
+    Values are unchanged and no second copy stays, so that a further instance costs its weights and nothing more.
+
+    Args:
+        model: a module, compiled or not.
+
+    Returns:
+        How many weights were re-strided.
+
+    Raises:
+        NotCompiled: not a module.
+    """
+    module = compat.original_module(model)
+    if module is None:
+        raise NotCompiled(model=name_of(model))
+    count = 0
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            if not layer.weight.is_contiguous(memory_format=torch.channels_last):
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+                count += 1
+    if count:
+        _forget(model)
+    return count
+
+
+def refresh(model: Any) -> None:
+    """Has everything that was derived from ``model`` made again: prepared weights and learned calls; undoes ``remove``.
+
+    Needed after writes that no version counter sees (``.data``, NumPy, DLPack) and after changing attributes of
+    ``torch.nn`` modules inside a model that ``gather`` or ``submit`` have learned.
+
+    Raises:
+        NotCompiled: ``model`` was not compiled with mux.
+    """
+    require_mux(model)
+    _forget(model)
+
+
+def _forget(model: Any) -> None:
+    table = vars(model).get(ATTRIBUTE)
+    if table is not None:
+        table.clear()
+    engine = state.peek()
+    if engine is not None:
+        tensors = _tensors(model)
+        engine.restore(tensors)
+        engine.refresh(tensors)
+
+
+def remove(model: Any) -> None:
+    """Frees what torch-mux holds for ``model``; further requests of it raise ``ModelRemoved``.
+
+    Raises:
+        NotCompiled: ``model`` was not compiled with mux.
+    """
+    require_mux(model)
+    tensors = _tensors(model)
+    _forget(model)
+    engine = state.peek()
+    if engine is not None:
+        engine.remove(tensors)
+
+
+def _tensors(model: Any) -> list[Tensor]:
+    """Parameters and buffers of a compiled model; of a function, those of the modules it was seen to use."""
+    module = compat.original_module(model)
+    if module is not None:
+        return [*module.parameters(), *module.buffers()]
+    table = vars(model).get(ATTRIBUTE)
+    routes = [route for group in table.routes.values() for route in group] if table is not None else []
+    found = {id(value): value for route in routes for value in route.structure.values if isinstance(value, Tensor)}
+    return list(found.values())
+
+
+def reset() -> None:
+    """Forgets programs, weights, learned calls, counters and settings; opens again after ``close()``."""
+    state.reset()
+
+
+def close() -> None:
+    """Finishes what is queued and stops every thread; further requests raise ``ClosedError`` until ``reset()``."""
+    state.close()
+
+
+def stats() -> Stats:
+    """What each tenant got so far: outcomes, latencies, device time, coalesced share."""
+    return statistics()
+
+
+def explain() -> Explanation:
+    """What coalesced, what did not and why, program by program."""
+    return explanation()

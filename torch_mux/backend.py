@@ -1,0 +1,165 @@
+"""``torch.compile(model, backend="mux")``: the Dynamo backend and the callable that it leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from torch_mux import compat, recording, state
+from torch_mux.errors import UnknownOption
+from torch_mux.quotas import current_quota
+from torch_mux.types import FallbackKind, FallbackReason
+
+if TYPE_CHECKING:
+    from torch_mux.lowering.program import Program
+    from torch_mux.runtime.engine import Engine
+
+__all__ = ["Entry", "mux"]
+
+log = logging.getLogger(__name__)
+
+
+class Entry:
+    """A compiled graph as Dynamo's code calls it: finds the instance by its parameters and asks the engine.
+
+    Attributes:
+        guards: Dynamo's guards of the frame, for the learned path.
+        graph_break: whether the graph ends where the frame does not.
+    """
+
+    _boxed_call = True
+
+    def __init__(self, program: Program, guards: tuple[Any, ...], graph_break: bool) -> None:
+        self._captured = program
+        self._engine: Engine | None = None
+        self._program = program
+        self.guards = guards
+        self.graph_break = graph_break
+
+    @property
+    def engine(self) -> Engine:
+        """The process's engine; a new one after ``torch_mux.reset()``."""
+        engine = state.engine()
+        if engine is not self._engine:
+            self._program = engine.register(self._captured)
+            self._engine = engine
+        return engine
+
+    @property
+    def program(self) -> Program:
+        """The canonical program of the graph in the current engine."""
+        _ = self.engine
+        return self._program
+
+    def __call__(self, args: list[object]) -> list[object]:
+        """Runs one request and returns the graph's outputs; ``args`` is emptied."""
+        engine = self.engine
+        program = self._program
+        inputs, parameters = program.split(args)
+        instance = engine.instance(program, parameters)
+        request = engine.submit(instance, inputs, current_quota())
+        engine.wait([request])
+        outputs = request.result()
+        recorder = recording.current()
+        if recorder is not None:
+            recorder.append(recording.Call(self, tuple(args), instance, tuple(outputs)))
+        args.clear()
+        return list(outputs)
+
+
+def mux(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """The backend behind the name "mux"; Dynamo calls it once an architecture and input signature.
+
+    Inference graphs become programs. Training graphs, and everything while ``configure(enabled=False)``, go to Inductor
+    whole.
+
+    Raises:
+        UnknownOption: ``options`` or ``mode`` were given; mux is set up with ``torch_mux.configure``.
+    """
+    _check(options, mode)
+    owner = compat.frame_owner()
+    name = type(owner).__name__ if isinstance(owner, torch.nn.Module) else compat.frame_name()
+    if not state.settings().enabled:
+        return compat.compile_whole(gm, example_inputs)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+        _report_training(name, owner)
+        return compat.compile_whole(gm, example_inputs)
+    guards, graph_break = compat.frame_guards(), compat.has_graph_break(gm)
+    if compat.is_symbolic(example_inputs):
+        return _unboxed(Entry(_dynamic_program(gm, example_inputs, name), guards, graph_break))
+    return _capture(gm, example_inputs, name, guards, graph_break)
+
+
+def _check(options: dict[str, Any] | None, mode: str | None) -> None:
+    for name in options or ():
+        error = UnknownOption(where="backend option", name=name, valid="none; use torch_mux.configure(...)")
+        raise compat.unwrapped_by_dynamo(error)
+    if mode not in (None, "default"):
+        raise compat.unwrapped_by_dynamo(UnknownOption(where="mode", name=mode, valid="'default'"))
+
+
+def _report_training(name: str, owner: object) -> None:
+    state.note(FallbackReason(FallbackKind.TRAINING, name))
+    if isinstance(owner, torch.nn.Module) and not owner.training:
+        warnings.warn(
+            f"{name} is in eval mode but grad is enabled and a parameter requires grad, so it runs in Inductor alone, "
+            "outside torch_mux: call it under torch.inference_mode() or torch.no_grad()",
+            stacklevel=2,
+        )
+
+
+def _capture(
+    gm: GraphModule, example_inputs: Sequence[Any], name: str, guards: tuple[Any, ...], graph_break: bool
+) -> Callable[..., Any]:
+    from torch_mux.lowering.capture import capture
+
+    def compiler(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        entry = Entry(capture(graph, compat.static_input_positions(), name), guards, graph_break)
+        log.info("captured %s as program %s", name, entry.program.fingerprint[:12])
+        return entry
+
+    return compat.aot_inference(gm, example_inputs, compiler)
+
+
+def _dynamic_program(gm: GraphModule, example_inputs: Sequence[Any], name: str) -> Program:
+    """A program for a graph with symbolic sizes: Inductor's code for the whole, under the runtime's quota."""
+    from torch_mux.lowering.program import Program
+    from torch_mux.types import TensorSpec
+
+    static = compat.static_placeholders(gm)
+    compiled = compat.compile_whole(gm, example_inputs)
+    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
+    count = len(example_inputs)
+    return Program(
+        fingerprint=f"dynamic-{id(compiled):x}",
+        name=name,
+        device=next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu")),
+        inputs=(None,) * (count - len(static)),
+        parameters=tuple(TensorSpec.of(example_inputs[i]) for i in static),
+        outputs=(),
+        input_positions=tuple(i for i in range(count) if i not in static),
+        parameter_positions=static,
+        mutates=True,
+        fallback=FallbackReason(FallbackKind.DYNAMIC_SHAPE, name, "a size changed between calls"),
+        graph=gm,
+        artifact=lambda args: compiled(*args),
+    )
+
+
+def _unboxed(entry: Entry) -> Callable[..., Any]:
+    def run(*args: object) -> list[object]:
+        return entry(list(args))
+
+    return run
+
+
+compat.raise_recompile_limits()
+compat.install_first_call_guard(mux)

@@ -1,0 +1,1 @@
+"""Benchmarks against the peers, as a library behind ``torch-mux bench``."""

@@ -1,0 +1,348 @@
+"""Times every tile of every super-kernel layer shape: ``python -m torch_mux.bench.kernels --json PATH``.
+
+For the layers of ResNet-50, BERT-base (128 tokens), ViT-B/16 (197 tokens) and one 1 by 4096 by 4096 layer, at
+several slot counts: checks each candidate against float64 and bitwise within its class and across slot
+counts, times it in a CUDA graph of launches whose weights come from memory, and compares the best with what
+:mod:`torch_mux.lowering.kernels.choose` picks and with the vendor's kernels one by one in a graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from torch_mux.bench.layers import LAYERS, Layer
+from torch_mux.lowering.kernels import choose, reference
+from torch_mux.lowering.kernels.common import Launch, multiprocessors
+from torch_mux.lowering.kernels.conv import conv_launch, out_size
+from torch_mux.lowering.kernels.data import BitClass, Family, Tile, Vector
+from torch_mux.lowering.kernels.linear import linear_launch
+
+__all__ = ["main"]
+
+HALF = torch.float16
+COLD_BYTES = 160 << 20  # more than the second level cache holds
+MAX_SETS = 48
+CHECKED = 4  # slots compared with float64
+
+
+EXTRA = {
+    Family.WGMMA: (
+        Tile(128, 128, 64, 4, 3, 4),
+        Tile(128, 128, 64, 8, 3, 2),
+        Tile(128, 64, 64, 4, 4, 2),
+        Tile(64, 128, 64, 4, 4, 2),
+        Tile(64, 64, 64, 4, 3, 4),
+        Tile(64, 64, 128, 4, 3, 2),
+    ),
+    Family.MMA: (Tile(16, 16, 128, 2, 4, 8), Tile(16, 32, 128, 4, 4, 4), Tile(16, 64, 256, 4, 3, 1)),
+}
+
+
+def classes(layer: Layer) -> list[BitClass]:
+    """The layer's own bit class first, then what else would be worth having for so few rows."""
+    own = _own_class(layer)
+    found = [own]
+    if layer.m <= 64:
+        for family, swap in ((Family.MMA, False), (Family.WGMMA, False), (Family.WGMMA, True)):
+            other = replace(own, family=family, swap=swap)
+            if other not in found:
+                found.append(other)
+    return found
+
+
+def _own_class(layer: Layer) -> BitClass:
+    if layer.conv is None or _pointwise(layer):
+        return choose.linear_class([(layer.m, layer.n, layer.k)], HALF)
+    c, _, kernel, _, _ = layer.conv
+    return choose.conv_class([(layer.m, layer.n, layer.k)], [c], kernel**2, HALF, False)
+
+
+def _pointwise(layer: Layer) -> bool:
+    return layer.conv is not None and layer.conv[2:] == (1, 1, 0)
+
+
+def chosen_tile(layer: Layer, slots: int, sms: int) -> Tile:
+    """What the chooser takes for ``slots`` slots."""
+    sizes = [(layer.m, layer.n, layer.k)] * slots
+    if layer.conv is None or _pointwise(layer):
+        return choose.tile(sizes, HALF, _own_class(layer), sms)
+    return choose.conv_tile(sizes, [layer.conv[0]] * slots, HALF, _own_class(layer), sms)
+
+
+def candidates(layer: Layer, bit_class: BitClass, chosen: Sequence[Tile]) -> list[Tile]:
+    """Tiles of a class to time: those of the chooser, a few more, and the chosen ones in the own class."""
+    narrow = bit_class.gather and layer.conv is not None and layer.conv[0] % 4 != 0
+    found = list(choose.candidates(bit_class, HALF, narrow))
+    if not bit_class.gather:
+        extra = EXTRA[bit_class.family]
+        if bit_class.swap:
+            extra = tuple(replace(each, block_m=each.block_n, block_n=each.block_m) for each in extra)
+        found += [each for each in extra if each not in found]
+    limit = 64 if layer.m <= 64 else 128
+    side = [each for each in found if each.block_m <= max(limit, 16) and each.block_n <= max(2 * layer.n, 64)]
+    return list(dict.fromkeys([*side, *(chosen if bit_class == _own_class(layer) else ())]))
+
+
+class Data:
+    """Inputs, weights and outputs of one layer: sets of slots to rotate through."""
+
+    def __init__(self, layer: Layer, slots: int, sets: int, device: str = "cuda") -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.layer, self.slots, self.sets = layer, slots, sets
+        if layer.conv is None:
+            shape: tuple[int, ...] = (slots, layer.m, layer.k)
+            out: tuple[int, ...] = (slots, layer.m, layer.n)
+        else:
+            c, size, kernel, stride, padding = layer.conv
+            side = out_size(size, kernel, stride, padding, 1)
+            shape, out = (slots, 1, size, size, c), (slots, 1, side, side, layer.n)
+        whole = (16, *shape[1:])
+        self.x = torch.randn(whole, generator=generator, device=device).to(HALF)[:slots].contiguous()
+        bank = torch.randn((16, layer.n, layer.k), generator=generator, device=device)
+        first = (bank / layer.k**0.5).to(HALF)[:slots]
+        self.weights = torch.empty((sets * slots, layer.n, layer.k), dtype=HALF, device=device)
+        self.weights.view(sets, slots, layer.n, layer.k)[:] = first
+        self.arena = torch.randn((16, layer.n), generator=generator, device=device)[:slots].repeat(sets, 1)
+        whole_out = torch.randn((16, *out[1:]), generator=generator, device=device).to(HALF)
+        self.residual = whole_out[:slots].contiguous() if layer.residual else None
+        self.xs = [self.x, *(self.x.clone() for _ in range(min(sets, 3) - 1))]
+        self.outs = [torch.empty(out, dtype=HALF, device=device) for _ in self.xs]
+        base = self.weights.data_ptr()
+        step = layer.n * layer.k * 2
+        self.table = torch.tensor([[base + step * row] for row in range(sets * slots)], device=device)
+        self.rows = [torch.arange(slots, device=device) + slots * index for index in range(sets)]
+        self.bias = self.arena[:slots].to(HALF)
+        self.control = torch.tensor([slots, 1 << 20], dtype=torch.int32, device=device)
+
+    def launch(self, index: int, bit_class: BitClass | None = None, tile: Tile | None = None) -> Launch:
+        """The launch of one set."""
+        layer, turn = self.layer, index % len(self.xs)
+        x, out, rows = self.xs[turn], self.outs[turn], self.rows[index]
+        named: dict[str, Any] = {
+            "shift": Vector(self.arena, 0),
+            "residual": self.residual,
+            "activation": layer.activation,
+            "bit_class": bit_class,
+            "tile": tile,
+        }
+        if layer.conv is None:
+            return linear_launch(x, self.table, 0, rows, self.control, out, n=layer.n, k=layer.k, **named)
+        _, _, kernel, stride, padding = layer.conv
+        return conv_launch(
+            x, self.table, 0, rows, self.control, out, kernel=(kernel, kernel), stride=(stride, stride),
+            padding=(padding, padding), **named,
+        )  # fmt: skip
+
+    def vendor(self, index: int) -> None:
+        """The same set through cuBLAS or cuDNN, one slot after another; bias, but neither activation nor
+        residual."""
+        layer, turn = self.layer, index % len(self.xs)
+        for slot in range(self.slots):
+            weight = self.weights[index * self.slots + slot]
+            bias = self.bias[slot]
+            if layer.conv is None:
+                F.linear(self.xs[turn][slot], weight, bias)
+            else:
+                c, _, kernel, stride, padding = layer.conv
+                image = self.xs[turn][slot].permute(0, 3, 1, 2)
+                F.conv2d(image, weight.view(-1, kernel, kernel, c).permute(0, 3, 1, 2), bias, stride, padding)
+
+    def exact(self, slots: int) -> Tensor:
+        """float64 results of the first slots."""
+        layer, arena = self.layer, list(self.arena[:slots])
+        residuals = None if self.residual is None else list(self.residual[:slots])
+        named: dict[str, Any] = {"shifts": arena, "residuals": residuals, "activation": layer.activation}
+        weights = list(self.weights[:slots])
+        if layer.conv is None:
+            return torch.stack(reference.linear(list(self.x[:slots]), weights, **named))
+        c, _, kernel, stride, padding = layer.conv
+        weights = [weight.view(-1, kernel, kernel, c) for weight in weights]
+        named |= {"stride": (stride, stride), "padding": (padding, padding)}
+        return torch.stack(reference.conv(list(self.x[:slots]), weights, **named))
+
+
+def timed(body: Callable[[int], None], sets: int, repetitions: int = 7) -> float:
+    """Microseconds of one call: the median over replays of a graph that calls ``body`` for every set."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for index in range(min(sets, 2)):
+            body(index)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(sets):
+            body(index)
+    graph.replay()
+    found = []
+    for _ in range(repetitions):
+        start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(float(start.elapsed_time(end)) * 1e3 / sets)
+    return statistics.median(found)
+
+
+def _warm(job: tuple[Layer, list[tuple[BitClass, Tile]]]) -> list[str]:
+    """Compiles the candidates of one layer into Triton's cache; what failed, in words."""
+    layer, pairs = job
+    data, failed = Data(layer, 1, 1), []
+    for bit_class, tile in pairs:
+        launch = data.launch(0, bit_class, tile)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        try:
+            launch.kernel.warmup(**launch.arguments, grid=(launch.grid,), **options)
+        except Exception as error:
+            failed.append(f"{layer.name} {tile}: {type(error).__name__}: {error}")
+    return failed
+
+
+def precompile(layers: Sequence[Layer], slots: Sequence[int], workers: int) -> list[str]:
+    """Compiles every candidate in parallel processes; what failed, in words."""
+    jobs, sms = [], multiprocessors(torch.device("cuda", 0))
+    for layer in layers:
+        chosen = [chosen_tile(layer, count, sms) for count in slots]
+        pairs = [(each, tile) for each in classes(layer) for tile in candidates(layer, each, chosen)]
+        jobs += [(layer, pairs[start : start + 4]) for start in range(0, len(pairs), 4)]
+    failed: list[str] = []
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for words in pool.map(_warm, jobs):
+            failed += words
+    return failed
+
+
+def measure(layer: Layer, slots: int, alone: dict[BitClass, Tensor]) -> dict[str, Any]:
+    """Checks and times every candidate of one layer at one slot count.
+
+    Args:
+        alone: results of slot 0 by class, filled by the first call and compared with by later ones.
+    """
+    weight_bytes = slots * layer.n * layer.k * 2
+    sets = max(3, min(MAX_SETS, -(-COLD_BYTES // weight_bytes)))
+    data = Data(layer, slots, sets)
+    exact = data.exact(min(slots, CHECKED))
+    chosen = data.launch(0).tile
+    rows = []
+    for bit_class in classes(layer):
+        first: Tensor | None = None
+        for tile in candidates(layer, bit_class, [chosen]):
+            data.outs[0].fill_(float("nan"))
+            data.launch(0, bit_class, tile).run()
+            got = data.outs[0].clone()
+            first = got if first is None else first
+            single = alone.setdefault(bit_class, got[:1].clone())
+            error = (got[:CHECKED].double() - exact).abs().max() / exact.abs().max()
+            launches = [data.launch(index, bit_class, tile) for index in range(sets)]
+            micro = timed(lambda index, launches=launches: launches[index].run(), sets)  # type: ignore[misc]
+            rows.append(
+                {
+                    "tile": asdict(tile),
+                    "class": asdict(bit_class),
+                    "microseconds": micro,
+                    "error": float(error),
+                    "same_bits": bool(torch.equal(got, first) and torch.equal(got[:1], single)),
+                    "chosen": bit_class == _own_class(layer) and tile == chosen,
+                    "grid": launches[0].grid,
+                }
+            )
+    vendor = timed(data.vendor, min(sets, 8))
+    return {"layer": asdict(layer), "slots": slots, "vendor_microseconds": vendor, "candidates": rows}
+
+
+def _short(row: dict[str, Any]) -> str:
+    tile, kind = row["tile"], row["class"]
+    words = f"{tile['block_m']}x{tile['block_n']}x{tile['block_k']} w{tile['warps']} s{tile['stages']}"
+    return f"{words} p{tile['programs_per_sm']}{' swap' if kind['swap'] else ''} {kind['family'].value[:2]}"
+
+
+def line(result: dict[str, Any]) -> str:
+    """One row of the table."""
+    layer, rows = result["layer"], result["candidates"]
+    best, chosen = min(rows, key=lambda row: row["microseconds"]), next(row for row in rows if row["chosen"])
+    bad = [row for row in rows if not row["same_bits"]]
+    wrong = max(row["error"] for row in rows)
+    note = f"  BITS DIFFER: {', '.join(map(_short, bad))}" if bad else ""
+    return (
+        f"{layer['model']:9s}{layer['name']:22s} T{result['slots']:<3d} best {best['microseconds']:7.1f} "
+        f"[{_short(best):27s}] chosen {chosen['microseconds']:7.1f} [{_short(chosen):27s}] vendor "
+        f"{result['vendor_microseconds']:7.1f}  error {wrong:.1e}{note}"
+    )
+
+
+def totals(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A line a model and slot count: the sum over its layers."""
+    sums: dict[tuple[str, int], list[float]] = {}
+    for result in results:
+        entry = sums.setdefault((result["layer"]["model"], result["slots"]), [0.0, 0.0, 0.0])
+        rows, count = result["candidates"], result["layer"]["count"]
+        entry[0] += count * min(row["microseconds"] for row in rows)
+        entry[1] += count * next(row["microseconds"] for row in rows if row["chosen"])
+        entry[2] += count * result["vendor_microseconds"]
+    return [
+        f"{model:9s}all layers T{slots:<3d} best {best:8.0f} chosen {chosen:8.0f} vendor {vendor:8.0f}"
+        for (model, slots), (best, chosen, vendor) in sorted(sums.items())
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """The device and the versions that the numbers belong to."""
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "device": device.name,
+        "multiprocessors": device.multi_processor_count,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "argv": sys.argv,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; 1 where a candidate's bits differ within its class or its error is too large."""
+    parser = argparse.ArgumentParser(prog="python -m torch_mux.bench.kernels", description=__doc__)
+    parser.add_argument("--json", type=Path, help="where the numbers go")
+    parser.add_argument("--slots", type=int, nargs="+", default=[1, 4, 16], help="slot counts")
+    parser.add_argument("--only", default="", help="layers whose model and name contain this")
+    parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1), help="compile processes")
+    options = parser.parse_args(argv)
+    layers = [layer for layer in LAYERS if options.only in f"{layer.model} {layer.name}"]
+    torch.backends.cudnn.benchmark = True
+    start = time.perf_counter()
+    failed = precompile(layers, options.slots, options.workers)
+    print(f"compiled in {time.perf_counter() - start:.0f} s", *failed, sep="\n")
+    results = []
+    for layer in layers:
+        alone: dict[BitClass, Tensor] = {}
+        for slots in options.slots:
+            results.append(measure(layer, slots, alone))
+            print(line(results[-1]), flush=True)
+    print(*totals(results), f"{time.perf_counter() - start:.0f} s in all", sep="\n")
+    if options.json is not None:
+        content = {"environment": environment(), "failed": failed, "results": results}
+        options.json.write_text(json.dumps(content, indent=1, default=str))
+    rows = [row for result in results for row in result["candidates"]]
+    return int(bool(failed) or any(not row["same_bits"] or not row["error"] < 2e-3 for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The layer shapes of the benchmarked models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch_mux.lowering.kernels.conv import out_size
+
+__all__ = ["LAYERS", "Layer"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer shape and how often a model has it.
+
+    Attributes:
+        model, name: what it is called in the table.
+        m, n, k: rows, output channels and reduction of the matrix product.
+        count: layers of this shape in one inference of the model.
+        conv: (channels in, height and width, kernel, stride, padding), or None for a linear layer.
+        activation, residual: the epilogue.
+    """
+
+    model: str
+    name: str
+    m: int
+    n: int
+    k: int
+    count: int
+    conv: tuple[int, int, int, int, int] | None = None
+    activation: str = "none"
+    residual: bool = False
+
+
+def _conv(
+    name: str, c: int, size: int, o: int, kernel: int, stride: int, count: int, tail: str = "relu"
+) -> Layer:
+    padding = 0 if kernel == 16 else kernel // 2
+    side = out_size(size, kernel, stride, padding, 1)
+    model = "vit" if kernel == 16 else "resnet50"
+    activation = "none" if tail == "none" else "relu"
+    geometry = (c, size, kernel, stride, padding)
+    return Layer(model, name, side**2, o, kernel**2 * c, count, geometry, activation, tail == "add")
+
+
+LAYERS = (
+    _conv("stem C=3", 3, 224, 64, 7, 2, 1),
+    _conv("stem C=4", 4, 224, 64, 7, 2, 0),
+    _conv("1x1 64-64 @56", 64, 56, 64, 1, 1, 1),
+    _conv("3x3 64 @56", 64, 56, 64, 3, 1, 3),
+    _conv("1x1 64-256 @56 add", 64, 56, 256, 1, 1, 3, "add"),
+    _conv("1x1 64-256 @56", 64, 56, 256, 1, 1, 1, "none"),
+    _conv("1x1 256-64 @56", 256, 56, 64, 1, 1, 2),
+    _conv("1x1 256-128 @56", 256, 56, 128, 1, 1, 1),
+    _conv("3x3 128 s2 @56", 128, 56, 128, 3, 2, 1),
+    _conv("1x1 128-512 @28 add", 128, 28, 512, 1, 1, 4, "add"),
+    _conv("1x1 256-512 s2 @56", 256, 56, 512, 1, 2, 1, "none"),
+    _conv("1x1 512-128 @28", 512, 28, 128, 1, 1, 3),
+    _conv("3x3 128 @28", 128, 28, 128, 3, 1, 3),
+    _conv("1x1 512-256 @28", 512, 28, 256, 1, 1, 1),
+    _conv("3x3 256 s2 @28", 256, 28, 256, 3, 2, 1),
+    _conv("1x1 256-1024 @14 add", 256, 14, 1024, 1, 1, 6, "add"),
+    _conv("1x1 512-1024 s2 @28", 512, 28, 1024, 1, 2, 1, "none"),
+    _conv("1x1 1024-256 @14", 1024, 14, 256, 1, 1, 5),
+    _conv("3x3 256 @14", 256, 14, 256, 3, 1, 5),
+    _conv("1x1 1024-512 @14", 1024, 14, 512, 1, 1, 1),
+    _conv("3x3 512 s2 @14", 512, 14, 512, 3, 2, 1),
+    _conv("1x1 512-2048 @7 add", 512, 7, 2048, 1, 1, 3, "add"),
+    _conv("1x1 1024-2048 s2 @14", 1024, 14, 2048, 1, 2, 1, "none"),
+    _conv("1x1 2048-512 @7", 2048, 7, 512, 1, 1, 2),
+    _conv("3x3 512 @7", 512, 7, 512, 3, 1, 2),
+    Layer("resnet50", "fc", 1, 1000, 2048, 1),
+    Layer("bert", "768-768", 128, 768, 768, 48),
+    Layer("bert", "768-3072 gelu", 128, 3072, 768, 12, None, "gelu"),
+    Layer("bert", "3072-768", 128, 768, 3072, 12),
+    Layer("bert", "pooler", 1, 768, 768, 1, None, "tanh"),
+    _conv("patches", 3, 224, 768, 16, 16, 1, "none"),
+    Layer("vit", "768-2304", 197, 2304, 768, 12),
+    Layer("vit", "768-768", 197, 768, 768, 12),
+    Layer("vit", "768-3072 gelu", 197, 3072, 768, 12, None, "gelu"),
+    Layer("vit", "3072-768", 197, 768, 3072, 12),
+    Layer("gemv", "1x4096x4096", 1, 4096, 4096, 1),
+)

@@ -1,0 +1,170 @@
+"""Times, errors and launches of one contender, and the facts of the machine they were taken on."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.profiler
+from torch import Tensor
+
+from torch_mux import __version__
+from torch_mux.bench.contenders import Contender, synchronize
+from torch_mux.bench.workloads import Tenants
+
+__all__ = ["Spread", "environment", "errors", "launches", "pipelined", "references", "synchronised"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Microseconds a round over the repetitions of one measurement."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        """The spread of times in seconds."""
+        scaled = [1e6 * value for value in seconds]
+        return cls(statistics.median(scaled), min(scaled), max(scaled))
+
+    def data(self) -> dict[str, float]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def pipelined(contender: Contender, tenants: Tenants, count: int, rounds: int) -> float:
+    """Seconds a round when ``rounds`` rounds are enqueued and waited for once."""
+    rows = [row[:count] for row in tenants.requests]
+    synchronize(rows[0])
+    start = time.perf_counter()
+    for index in range(rounds):
+        contender.round(rows[index % len(rows)])
+    synchronize(rows[0])
+    return (time.perf_counter() - start) / rounds
+
+
+def synchronised(contender: Contender, tenants: Tenants, count: int, rounds: int) -> float:
+    """Median seconds of a round that is waited for before the next one starts."""
+    rows = [row[:count] for row in tenants.requests]
+    times = []
+    for index in range(rounds):
+        synchronize(rows[0])
+        start = time.perf_counter()
+        contender.round(rows[index % len(rows)])
+        synchronize(rows[0])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def references(tenants: Tenants) -> list[list[Tensor]]:
+    """``[variant][tenant]`` answers of the same weights in float64, eager, on the same device."""
+    answers: list[list[Tensor]] = [[] for _ in tenants.requests]
+    for tenant, model in enumerate(tenants.models):
+        exact = copy.deepcopy(model).double()
+        for variant, row in enumerate(tenants.requests):
+            args = [x.double() if x.is_floating_point() else x for x in row[tenant]]
+            answers[variant].append(tenants.workload.tensor(exact(*args)).clone())
+    return answers
+
+
+def errors(
+    contender: Contender, tenants: Tenants, exact: Sequence[Sequence[Tensor]], count: int
+) -> dict[str, float]:
+    """Relative l2 error against ``exact``: the mean and the worst over tenants and variants of the inputs.
+
+    All variants are asked for before any answer is read: an answer that a later round overwrites shows.
+    """
+    rounds = [contender.round(row[:count]) for row in tenants.requests]
+    synchronize(tenants.requests[0])
+    found = []
+    for answers, wanted in zip(rounds, exact, strict=True):
+        for answer, want in zip(answers, wanted, strict=False):
+            got = answer if isinstance(answer, Tensor) else tenants.workload.tensor(answer)
+            found.append(float((got.double() - want).norm() / want.norm()))
+    return {"mean": statistics.fmean(found), "worst": max(found), "answers": float(len(found))}
+
+
+def launches(contender: Contender, tenants: Tenants, count: int) -> dict[str, int] | None:
+    """Kernels and copies of one round by the profiler; None on a CPU."""
+    row = tenants.requests[0][:count]
+    if not row[0][0].is_cuda:
+        return None
+    contender.round(row)
+    synchronize(row)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        contender.round(row)
+        synchronize(row)
+    names = [str(event.name) for event in profiler.events() or [] if event.device_type.name == "CUDA"]
+    copies = [name for name in names if name.startswith(("Memcpy", "Memset"))]
+    return {"kernels": len(names) - len(copies), "copies": len(copies)}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Device bytes before and after something: allocated by tensors, reserved by the allocator."""
+
+    allocated: int
+    reserved: int
+
+    @classmethod
+    def now(cls, device: torch.device) -> Memory:
+        """The state of the caching allocator; zeros on a CPU."""
+        if device.type != "cuda":
+            return cls(0, 0)
+        torch.cuda.synchronize()
+        return cls(torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+
+
+def memory_of(action: Callable[[], object], device: torch.device) -> dict[str, int]:
+    """Runs ``action``; the device bytes that it left allocated and reserved."""
+    before = Memory.now(device)
+    action()
+    after = Memory.now(device)
+    return {"allocated": after.allocated - before.allocated, "reserved": after.reserved - before.reserved}
+
+
+def commit() -> str | None:
+    """The git commit from TORCH_MUX_COMMIT or the repository around this file, else None."""
+    if "TORCH_MUX_COMMIT" in os.environ:
+        return os.environ["TORCH_MUX_COMMIT"]
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        folder = Path(__file__).resolve().parent
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions, commit and command line of a record."""
+    import triton
+
+    facts: dict[str, Any] = {
+        "device": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "torch_mux": __version__,
+        "commit": commit(),
+        "argv": sys.argv,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"device": properties.name, "sms": properties.multi_processor_count}
+        facts |= {"cuda": torch.version.cuda}
+    return facts

@@ -1,0 +1,209 @@
+"""Models of the peer comparison: random weights, different for every tenant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["WORKLOADS", "TensorOnly", "Workload", "build"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One architecture served at batch 1.
+
+    Attributes:
+        name: as on the command line.
+        model: makes a float32 CPU module in eval mode, with the weights of the current seed.
+        inputs: makes one request's arguments on the CPU: floating-point ones as float32.
+        tensor: the tensor that answers are compared by, from what the model returns.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    inputs: Callable[[torch.Generator], tuple[Tensor, ...]]
+    tensor: Callable[[Any], Tensor]
+
+    @property
+    def returns_tensor(self) -> bool:
+        """Whether the model returns the compared tensor and nothing else."""
+        return self.tensor is as_is
+
+
+class TensorOnly(nn.Module):
+    """A model that returns the compared tensor alone, which a captured graph can hand out."""
+
+    def __init__(self, model: nn.Module, tensor: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.tensor = tensor
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.tensor(self.model(*args))
+
+
+def as_is(output: Any) -> Tensor:
+    """The output of a model that returns one tensor."""
+    assert isinstance(output, Tensor)
+    return output
+
+
+def _last_hidden_state(output: Any) -> Tensor:
+    hidden = output.last_hidden_state
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _images(size: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+    return lambda generator: (torch.randn(1, 3, size, size, generator=generator),)
+
+
+def _tokens(length: int, vocabulary: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+    return lambda generator: (torch.randint(vocabulary, (1, length), generator=generator),)
+
+
+def _torchvision(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from torchvision import models
+
+        model: nn.Module = models.get_model(name, weights=None)
+        return _varied(model.eval())
+
+    return make
+
+
+def _varied(model: nn.Module) -> nn.Module:
+    """Batch-norm statistics and zero-initialised heads drawn at random: fresh ones are the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, 0, 0.1)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, 0, module.in_features**-0.5)
+    return model
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    model: nn.Module = BertModel(BertConfig(), add_pooling_layer=False)
+    return model.eval()
+
+
+class TinyCNN(nn.Module):
+    """A residual CNN of a few thousand weights: the harness's logic without a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.block = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = (x + self.block(x)).relu()
+        head: Tensor = self.head(x.mean((2, 3)))
+        return head
+
+
+@dataclass
+class Encoded:
+    """What ``TinyEncoder`` returns, in the manner of a transformers model."""
+
+    last_hidden_state: Tensor
+
+
+class TinyEncoder(nn.Module):
+    """Two layers of attention and MLP over token numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 32)
+        self.qkv = nn.ModuleList(nn.Linear(32, 96) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        self.norm = nn.ModuleList(nn.LayerNorm(32) for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Encoded:
+        x = self.embedding(tokens)
+        for qkv, out, norm in zip(self.qkv, self.out, self.norm, strict=True):
+            q, k, v = qkv(norm(x)).view(*tokens.shape, 3, 4, 8).permute(2, 0, 3, 1, 4)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + out(mixed.transpose(1, 2).reshape(x.shape))
+        return Encoded(x)
+
+
+WORKLOADS: dict[str, Workload] = {
+    "resnet50": Workload("resnet50", _torchvision("resnet50"), _images(224), as_is),
+    "vit": Workload("vit", _torchvision("vit_b_16"), _images(224), as_is),
+    "bert": Workload("bert", _bert, _tokens(128, 30522), _last_hidden_state),
+    "tiny-cnn": Workload("tiny-cnn", lambda: _varied(TinyCNN().eval()), _images(16), as_is),
+    "tiny-encoder": Workload(
+        "tiny-encoder", lambda: TinyEncoder().eval(), _tokens(12, 50), _last_hidden_state
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Tenants:
+    """The models of one workload and the requests that they take in turn.
+
+    Attributes:
+        models: one a tenant, on the device, in eval mode.
+        requests: ``requests[variant][tenant]``, the arguments of one request.
+    """
+
+    workload: Workload
+    models: list[nn.Module]
+    requests: list[list[tuple[Tensor, ...]]]
+
+    def tensor_only(self) -> list[nn.Module]:
+        """The models, each wrapped to return the compared tensor."""
+        return [TensorOnly(model, self.workload.tensor) for model in self.models]
+
+    def weight_bytes(self) -> int:
+        """Bytes of one tenant's parameters and buffers."""
+        model = self.models[0]
+        return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+
+
+def build(
+    workload: Workload,
+    count: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    variants: int = 4,
+    channels_last: bool = False,
+) -> Tenants:
+    """``count`` tenants with weights and requests of their own, reproducible from their numbers."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    models = []
+    for tenant in range(count):
+        torch.manual_seed(tenant)
+        model = workload.model().to(device=device, dtype=dtype)
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        models.append(model)
+    requests = []
+    for variant in range(variants):
+        row = []
+        for tenant in range(count):
+            generator = torch.Generator().manual_seed(1000 * variant + tenant)
+            row.append(tuple(_place(x, device, dtype, layout) for x in workload.inputs(generator)))
+        requests.append(row)
+    return Tenants(workload, models, requests)
+
+
+def _place(x: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    if not x.is_floating_point():
+        return x.to(device)
+    return x.to(device=device, dtype=dtype, memory_format=layout if x.dim() == 4 else torch.preserve_format)

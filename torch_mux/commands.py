@@ -1,0 +1,46 @@
+"""The commands of ``torch-mux`` as a typer application; needs the extra ``cli``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Optional
+
+import typer
+
+from torch_mux.info import info
+
+__all__ = ["commands"]
+
+commands = typer.Typer(help="Many models, one GPU.", no_args_is_help=True, pretty_exceptions_enable=False)
+bench = typer.Typer(help="Benchmarks against the peers.", no_args_is_help=True)
+commands.add_typer(bench, name="bench")
+
+
+@commands.command(name="info")
+def show_info() -> None:
+    """Versions, device and settings."""
+    for key, value in info().items():
+        typer.echo(f"{key:12} {value}")
+
+
+@commands.command()
+def demo(
+    cnns: int = typer.Option(8, min=0, help="Tenants with a residual CNN."),
+    transformers: int = typer.Option(4, min=0, help="Tenants with a small transformer."),
+    epochs: Optional[int] = typer.Option(None, min=1, help="How often each model sees its training images."),  # noqa: UP045
+    rounds: int = typer.Option(2, min=1, help="How often each client sends the held-out images."),
+) -> None:
+    """Train small models, serve them together, compare with eager and Inductor."""
+    if cnns + transformers == 0:
+        raise typer.BadParameter("give at least one tenant")
+    from torch_mux.demo.run import run_demo
+
+    outcome = run_demo(cnns, transformers, epochs, rounds)
+    raise typer.Exit(0 if outcome.right else 1)
+
+
+@bench.command(name="models", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def models(context: typer.Context) -> None:
+    """Real models for several tenants next to their peers; arguments are passed on."""
+    harness: Any = importlib.import_module("torch_mux.bench.models")
+    harness.main(context.args)

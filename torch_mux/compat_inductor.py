@@ -1,0 +1,211 @@
+"""Private parts of torch that lowering needs: symbolic sizes, tracing with them, Inductor on a plain graph, precision flags."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+__all__ = [
+    "SymbolicWorld",
+    "aot_inference",
+    "compile_whole",
+    "frame_guards",
+    "frame_name",
+    "frame_owner",
+    "has_graph_break",
+    "inductor_compile",
+    "is_symbolic",
+    "precision_state",
+    "static_input_positions",
+    "static_placeholders",
+    "symbolic_world",
+    "tf32_allowed",
+    "trace_graph",
+    "unwrapped_by_dynamo",
+]
+
+
+@dataclass(frozen=True)
+class SymbolicWorld:
+    """A shape environment with its fake mode; its symbols are free: no guard, no replacement may appear."""
+
+    environment: ShapeEnv
+    mode: FakeTensorMode
+
+    def symbol(self, name: str, hint: int) -> Any:
+        """A backed ``SymInt``; a ``hint`` of 1 would be taken for the constant 1."""
+        expression = self.environment.create_symbol(
+            hint, source=ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+        )
+        return self.environment.create_symintnode(expression, hint=hint, source=ConstantSource(name))
+
+    def knowledge(self) -> str:
+        """What has been assumed about the symbols so far, as text; empty when they are free."""
+        guards = [str(guard.expr) for guard in self.environment.guards]
+        replaced = [f"{symbol}={value}" for symbol, value in self.environment.replacements.items()]
+        return "; ".join(guards + replaced)
+
+    def limit(self, symbol: Any, most: int) -> int:
+        """The largest n ≤ ``most`` such that every value 1…n of ``symbol`` satisfies all that was assumed; 0 if none.
+
+        What is assumed in practice are upper bounds that keep 32-bit indices valid.
+        """
+        variable = symbol.node.expr
+        if self.environment.replacements:
+            return 0
+        limit = most
+        for guard in self.environment.guards:
+            free = guard.expr.free_symbols
+            if variable not in free:
+                continue
+            if len(free) > 1:
+                return 0
+            low, high = 0, limit
+            if not bool(guard.expr.subs(variable, 1)):
+                return 0
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if bool(guard.expr.subs(variable, middle)) else (low, middle - 1)
+            limit = low
+        return limit
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Operations inside run on fake tensors of this world."""
+        with self.mode, enable_python_dispatcher(), torch.no_grad():
+            yield
+
+
+def symbolic_world() -> SymbolicWorld:
+    """A fresh world with no symbols."""
+    environment = ShapeEnv()
+    return SymbolicWorld(environment, FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True))
+
+
+def trace_graph(function: Callable[..., Any], fakes: Sequence[Tensor]) -> GraphModule:
+    """``function`` over ``fakes`` as an ATen graph with Inductor's decompositions; the fakes' mode must be active."""
+    return cast(GraphModule, make_fx(function, decomposition_table=select_decomp_table())(*fakes))
+
+
+def inductor_compile(graph: GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> Callable[[list[Any]], Any]:
+    """Inductor's code for an inference graph; the result takes its arguments as one list, which it empties."""
+    with torch.no_grad(), tracing(TracingContext(mode)):
+        return cast("Callable[[list[Any]], Any]", compile_fx_inner(graph, list(fakes), is_inference=True))
+
+
+def tf32_allowed() -> tuple[bool, bool]:
+    """Whether torch's settings let float32 (GEMM, convolution) use TF32 on CUDA."""
+    return bool(torch.backends.cuda.matmul.allow_tf32), bool(torch.backends.cudnn.allow_tf32)
+
+
+def precision_state() -> str:
+    """The global precision settings that change what a graph computes, for fingerprints."""
+    matmul = torch.backends.cuda.matmul
+    reduced = (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction)
+    return f"tf32={tf32_allowed()} reduced={reduced}"
+
+
+def compile_whole(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Inductor on the whole Dynamo graph, training included."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return cast("Callable[..., Any]", compile_fx(gm, list(example_inputs)))
+
+
+def aot_inference(
+    gm: GraphModule, example_inputs: Sequence[Any], compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """AOTAutograd without decompositions around ``compiler``, which gets the functional ATen graph."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    wrapped = aot_autograd(
+        fw_compiler=compiler, inference_compiler=compiler, keep_inference_input_mutations=True, decompositions={}
+    )
+    return cast("Callable[..., Any]", wrapped(gm, list(example_inputs)))
+
+
+def static_input_positions() -> tuple[int, ...]:
+    """Positions of parameters and buffers among the arguments of the graph being compiled under AOTAutograd."""
+    metadata = TracingContext.get().fw_metadata
+    if metadata is None:
+        raise RuntimeError("AOTAutograd left no metadata for the graph being compiled")
+    return tuple(metadata.static_input_indices)
+
+
+def static_placeholders(gm: GraphModule) -> tuple[int, ...]:
+    """Positions of parameters and buffers among the inputs of a Dynamo graph."""
+    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return tuple(
+        position
+        for position, node in enumerate(nodes)
+        if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
+    )
+
+
+def is_symbolic(example_inputs: Sequence[Any]) -> bool:
+    """Whether an input is a symbolic number or has a symbolic size or stride."""
+
+    def symbolic(value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return any(isinstance(size, torch.SymInt) for size in (*value.shape, *value.stride()))
+        return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+    return any(symbolic(value) for value in example_inputs)
+
+
+def frame_guards() -> tuple[Any, ...]:
+    """Dynamo's guards of the frame being compiled."""
+    context = TracingContext.try_get()
+    return () if context is None else tuple(context.guards_context.dynamo_guards)
+
+
+def has_graph_break(gm: GraphModule) -> bool:
+    """Whether the graph stops where its frame goes on."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return bool(reason is not None and reason.graph_break)
+
+
+def _root_translator() -> Any:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None
+
+
+def frame_owner() -> object:
+    """``self`` of the outermost frame that Dynamo is compiling, or None."""
+    root = _root_translator()
+    return None if root is None else root.f_locals.get("self")
+
+
+def frame_name() -> str:
+    """The name of the outermost function that Dynamo is compiling."""
+    root = _root_translator()
+    return "function" if root is None else str(root.f_code.co_name)
+
+
+def unwrapped_by_dynamo(error: Exception) -> Exception:
+    """``error`` as one of its own class that Dynamo lets pass where it would wrap a backend's exception."""
+    from torch._dynamo.exc import ShortenTraceback
+
+    kind = type(type(error).__name__, (type(error), ShortenTraceback), {"__module__": type(error).__module__})
+    passing: Exception = kind.__new__(kind)
+    passing.args = error.args
+    passing.__dict__.update(error.__dict__, first_useful_frame=None)
+    return passing

@@ -1,0 +1,1 @@
+"""The demo behind ``torch-mux demo``: really trained models served together."""

@@ -1,0 +1,126 @@
+"""Every error torch-mux raises: one class an error, its remedy in the message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CancelledRequest",
+    "ClosedError",
+    "DeviceMismatch",
+    "DispatchFailed",
+    "ExecutionFailed",
+    "InvalidQuota",
+    "InvalidRequest",
+    "InvalidSetting",
+    "ModelRemoved",
+    "MuxError",
+    "NotCompiled",
+    "RefreshNeeded",
+    "TooManyInstances",
+    "UnknownOption",
+    "UnparsableQuantity",
+]
+
+
+class MuxError(RuntimeError):
+    """Base class of every error of torch-mux."""
+
+    message = "{detail}"
+
+    def __init__(self, detail: str = "", **fields: object) -> None:
+        super().__init__(self.message.format(detail=detail, **fields))
+        self.fields = fields
+
+
+class TooManyInstances(MuxError):
+    """More models of one architecture than its tables can address."""
+
+    message = "at most {limit} models of one architecture can be served; torch_mux.remove() those no longer needed"
+
+
+class UnknownOption(MuxError):
+    """An option, setting or quota field that does not exist."""
+
+    message = "unknown {where} {name!r}; valid are: {valid}"
+
+    @classmethod
+    def near(cls, where: str, name: str, valid: Iterable[str]) -> UnknownOption:
+        """The error for ``name``, with the valid names and the one that was probably meant."""
+        names = list(valid)
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        return cls(where=where, name=name, valid=", ".join(names) + hint)
+
+
+class InvalidQuota(MuxError):
+    """A quota value outside its range."""
+
+    message = "quota {field}={value!r} is invalid: {detail}"
+
+
+class InvalidRequest(MuxError):
+    """Something that is not ``(model, *args)`` given to ``gather``."""
+
+    message = "request {index} of gather is {got}; write torch_mux.gather((model, *args), (model, *args), ...)"
+
+
+class InvalidSetting(MuxError):
+    """A setting outside its range."""
+
+    message = "setting {name}={value!r} is invalid: {detail}"
+
+
+class UnparsableQuantity(MuxError):
+    """A duration or size that cannot be read."""
+
+    message = "cannot read {value!r} as a {kind}; write for example {example}"
+
+
+class NotCompiled(MuxError):
+    """A model that was not compiled with ``backend="mux"``."""
+
+    message = '{model} is not compiled with mux: pass torch.compile(model, backend="mux") instead'
+
+
+class DeviceMismatch(MuxError):
+    """Inputs and weights of one request on different devices."""
+
+    message = "input {index} of {model} is on {got} but its weights are on {want}; move it with .to({want!r})"
+
+
+class ModelRemoved(MuxError):
+    """A request after ``torch_mux.remove(model)``."""
+
+    message = "{model} was removed with torch_mux.remove(); torch_mux.refresh(model) brings it back"
+
+
+class ClosedError(MuxError):
+    """A request after ``torch_mux.close()``."""
+
+    message = "torch_mux is closed; call torch_mux.reset() to start again"
+
+
+class CancelledRequest(MuxError):
+    """The result of a request that was cancelled."""
+
+    message = "the request of tenant {tenant!r} was cancelled before it went out"
+
+
+class DispatchFailed(MuxError):
+    """The runtime itself failed while the request was queued or under way; the cause is chained."""
+
+    message = "the runtime stopped serving this request: {detail}; if it happens again call torch_mux.reset()"
+
+
+class ExecutionFailed(MuxError):
+    """A plan raised while it ran; the cause is chained."""
+
+    message = "{model} failed while it ran: {detail}"
+
+
+class RefreshNeeded(MuxError):
+    """Weights changed in a way that needs ``torch_mux.refresh(model)``."""
+
+    message = "{model}: {detail}; call torch_mux.refresh(model)"

@@ -1,0 +1,318 @@
+"""Who a request belongs to and what its tenant is guaranteed: ``torch_mux.quota(...)``."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import re
+import threading
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from fractions import Fraction
+from types import MappingProxyType, TracebackType
+from typing import Any, Final, ParamSpec, TypeVar, cast
+
+from torch_mux.errors import InvalidQuota, UnknownOption, UnparsableQuantity
+from torch_mux.types import Quota
+
+__all__ = ["QuotaScope", "current_quota", "parse_duration", "parse_size", "quota"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+SECONDS: Final[Mapping[str, Fraction]] = MappingProxyType(
+    {"ns": Fraction(1, 10**9), "us": Fraction(1, 10**6), "µs": Fraction(1, 10**6), "μs": Fraction(1, 10**6)}
+    | {"ms": Fraction(1, 1000), "s": Fraction(1), "min": Fraction(60), "h": Fraction(3600)}
+)
+BYTES: Final[Mapping[str, Fraction]] = MappingProxyType(
+    {"b": Fraction(1)}
+    | {f"{prefix}b": Fraction(1000**power) for power, prefix in enumerate("kmgtp", 1)}
+    | {f"{prefix}ib": Fraction(1024**power) for power, prefix in enumerate("kmgtp", 1)}
+)
+QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?\s*([A-Za-zµμ]+)\s*")
+FIELDS: Final = tuple(field.name for field in fields(Quota))
+
+
+class _Unset:
+    """The default of a field that is inherited from the enclosing quota."""
+
+    def __repr__(self) -> str:
+        return "inherited"
+
+
+UNSET: Final = _Unset()
+
+
+def _number(value: str, units: Mapping[str, Fraction], kind: str, example: str) -> Fraction:
+    """``value``, a number below 1e18 followed by one of ``units``, exactly, in the base unit."""
+    match = QUANTITY.fullmatch(value)
+    unit = match.group(3) if match else ""
+    scale = units.get(unit, units.get(unit.lower()))
+    if match is None or scale is None:
+        raise UnparsableQuantity(value=value, kind=kind, example=example)
+    number = Fraction(f"{match.group(1)}e{match.group(2) or 0}")
+    if number >= 10**18:
+        raise UnparsableQuantity(value=value, kind=kind, example=example)
+    return number * scale
+
+
+def parse_duration(value: str | float | timedelta) -> float:
+    """Seconds of ``"20ms"``, ``"1.5s"``, ``"200us"``, a ``timedelta``, or a number of seconds.
+
+    Raises:
+        UnparsableQuantity: no unit, an unknown unit, a negative or a non-finite value.
+    """
+    example = "'20ms', '1.5s', a timedelta or a number of seconds"
+    if isinstance(value, str):
+        return float(_number(value, SECONDS, "duration", example))
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = float(value)
+    else:
+        raise UnparsableQuantity(value=value, kind="duration", example=example)
+    if not math.isfinite(seconds) or seconds < 0:
+        raise UnparsableQuantity(value=value, kind="duration", example=example)
+    return seconds
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes of ``"4GiB"`` (1024 ** 3), ``"512MB"`` (1000 ** 2), or a number of bytes.
+
+    Raises:
+        UnparsableQuantity: no unit, an unknown unit, a negative value or a float.
+    """
+    example = "'4GiB', '512MB' or a number of bytes"
+    if isinstance(value, str):
+        return round(_number(value, BYTES, "size", example))
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UnparsableQuantity(value=value, kind="size", example=example)
+    return value
+
+
+def _fraction(field: str, value: object, detail: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise InvalidQuota(field=field, value=value, detail=detail)
+    return float(value)
+
+
+def _check_tenant(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidQuota(field="tenant", value=value, detail="give a name, a string that is not empty")
+    return value
+
+
+def _check_sms(value: object) -> float:
+    detail = "give the largest share of the GPU's SMs, more than 0 and at most 1"
+    share = _fraction("sms", value, detail)
+    if share == 0:
+        raise InvalidQuota(field="sms", value=value, detail=detail)
+    return share
+
+
+def _check_reserve(value: object) -> float:
+    return _fraction("reserve", value, "give the guaranteed share of the GPU, from 0 to 1")
+
+
+def _check_weight(value: object) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < cast(float, value) < math.inf:
+        raise InvalidQuota(field="weight", value=value, detail="give a finite number above 0")
+    return float(cast(float, value))
+
+
+def _check_slo(value: Any) -> float | None:
+    seconds = None if value is None else parse_duration(value)
+    if seconds == 0:
+        raise InvalidQuota(field="slo", value=value, detail="give a duration above 0, or None for none")
+    return seconds
+
+
+def _check_memory(value: Any) -> int | None:
+    size = None if value is None else parse_size(value)
+    if size == 0:
+        raise InvalidQuota(field="memory", value=value, detail="give a size above 0, or None for no limit")
+    return size
+
+
+CHECKS: Final[Mapping[str, Callable[[Any], object]]] = MappingProxyType(
+    {
+        "tenant": _check_tenant,
+        "sms": _check_sms,
+        "reserve": _check_reserve,
+        "weight": _check_weight,
+        "slo": _check_slo,
+        "memory": _check_memory,
+    }
+)
+
+
+def _checked(values: Mapping[str, object]) -> dict[str, Any]:
+    """The fields that are set, each valid on its own."""
+    for name in values:
+        if name not in CHECKS:
+            raise UnknownOption.near("quota field", name, FIELDS)
+    return {name: CHECKS[name](value) for name, value in values.items() if value is not UNSET}
+
+
+def _resolve(outer: Quota, changes: Mapping[str, Any]) -> Quota:
+    """``outer`` with ``changes``; raises InvalidQuota where the two do not go together."""
+    merged = replace(outer, **changes)
+    if merged.reserve > merged.sms:
+        detail = f"it lies above the hard limit sms={merged.sms!r}: raise sms or lower reserve"
+        raise InvalidQuota(field="reserve", value=merged.reserve, detail=detail)
+    return merged
+
+
+@dataclass(frozen=True, eq=False)
+class _Active:
+    """The scopes entered in one context, outermost first, and what they resolved to at an epoch."""
+
+    scopes: tuple[QuotaScope, ...]
+    resolved: list[tuple[int, Quota]]
+
+
+_active: ContextVar[_Active | None] = ContextVar("torch_mux_quota", default=None)
+_lock = threading.Lock()
+_epoch = 0
+_DEFAULT = Quota()
+
+
+def current_quota() -> Quota:
+    """The quota that a request made here and now is attributed to.
+
+    Raises:
+        InvalidQuota: an ``update`` made the enclosing quotas contradict each other.
+    """
+    active = _active.get()
+    if active is None:
+        return _DEFAULT
+    epoch, resolved = active.resolved[0]
+    if epoch == _epoch:
+        return resolved
+    return _refresh(active)
+
+
+def _refresh(active: _Active) -> Quota:
+    epoch, resolved = _epoch, _DEFAULT
+    for scope in active.scopes:
+        resolved = _resolve(resolved, scope._changes)
+    active.resolved[0] = (epoch, resolved)
+    return resolved
+
+
+class QuotaScope:
+    """What ``quota(...)`` returns: a context manager, a decorator, and the handle to ``update`` it."""
+
+    def __init__(self, changes: Mapping[str, object]) -> None:
+        self._changes = _checked(changes)
+        if "sms" in self._changes and "reserve" in self._changes:
+            _resolve(_DEFAULT, self._changes)
+
+    def __enter__(self) -> QuotaScope:
+        active = _active.get()
+        resolved = _resolve(current_quota(), self._changes)
+        scopes = active.scopes if active is not None else ()
+        _active.set(_Active((*scopes, self), [(_epoch, resolved)]))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        active = _active.get()
+        scopes = list(active.scopes) if active is not None else []
+        if self not in scopes:
+            raise RuntimeError("this quota was left in another context than the one it was entered in")
+        del scopes[len(scopes) - 1 - scopes[::-1].index(self)]
+        _active.set(_Active(tuple(scopes), [(-1, _DEFAULT)]) if scopes else None)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate a function or a coroutine function: its body runs under this quota."""
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            name = getattr(function, "__name__", repr(function))
+            detail = "a generator runs in its caller's context; use `with quota(...)` inside it"
+            raise InvalidQuota(field="decorated function", value=name, detail=detail)
+        if asyncio.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def asynchronous(*args: P.args, **kwargs: P.kwargs) -> Any:
+                with self:
+                    return await function(*args, **kwargs)
+
+            return cast(Callable[P, R], asynchronous)
+
+        @functools.wraps(function)
+        def synchronous(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self:
+                return function(*args, **kwargs)
+
+        return synchronous
+
+    def update(
+        self,
+        tenant: str | _Unset = UNSET,
+        *,
+        sms: float | _Unset = UNSET,
+        reserve: float | _Unset = UNSET,
+        weight: float | _Unset = UNSET,
+        slo: str | float | timedelta | _Unset | None = UNSET,
+        memory: str | int | _Unset | None = UNSET,
+        **unknown: object,
+    ) -> None:
+        """Change fields for every request made under this quota from now on, in every thread.
+
+        Raises:
+            UnknownOption, InvalidQuota, UnparsableQuantity: as ``quota``; nothing is changed then.
+        """
+        global _epoch
+        given = {"tenant": tenant, "sms": sms, "reserve": reserve, "weight": weight}
+        changes = _checked({**given, "slo": slo, "memory": memory, **unknown})
+        with _lock:
+            merged = {**self._changes, **changes}
+            if "sms" in merged and "reserve" in merged:
+                _resolve(_DEFAULT, merged)
+            self._changes = merged
+            _epoch += 1
+
+    def __repr__(self) -> str:
+        return f"quota({', '.join(f'{name}={value!r}' for name, value in self._changes.items())})"
+
+
+def quota(
+    tenant: str | None = None,
+    *,
+    sms: float | _Unset = UNSET,
+    reserve: float | _Unset = UNSET,
+    weight: float | _Unset = UNSET,
+    slo: str | float | timedelta | _Unset | None = UNSET,
+    memory: str | int | _Unset | None = UNSET,
+    **unknown: object,
+) -> QuotaScope:
+    """Attribute every request made inside to ``tenant``, under these limits and guarantees.
+
+    A context manager and a decorator. Quotas nest: a field that is not given is the enclosing one's. It is
+    carried by ``contextvars``: asyncio tasks inherit it, threads through ``contextvars.copy_context().run``.
+
+    Args:
+        tenant: name that the requests are attributed to; None keeps the enclosing one.
+        sms: hard upper limit, a share of the GPU's SMs in (0, 1].
+        reserve: guaranteed share in [0, 1], at most ``sms``; its idle part is lent.
+        weight: share of what is left over relative to other tenants, above 0.
+        slo: latency objective: ``"20ms"``, a ``timedelta`` or seconds; None for none.
+        memory: limit of device memory: ``"4GiB"`` or bytes; None for none.
+
+    Raises:
+        UnknownOption: a field that does not exist.
+        InvalidQuota: a value outside its range.
+        UnparsableQuantity: a duration or a size that cannot be read.
+    """
+    named: str | _Unset = UNSET if tenant is None else tenant
+    given = {"tenant": named, "sms": sms, "reserve": reserve, "weight": weight}
+    return QuotaScope({**given, "slo": slo, "memory": memory, **unknown})

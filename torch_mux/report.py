@@ -1,0 +1,212 @@
+"""What ``stats()`` and ``explain()`` return: plain data first, text second."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torch_mux import state
+from torch_mux.settings import Settings
+from torch_mux.types import FallbackReason
+
+if TYPE_CHECKING:
+    from torch_mux.runtime.accounting import TenantStats
+    from torch_mux.runtime.report import ProgramReport
+
+__all__ = ["Explanation", "Note", "ProgramExplanation", "Stats", "explanation", "statistics"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the process served so far.
+
+    Attributes:
+        tenants: by tenant name (``torch_mux.runtime.accounting.TenantStats``).
+        bundles, requests: bundles that ran, and the requests in them.
+        device_seconds: device time of those bundles.
+        sizes: how many bundles ran with so many slots.
+    """
+
+    tenants: Mapping[str, TenantStats] = field(default_factory=dict)
+    bundles: int = 0
+    requests: int = 0
+    device_seconds: float = 0.0
+    sizes: Mapping[int, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        head = f"{self.requests} requests in {self.bundles} bundles, {self.device_seconds:.3f} s of the device"
+        rows = [("tenant", "accepted", "ok", "errors", "cancelled", "pending", "p50 ms", "p99 ms", "device s", "coalesced")]
+        for name in sorted(self.tenants):
+            got = self.tenants[name]
+            counts = (got.accepted, got.ok, got.errors, got.cancelled, got.pending)
+            rows.append(
+                (
+                    name,
+                    *map(str, counts),
+                    _ms(got.p50),
+                    _ms(got.p99),
+                    f"{got.device_seconds:.3f}",
+                    "-" if got.coalesced_share is None else f"{got.coalesced_share:.0%}",
+                )
+            )
+        return "\n".join([head, *_aligned(rows)]) if self.tenants else head
+
+
+@dataclass(frozen=True)
+class ProgramExplanation:
+    """One program: what of it coalesces and what does not.
+
+    Attributes:
+        name: model it was captured from.
+        fingerprint: its identity.
+        status: "ready", "compiling" or "failed".
+        error: why it did not compile, or None.
+        coalesced: whether several requests share one run; None while it compiles.
+        instances: models with weights of their own that run it.
+        nbytes: bytes held for them beyond their own weights.
+        kernels: super-kernel operations by name.
+        fused: operations absorbed into epilogues or into the preparation of an instance.
+        inductor: operations in the batched graph that Inductor compiles.
+        alone: operations that run per instance.
+        reasons: why what falls back falls back.
+        bundles: bundles that went out, by number of slots.
+        captured: bundle sizes captured as CUDA graphs, by lane.
+        capture_failures: why sizes could not be captured.
+    """
+
+    name: str
+    fingerprint: str
+    status: str
+    error: str | None
+    coalesced: bool | None
+    instances: int
+    nbytes: int
+    kernels: Mapping[str, int]
+    fused: int
+    inductor: int
+    alone: int
+    reasons: tuple[FallbackReason, ...]
+    bundles: Mapping[int, int]
+    captured: tuple[tuple[int, ...], ...] = ()
+    capture_failures: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        kind = {None: "", True: ", coalesced", False: ", per instance"}[self.coalesced]
+        lines = [f"{self.name} {self.fingerprint[:12]}: {self.status}{kind}; {_count(self.instances, 'instance')}"]
+        if self.error is not None:
+            lines.append(f"  {self.error}")
+        if self.nbytes:
+            lines[0] += f", {self.nbytes / 2**20:.1f} MiB beyond their weights"
+        if self.status == "ready":
+            kernels = ", ".join(f"{count} {name}" for name, count in sorted(self.kernels.items())) or "none"
+            lines.append(f"  super-kernels: {kernels}")
+            lines.append(f"  operations: {self.fused} fused, {self.inductor} in the batched graph, {self.alone} per instance")
+        if self.bundles:
+            lines.append("  bundles: " + ", ".join(f"{count} of {slots}" for slots, count in sorted(self.bundles.items())))
+        if any(self.captured):
+            lines.append("  captured for: " + "; ".join(", ".join(map(str, sizes)) for sizes in self.captured))
+        lines += [f"  not captured: {failure}" for failure in self.capture_failures]
+        lines += [f"  {reason}" for reason in self.reasons]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A fall-back of a whole model or call, and how often it was noted."""
+
+    reason: FallbackReason
+    count: int
+
+    def __str__(self) -> str:
+        return str(self.reason) if self.count == 1 else f"{self.reason}, {self.count} times"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What coalesced, what did not, and why.
+
+    Attributes:
+        device: what requests run on.
+        settings: in force.
+        programs: every program seen so far.
+        notes: models and calls that no program tells about: never reached the backend, training, guarded calls.
+    """
+
+    device: str
+    settings: Settings
+    programs: tuple[ProgramExplanation, ...] = ()
+    notes: tuple[Note, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"torch-mux on {self.device}"]
+        if not self.settings.enabled:
+            lines.append("disabled: new graphs go to Inductor whole; configure(enabled=True) turns it on")
+        lines += [str(program) for program in self.programs] or ["no program was captured yet"]
+        if self.notes:
+            lines.append("notes:")
+            lines += [f"  {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def statistics() -> Stats:
+    """Counters of the engine, or nothing where there is none yet."""
+    engine = state.peek()
+    if engine is None:
+        return Stats()
+    found = engine.stats()
+    return Stats(found.tenants, found.bundles, found.requests, found.device_seconds, found.sizes)
+
+
+def explanation() -> Explanation:
+    """Programs of the engine and notes of the face."""
+    engine = state.peek()
+    plans = engine.plans() if engine is not None else ()
+    return Explanation(
+        _device(),
+        state.settings(),
+        tuple(_program(plan) for plan in plans),
+        tuple(Note(reason, count) for reason, count in state.notes()),
+    )
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} (captured CUDA graphs)"
+    return "the CPU: right answers, but sms quotas are recorded, not enforced"
+
+
+def _program(found: ProgramReport) -> ProgramExplanation:
+    plan: Any = found.plan
+    return ProgramExplanation(
+        name=found.name,
+        fingerprint=found.fingerprint,
+        status=found.status,
+        error=found.error,
+        coalesced=found.coalesced,
+        instances=found.instances,
+        nbytes=found.nbytes,
+        kernels=dict(plan.kernels) if plan is not None else {},
+        fused=plan.fused if plan is not None else 0,
+        inductor=plan.inductor if plan is not None else 0,
+        alone=plan.alone if plan is not None else 0,
+        reasons=found.reasons,
+        bundles=found.sizes,
+        captured=found.captured,
+        capture_failures=found.capture_failures,
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

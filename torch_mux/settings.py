@@ -1,0 +1,36 @@
+"""Process-wide settings with environment defaults."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+__all__ = ["Settings"]
+
+
+def _flag(name: str, default: bool) -> bool:
+    value = os.environ.get(name)
+    return default if value is None else value.strip().lower() not in ("", "0", "false", "no", "off")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``torch_mux.configure`` changes.
+
+    Attributes:
+        enabled: False sends every new graph to Inductor whole (``TORCH_MUX_ENABLED``).
+        max_wait: seconds a request may wait for companions while the device is idle.
+        max_bundle: most slots in one bundle.
+        lanes: CUDA streams that bundles are spread over.
+        in_flight: most bundles enqueued on one lane.
+        linger: longest adaptive wait, in seconds, for closed-loop clients of the last bundle.
+        capture: replay captured CUDA graphs (``TORCH_MUX_CAPTURE``); off launches directly.
+    """
+
+    enabled: bool = field(default_factory=lambda: _flag("TORCH_MUX_ENABLED", True))
+    max_wait: float = 0.0
+    max_bundle: int = 64
+    lanes: int = 1
+    in_flight: int = 2
+    linger: float = 200e-6
+    capture: bool = field(default_factory=lambda: _flag("TORCH_MUX_CAPTURE", True))

@@ -1,0 +1,274 @@
+"""What a learned call rests on beyond its arguments, and whether that still holds.
+
+Two parts. ``Structure`` covers the modules of a model: parameter, buffer and submodule slots by identity, training
+flags and hooks. ``watches`` covers values that the captured frame was guarded on and that are neither arguments nor
+module structure: globals, configuration objects, nested containers.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import is_, itemgetter
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_mux.bytecode import CONSTANTS
+from torch_mux.recording import Frame
+
+__all__ = ["Structure", "Unwatchable", "Watches", "watches"]
+
+_LIMIT = 256
+_BUILTINS: dict[str, Callable[[Any], Any]] = {"type": type}
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, type, ModuleType)
+_STRUCTURE = frozenset(
+    "_parameters _buffers _modules _forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks "
+    "_forward_hooks_with_kwargs _forward_pre_hooks_with_kwargs _forward_hooks_always_called training __dict__ "
+    "forward __class__ _non_persistent_buffers_set".split()
+)
+_END = object()
+
+
+class Unwatchable(Exception):
+    """A guard that no learned call can respect; the message says which."""
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """The modules below one model as they were when a call was learned.
+
+    Attributes:
+        slots: live value views of every ``_parameters``, ``_buffers`` and ``_modules`` dict.
+        values: what the slots held, in order.
+        flags: ``__dict__`` of every module, for its ``training`` flag.
+        training: those flags.
+        hooks: every forward hook dict; all must be empty.
+    """
+
+    slots: tuple[Iterable[object], ...]
+    values: tuple[object, ...]
+    flags: tuple[dict[str, Any], ...]
+    training: tuple[bool, ...]
+    hooks: tuple[dict[Any, Any], ...]
+
+    @classmethod
+    def of(cls, roots: Sequence[nn.Module], hooks: Sequence[dict[Any, Any]] = ()) -> Structure:
+        """The structure below ``roots`` now; ``hooks`` are further hook dicts that must stay empty."""
+        modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+        slots = [table.values() for m in modules for table in (m._parameters, m._buffers, m._modules) if table]
+        slots.append((_END,))  # type: ignore[arg-type]
+        return cls(
+            tuple(slots),
+            tuple(chain.from_iterable(slots)),
+            tuple(m.__dict__ for m in modules),
+            tuple(m.training for m in modules),
+            (*hooks, *(table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks))),
+        )
+
+    def unchanged(self) -> bool:
+        """Whether every slot holds the same object, every flag its value, and no hook was added.
+
+        A few microseconds a hundred modules; the last slot is a sentinel, so a grown or shrunk dict shows.
+        """
+        return (
+            all(map(is_, chain.from_iterable(self.slots), self.values))
+            and not any(self.hooks)
+            and all(map(is_, map(itemgetter("training"), self.flags), self.training))
+        )
+
+
+def _empty() -> list[tuple[Any, Any, object]]:
+    return []
+
+
+@dataclass(eq=False)
+class Watches:
+    """Values found by (container, key), compared by identity on every learned call."""
+
+    items: list[tuple[Any, Any, object]] = field(default_factory=_empty)
+    attributes: list[tuple[Any, str, object]] = field(default_factory=_empty)
+    sizes: list[tuple[Any, int]] = field(default_factory=list)
+
+    def unchanged(self) -> bool:
+        """Whether every watched value is the very object it was."""
+        try:
+            for container, key, value in self.items:
+                if container[key] is not value:
+                    return False
+        except (KeyError, IndexError):
+            return False
+        for holder, name, value in self.attributes:
+            if getattr(holder, name, _END) is not value:
+                return False
+        return all(len(container) == size for container, size in self.sizes)
+
+    def add(self, step: str, parent: Any, key: Any, value: object) -> None:
+        """Watch ``parent.key`` (step "attribute") or ``parent[key]`` (step "item")."""
+        if len(self.items) + len(self.attributes) >= _LIMIT:
+            raise Unwatchable(f"it depends on more than {_LIMIT} outside values")
+        if step == "item":
+            self.items.append((parent, key, value))
+        elif isinstance(getattr(parent, "__dict__", None), dict) and key in parent.__dict__:
+            self.items.append((parent.__dict__, key, value))
+        else:
+            self.attributes.append((parent, key, value))
+
+
+def watches(guards: Iterable[Any], frame: Frame, arguments: Sequence[object]) -> tuple[Watches, list[nn.Module]]:
+    """What has to be watched for ``guards`` (``torch._guards.Guard``) to stay true, and the modules they reach.
+
+    Args:
+        guards: the guards of the captured frame.
+        frame: the frame that was rewritten, as one call saw it.
+        arguments: containers and leaves of that call's arguments; its signature covers them.
+
+    Raises:
+        Unwatchable: a guard on something that cannot be watched cheaply.
+    """
+    walk = _Walk(frame, {id(value) for value in arguments} | _variadic(frame))
+    for name in dict.fromkeys(guard.name for guard in guards):
+        if name:
+            walk.follow(name)
+    if not walk.result.unchanged():
+        raise Unwatchable("it depends on attributes that are computed at every look")
+    return walk.result, walk.roots
+
+
+def _variadic(frame: Frame) -> set[int]:
+    """Ids of the frame's ``*args`` and ``**kwargs``, which are fresh containers of arguments."""
+    code = frame.code
+    first = code.co_argcount + code.co_kwonlyargcount
+    count = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    return {id(frame.values.get(name)) for name in code.co_varnames[first : first + count]}
+
+
+class _Walk:
+    """Follows guards from the frame's names to their values, one at a time."""
+
+    def __init__(self, frame: Frame, covered: set[int]) -> None:
+        self.frame = frame
+        self.covered = covered
+        self.result = Watches()
+        self.roots: list[nn.Module] = []
+        self.seen: set[tuple[int, str, object]] = set()
+        self.members: set[int] = set()
+        for value in frame.values.values():
+            if isinstance(value, nn.Module):
+                self._adopt(value)
+
+    def _adopt(self, module: nn.Module) -> None:
+        if id(module) not in self.members:
+            self.roots.append(module)
+            self.members.update(map(id, module.modules()))
+
+    def follow(self, name: str) -> None:
+        """Walks a source expression such as ``L['self'].cfg['k']``, watching the steps that can change."""
+        (scope, root), *steps = _steps(name)
+        table = self.frame.values if scope == "L" else self.frame.namespace
+        if root not in table:
+            raise Unwatchable(f"it depends on {name}, which is gone")
+        value: Any = table[root]
+        if scope == "G":
+            self._step("item", table, root, value)
+        elif id(value) in self.covered or (isinstance(value, (torch.Tensor, *CONSTANTS)) and not self._free(root)):
+            return
+        elif self._free(root) and not isinstance(value, (nn.Module, *_FUNCTIONS)):
+            raise Unwatchable(f"it depends on the closure variable {root!r}")
+        for kind, key in steps:
+            parent = value
+            if isinstance(parent, type):
+                return  # code: what a class holds is frozen until refresh
+            try:
+                value = _look_up(kind, key, parent)
+            except (AttributeError, KeyError, IndexError, TypeError):
+                raise Unwatchable(f"it depends on {name}") from None
+            if kind == "call":
+                continue
+            if isinstance(parent, nn.Module) and key in _STRUCTURE and key != "_modules":
+                return
+            self._step(kind, parent, key, value)
+        self._last(name, value)
+
+    def _free(self, name: str) -> bool:
+        return name in self.frame.code.co_freevars
+
+    def _last(self, name: str, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            raise Unwatchable(f"it depends on the tensor {name}, which is neither argument, parameter nor buffer")
+        if isinstance(value, (list, dict, set)):
+            self.result.sizes.append((value, len(value)))
+
+    def _step(self, kind: str, parent: Any, key: Any, value: object) -> None:
+        if isinstance(value, nn.Module) and id(value) in self.members and _is_structure(parent):
+            return
+        if _is_fixed(parent, key, value):
+            return
+        mark = (id(parent), kind, key)
+        if mark not in self.seen:
+            self.seen.add(mark)
+            self.result.add(kind, parent, key, value)
+            if isinstance(value, nn.Module):
+                self._adopt(value)
+
+
+def _look_up(kind: str, key: Any, parent: Any) -> Any:
+    if kind == "call":
+        return _BUILTINS[key](parent)  # KeyError for dict, list, ...: a fresh copy cannot be watched
+    return getattr(parent, str(key)) if kind == "attribute" else parent[key]
+
+
+def _is_structure(parent: Any) -> bool:
+    """Whether ``parent`` is a module or a ``_modules`` dict, whose slots ``Structure`` covers."""
+    return isinstance(parent, nn.Module) or (isinstance(parent, dict) and all(map(_module_or_none, parent.values())))
+
+
+def _module_or_none(value: object) -> bool:
+    return value is None or isinstance(value, nn.Module)
+
+
+def _is_fixed(parent: Any, key: Any, value: object) -> bool:
+    """Whether ``parent``'s ``key`` is frozen by contract: code, torch's own modules, what is inside a tuple."""
+    if isinstance(parent, (tuple, str)) or isinstance(value, ModuleType) or _is_namespace(value):
+        return True
+    if isinstance(parent, nn.Module) and (key == "_modules" or type(parent).__module__.startswith("torch.nn.")):
+        return True
+    if isinstance(value, MethodType) or isinstance(parent, _FUNCTIONS) and not isinstance(parent, ModuleType):
+        return True
+    if isinstance(value, _FUNCTIONS) and (isinstance(parent, ModuleType) or _is_namespace(parent)):
+        return True
+    return isinstance(parent, ModuleType) and parent.__name__.split(".", 1)[0] == "torch"
+
+
+def _is_namespace(parent: Any) -> bool:
+    return isinstance(parent, dict) and "__name__" in parent and "__doc__" in parent
+
+
+def _steps(name: str) -> list[tuple[str, Any]]:
+    """``L['self'].cfg['k']`` as [("L", "self"), ("attribute", "cfg"), ("item", "k")]."""
+    try:
+        node: ast.expr = ast.parse(name, mode="eval").body
+    except SyntaxError:
+        raise Unwatchable(f"it depends on {name}") from None
+    steps: list[tuple[str, Any]] = []
+    while not isinstance(node, ast.Name):
+        if isinstance(node, ast.Attribute):
+            steps.append(("attribute", node.attr))
+            node = node.value
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            steps.append(("item", node.slice.value))
+            node = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 1:
+            steps.append(("call", node.func.id))
+            node = node.args[0]
+        else:
+            raise Unwatchable(f"it depends on {name}")
+    if node.id not in ("L", "G") or not steps or steps[-1][0] != "item":
+        raise Unwatchable(f"it depends on {name}")
+    steps.reverse()
+    return [(node.id, steps[0][1]), *steps[1:]]
