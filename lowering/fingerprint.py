@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from torch_mux import compat_inductor as compat
+from torch_mux.compat_inductor import unset_fake_temporarily
 
 from .graphs import ROLE
 
@@ -30,7 +31,8 @@ def _constant(module: GraphModule, target: str) -> str:
         value = getattr(value, name)
     if not isinstance(value, Tensor):
         return repr(value)
-    raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    with unset_fake_temporarily(), torch.no_grad():
+        raw = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
     return f"{_value(value)}{hashlib.sha256(raw).hexdigest()}"
 
 

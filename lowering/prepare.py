@@ -19,6 +19,9 @@ __all__ = ["INDEX", "Prepare", "split_prepare"]
 #: ``placeholder.meta[INDEX]``: which request input or which prepared value a body's placeholder is.
 INDEX = "mux_index"
 
+#: Their schemas promise an alias, but they copy where strides do not allow one.
+_MAY_COPY = (torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default, torch.ops.aten.flatten.using_ints)
+
 
 @dataclass(frozen=True)
 class Prepare:
@@ -75,6 +78,8 @@ def _is_view(node: Node, positions: dict[Node, int]) -> bool:
     while node not in positions:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], Node):
+            return False
+        if target in _MAY_COPY:
             return False
         first = target._schema.arguments[0].alias_info
         if first is None or first.is_write:

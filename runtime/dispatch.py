@@ -342,14 +342,16 @@ class Dispatcher:
         self.service.close(timeout)
 
     def abandon_after_fork(self) -> None:
-        """In a forked child: the threads are gone, and with them everything that was pending."""
-        self._mutex = self._runner.mutex = threading.Lock()
+        """In a forked child: the threads are gone, and with them everything that was pending or under way."""
+        self._mutex = threading.Lock()
         self._holder = None
-        self._line.get_up()
         self._closed = True
-        self._runner.dead.clear()
+        self._line.get_up()
+        self._runner.abandon_after_fork(self._mutex)
         self.service.abandon_after_fork()
-        self.fail_all(RuntimeError("it was pending when the process forked"))
+        error = RuntimeError("it was pending when the process forked")
+        self._runner.fail(self._runner.stranded(), error)
+        self.fail_all(error)
 
 
 def _line_up(waiter: Waiter | None, left: Sequence[Request]) -> Waiter:

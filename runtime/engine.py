@@ -118,20 +118,21 @@ class Engine:
         return dispatcher
 
     def _compile(self, served: ServedProgram) -> None:
-        program = served.program
+        program, executor = served.program, served.dispatcher.executor
         try:
             with self.compile_lock:
                 if self._compile_plan is None:
                     from torch_mux.lowering.plan import compile_plan as lower
 
                     self._compile_plan = lower
-                plan = self._compile_plan(program, self.settings)
-            if program.device.type == "cuda":
-                # Tables and constants were written on this thread's stream; lanes do not wait for it.
-                torch.cuda.current_stream(program.device).synchronize()
-            served.slots = served.dispatcher.executor.slots(program) if plan.coalesced else 1
+                plan = served.plan = self._compile_plan(program, self.settings)
+                if program.device.type == "cuda":
+                    # Tables and constants were written on this thread's stream; lanes do not wait for it.
+                    torch.cuda.current_stream(program.device).synchronize()
+                if plan.coalesced:
+                    executor.rehearse(served)
+            served.slots = executor.slots(program) if plan.coalesced else 1
             served.coalesced = plan.coalesced
-            served.plan = plan
         except BaseException as error:
             # Whatever it was, callers wait for the outcome.
             logger.exception("%s did not compile", program.name)

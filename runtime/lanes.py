@@ -14,7 +14,8 @@ from torch_mux.runtime.ring import TableRing
 __all__ = ["CudaFlight", "Executable", "Lane", "new_event", "new_stream", "passed"]
 
 _WORDS = 1 << 15
-_ENTRIES = 6
+# More than are enqueued at once, so that a bundle that is enqueued again never meets its own entry.
+_ENTRIES = 8
 
 
 # torch ships no types for these.
@@ -116,8 +117,13 @@ class Lane:
         return min(fitting, key=lambda found: found.slots, default=None)
 
     def add(self, key: str, executable: Executable) -> None:
-        """Takes a captured graph; called by the compile thread."""
-        self.executables.setdefault(key, {})[executable.slots] = executable
+        """Takes a captured graph, and drops those of older tables; called by the compile thread."""
+        kept = {
+            slots: other
+            for slots, other in self.executables.get(key, {}).items()
+            if other.generation == executable.generation
+        }
+        self.executables[key] = {**kept, executable.slots: executable}
 
     def forget(self, key: str) -> None:
         """Drops a program's graphs."""

@@ -75,13 +75,13 @@ class TableLayout:
 
 
 class RingEntry:
-    """One pinned table. It may be filled again once the copy that reads it is over."""
+    """One pinned table. It may be filled again once the bundle that reads it has ended."""
 
     def __init__(self, words: int, pinned: bool) -> None:
         self.host = torch.zeros(words, dtype=torch.int64, pin_memory=pinned)
         self._words = (ctypes.c_int64 * words).from_address(self.host.data_ptr())
         self._halves = (ctypes.c_int32 * (2 * words)).from_address(self.host.data_ptr())
-        self.copied: torch.cuda.Event | None = None
+        self.read: torch.cuda.Event | None = None
 
     def fill(
         self,
@@ -122,11 +122,15 @@ class TableRing:
         self._next = 0
         self.table = torch.zeros(words, dtype=torch.int64, device=device)
 
-    def take(self) -> RingEntry:
-        """The entry that was used longest ago; blocks the host while its copy is not over."""
+    def take(self, end: torch.cuda.Event | None) -> RingEntry:
+        """The entry that was used longest ago; blocks the host while its bundle has not ended.
+
+        Args:
+            end: recorded when the bundle that is about to use the entry has been enqueued.
+        """
         entry = self._entries[self._next]
         self._next = (self._next + 1) % len(self._entries)
-        if entry.copied is not None:
-            entry.copied.synchronize()
-            entry.copied = None
+        if entry.read is not None:
+            entry.read.synchronize()
+        entry.read = end
         return entry

@@ -188,6 +188,12 @@ class Runner:
         underway, self._underway = self._underway, ()
         return [request for request in underway if not request.out]
 
+    def abandon_after_fork(self, mutex: threading.Lock) -> None:
+        """In a forked child: whatever held the locks does not exist."""
+        self.mutex = mutex
+        self._accounting = Accounting()
+        self.dead.clear()
+
 
 def call_back(callback: Callable[[Request], object], request: Request) -> None:
     """Calls a done callback; what it raises is logged."""

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def gather(*requests: tuple[Any, ...]) -> tuple[Any, ...]:
     """Runs one round of requests together and returns their results in order.
 
     Args:
-        requests: ``(model, *args)`` each; every model compiled with ``backend="mux"``. One model may come several times.
+        requests: ``(model, *args)`` each; every model compiled with ``backend="mux"``, one model as often as
+            you like.
 
     Raises:
         NotCompiled: a model that was not compiled with mux.
@@ -63,7 +65,7 @@ def gather(*requests: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class _Round:
-    """One ``gather``: what is learned now, what goes straight to the engine, what stays on the guarded path."""
+    """One ``gather``: what is learned now, what goes straight to the engine, what stays guarded."""
 
     def __init__(self, calls: Sequence[Prepared]) -> None:
         self.calls = calls
@@ -76,13 +78,17 @@ class _Round:
             call.look_again()
             if call.learnable:
                 self._keep(index, call.call)
-        open_ = [index for index in range(len(self.calls)) if index not in self.answers and index not in self.errors]
+        open_ = [
+            index
+            for index in range(len(self.calls))
+            if index not in self.answers and index not in self.errors
+        ]
         requests = self._submit([index for index in open_ if self.calls[index].route is not None])
         self._guarded([index for index in open_ if self.calls[index].route is None])
         if requests:
             state.engine().wait(list(requests.values()))
         for index, request in requests.items():
-            self._keep(index, lambda: self.calls[index].finish(request))
+            self._keep(index, partial(self.calls[index].finish, request))
         if self.errors:
             raise self.errors[min(self.errors)]
         return tuple(self.answers[index] for index in range(len(self.calls)))
@@ -97,11 +103,11 @@ class _Round:
         quota, calls = current_quota(), [self.calls[index] for index in indices]
         try:
             together = state.engine().submit_all([call.request(quota) for call in calls]) if calls else []
-            return dict(zip(indices, together))
+            return dict(zip(indices, together, strict=True))
         except MuxError:
             log.debug("one request of a round was refused; each is submitted on its own")
         requests = {}
-        for index, call in zip(indices, calls):
+        for index, call in zip(indices, calls, strict=True):
             try:
                 requests[index] = call.submit(quota)
             except Exception as error:
@@ -158,7 +164,8 @@ class Warmup:
 
     def __str__(self) -> str:
         path = "learned path" if self.learned else "guarded path"
-        return f"{self.model} is ready for bundles of {', '.join(map(str, self.sizes))} ({self.seconds:.1f} s, {path})"
+        sizes = ", ".join(map(str, self.sizes))
+        return f"{self.model} is ready for bundles of {sizes} ({self.seconds:.1f} s, {path})"
 
 
 def warmup(model: Any, *inputs: Any, sizes: Sequence[int] = (1,)) -> Warmup:
@@ -182,7 +189,12 @@ def warmup(model: Any, *inputs: Any, sizes: Sequence[int] = (1,)) -> Warmup:
         gather(*[(model, *inputs)] * size)
         engine.quiesce()
         gather(*[(model, *inputs)] * size)
-    done = Warmup(name_of(model), tuple(sizes), time.perf_counter() - start, prepare(model, inputs, {}).route is not None)
+    done = Warmup(
+        name_of(model),
+        tuple(sizes),
+        time.perf_counter() - start,
+        prepare(model, inputs, {}).route is not None,
+    )
     log.info("%s", done)
     return done
 
@@ -217,7 +229,7 @@ def _setting(name: str, value: Any) -> Any:
 def adopt(model: Any) -> int:
     """Re-strides a model's convolution weights in place to channels-last, the layout of the kernels.
 
-    Values are unchanged and no second copy stays, so that a further instance costs its weights and nothing more.
+    Values are unchanged and no second copy stays: a further instance costs its weights and nothing more.
 
     Args:
         model: a module, compiled or not.
@@ -233,20 +245,21 @@ def adopt(model: Any) -> int:
         raise NotCompiled(model=name_of(model))
     count = 0
     for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            if not layer.weight.is_contiguous(memory_format=torch.channels_last):
-                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-                count += 1
+        if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            continue
+        if not layer.weight.is_contiguous(memory_format=torch.channels_last):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+            count += 1
     if count:
         _forget(model)
     return count
 
 
 def refresh(model: Any) -> None:
-    """Has everything that was derived from ``model`` made again: prepared weights and learned calls; undoes ``remove``.
+    """Has what was derived from ``model`` made again: prepared weights and learned calls; undoes ``remove``.
 
-    Needed after writes that no version counter sees (``.data``, NumPy, DLPack) and after changing attributes of
-    ``torch.nn`` modules inside a model that ``gather`` or ``submit`` have learned.
+    Needed after writes that no version counter sees (``.data``, NumPy, DLPack) and after changing attributes
+    of ``torch.nn`` modules inside a model that ``gather`` or ``submit`` have learned.
 
     Raises:
         NotCompiled: ``model`` was not compiled with mux.
@@ -287,7 +300,9 @@ def _tensors(model: Any) -> list[Tensor]:
         return [*module.parameters(), *module.buffers()]
     table = vars(model).get(ATTRIBUTE)
     routes = [route for group in table.routes.values() for route in group] if table is not None else []
-    found = {id(value): value for route in routes for value in route.structure.values if isinstance(value, Tensor)}
+    found = {
+        id(value): value for route in routes for value in route.structure.values if isinstance(value, Tensor)
+    }
     return list(found.values())
 
 
@@ -297,7 +312,7 @@ def reset() -> None:
 
 
 def close() -> None:
-    """Finishes what is queued and stops every thread; further requests raise ``ClosedError`` until ``reset()``."""
+    """Finishes what is queued, stops every thread; requests then raise ``ClosedError`` until ``reset()``."""
     state.close()
 
 

@@ -1,7 +1,7 @@
 """Does a frame that Dynamo rewrote do anything with its graph's outputs but return them?
 
-Dynamo replays side effects (counters, list appends, attribute writes) after the graph, in the frame's rewritten
-bytecode. A frame may be skipped only where nothing of that kind is there.
+Dynamo replays side effects (counters, list appends, attribute writes) after the graph, in the frame's
+rewritten bytecode. A frame may be skipped only where nothing of that kind is there.
 """
 
 from __future__ import annotations
@@ -22,13 +22,24 @@ CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), 
 _GRAPH = "__compiled_fn"
 _RESUME = ("__resume_at", "torch_dynamo_resume_in")
 _CALLS = ("CALL", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX", "CALL_METHOD", "CALL_KW")
-_WRITES = frozenset({"STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_NAME", "DELETE_ATTR", "DELETE_SUBSCR", "DELETE_GLOBAL"})
+_WRITES = frozenset(
+    {
+        "STORE_ATTR",
+        "STORE_SUBSCR",
+        "STORE_GLOBAL",
+        "STORE_NAME",
+        "DELETE_ATTR",
+        "DELETE_SUBSCR",
+        "DELETE_GLOBAL",
+    }
+)
 _HARMLESS = frozenset(
     """
-    BINARY_SLICE BINARY_SUBSCR BUILD_CONST_KEY_MAP BUILD_LIST BUILD_MAP BUILD_SLICE BUILD_TUPLE CACHE CALL CALL_FUNCTION
-    CALL_FUNCTION_EX CALL_FUNCTION_KW CALL_INTRINSIC_1 COPY DELETE_FAST DICT_MERGE DICT_UPDATE DUP_TOP DUP_TOP_TWO
-    EXTENDED_ARG KW_NAMES LIST_APPEND LIST_EXTEND LIST_TO_TUPLE LOAD_CONST NOP POP_TOP PRECALL PUSH_NULL RESUME
-    RETURN_CONST RETURN_VALUE ROT_FOUR ROT_N ROT_THREE ROT_TWO STORE_FAST SWAP UNPACK_SEQUENCE
+    BINARY_SLICE BINARY_SUBSCR BUILD_CONST_KEY_MAP BUILD_LIST BUILD_MAP BUILD_SLICE BUILD_TUPLE
+    CACHE CALL CALL_FUNCTION CALL_FUNCTION_EX CALL_FUNCTION_KW CALL_INTRINSIC_1 COPY DELETE_FAST
+    DICT_MERGE DICT_UPDATE DUP_TOP DUP_TOP_TWO EXTENDED_ARG KW_NAMES LIST_APPEND LIST_EXTEND
+    LIST_TO_TUPLE LOAD_CONST NOP POP_TOP PRECALL PUSH_NULL RESUME RETURN_CONST RETURN_VALUE ROT_FOUR
+    ROT_N ROT_THREE ROT_TWO STORE_FAST SWAP UNPACK_SEQUENCE
     """.split()
 )
 _LOADS_LOCAL = frozenset({"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_AND_CLEAR", "LOAD_FAST_LOAD_FAST"})
@@ -39,7 +50,11 @@ def objection(frame: Frame) -> str | None:
     if any(name.startswith(_RESUME) for name in frame.code.co_names):
         return "graph break: the frame resumes in another one"
     instructions = list(dis.get_instructions(frame.code))
-    loads = [i for i, item in enumerate(instructions) if item.opname == "LOAD_GLOBAL" and str(item.argval).startswith(_GRAPH)]
+    loads = [
+        i
+        for i, item in enumerate(instructions)
+        if item.opname == "LOAD_GLOBAL" and str(item.argval).startswith(_GRAPH)
+    ]
     if len(loads) != 1:
         return f"the frame calls {len(loads)} graphs"
     end = _call_of(instructions, loads[0])
@@ -88,11 +103,15 @@ def _after(frame: Frame, instructions: list[dis.Instruction]) -> str | None:
 
 
 def _global_load(frame: Frame, instructions: list[dis.Instruction], index: int) -> tuple[int, str | None]:
-    """Follows ``name.attr.attr``; only a class may come out of it. Returns the next index and an objection."""
+    """Follows ``name.attr.attr``; only a class may come out of it. The next index, and an objection."""
     name = instructions[index].argval
     value = frame.namespace.get(name, getattr(builtins, name, None))
     index += 1
-    while isinstance(value, ModuleType) and index < len(instructions) and instructions[index].opname in ("LOAD_ATTR", "LOAD_METHOD"):
+    while (
+        isinstance(value, ModuleType)
+        and index < len(instructions)
+        and instructions[index].opname in ("LOAD_ATTR", "LOAD_METHOD")
+    ):
         value = getattr(value, instructions[index].argval, None)
         index += 1
     if isinstance(value, type):

@@ -26,7 +26,10 @@ _learning = threading.RLock()
 
 def is_mux(backend: object) -> bool:
     """Whether ``backend`` is the one that ``torch.compile(model, backend="mux")`` uses."""
-    return getattr(backend, "__module__", None) == "torch_mux.backend" and getattr(backend, "__name__", None) == "mux"
+    return (
+        getattr(backend, "__module__", None) == "torch_mux.backend"
+        and getattr(backend, "__name__", None) == "mux"
+    )
 
 
 def require_mux(model: Any) -> None:
@@ -60,7 +63,11 @@ class Prepared:
     @property
     def learnable(self) -> bool:
         """Whether nothing is known yet about this signature."""
-        return self.route is None and self.arranged.key is not None and self.arranged.key not in self.table.refusals
+        return (
+            self.route is None
+            and self.arranged.key is not None
+            and self.arranged.key not in self.table.refusals
+        )
 
     def look_again(self) -> None:
         """Finds a route that was learned since."""
@@ -169,7 +176,9 @@ def _report(reason: FallbackReason) -> None:
 
 def _note_argument(prepared: Prepared) -> None:
     if prepared.arranged.key is None:
-        kinds = {type(leaf).__name__ for leaf in prepared.arranged.leaves if not isinstance(leaf, torch.Tensor)}
+        kinds = {
+            type(leaf).__name__ for leaf in prepared.arranged.leaves if not isinstance(leaf, torch.Tensor)
+        }
         detail = f"an argument is of type {', '.join(sorted(kinds)) or 'a tensor subclass'}"
         state.note(FallbackReason(FallbackKind.GUARDED, name_of(prepared.model), detail))
 
@@ -177,7 +186,11 @@ def _note_argument(prepared: Prepared) -> None:
 def _device_mismatch(model: Any, leaves: Sequence[Any]) -> DeviceMismatch | None:
     """The error to raise when a call failed and an input is elsewhere than every weight."""
     module = compat.original_module(model)
-    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())} if module is not None else set()
+    devices = (
+        {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+        if module is not None
+        else set()
+    )
     if len(devices) != 1:
         return None
     want = devices.pop()

@@ -45,13 +45,15 @@ class Caller:
     @classmethod
     def here(cls) -> Caller:
         """The calling thread as it is now."""
-        cuda = torch.cuda.is_initialized()
+        cuda = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
         kinds = ("cpu", "cuda") if cuda else ("cpu",)
         return cls(
             context=contextvars.copy_context(),
             grad=torch.is_grad_enabled(),
             inference=torch.is_inference_mode_enabled(),
-            autocast=tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds),
+            autocast=tuple(
+                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds
+            ),
             cache=torch.is_autocast_cache_enabled(),
             stream=torch.cuda.current_stream() if cuda else None,
         )
@@ -65,7 +67,9 @@ class Caller:
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
             for kind, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.cache))
+                stack.enter_context(
+                    torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.cache)
+                )
             if self.stream is not None:
                 stack.enter_context(torch.cuda.stream(self.stream))
             return function()

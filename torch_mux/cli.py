@@ -8,7 +8,13 @@ from typing import Final
 
 __all__ = ["app"]
 
-_EXTRAS: Final = {"typer": "cli", "rich": "cli", "sklearn": "demo", "torchvision": "bench", "transformers": "bench"}
+_EXTRAS: Final = {
+    "typer": "cli",
+    "rich": "cli",
+    "sklearn": "demo",
+    "torchvision": "bench",
+    "transformers": "bench",
+}
 
 
 def app() -> None:

@@ -14,7 +14,7 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -35,6 +35,7 @@ __all__ = [
     "symbolic_world",
     "tf32_allowed",
     "trace_graph",
+    "unset_fake_temporarily",
     "unwrapped_by_dynamo",
 ]
 

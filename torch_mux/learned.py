@@ -1,8 +1,8 @@
 """Learning a guard-free route from one real call.
 
-The call's result is returned, never thrown away: a second call would step a model that counts twice. What makes a
-route safe is what is refused; every refusal is a ``FallbackReason`` that ``explain()`` prints, and the model stays on
-Dynamo's guarded path, where it is right but slower to call.
+The call's result is returned, never thrown away: a second call would step a model that counts twice. What
+makes a route safe is what is refused; every refusal is a ``FallbackReason`` that ``explain()`` prints, and
+the model stays on Dynamo's guarded path, where it is right but slower to call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torch_mux import compat
+from torch_mux import compat, state
 from torch_mux.bytecode import CONSTANTS, objection
 from torch_mux.recording import Call, Frame, Recorder, recorded_call, recording
 from torch_mux.routes import Arranged, Route, containers, flat_positions
@@ -54,7 +54,9 @@ class _Refused(Exception):
 def name_of(model: Any) -> str:
     """What to call a compiled model in reports: the class of the module, or the function's name."""
     module = compat.original_module(model)
-    return type(module).__name__ if module is not None else str(getattr(model, "__name__", type(model).__name__))
+    return (
+        type(module).__name__ if module is not None else str(getattr(model, "__name__", type(model).__name__))
+    )
 
 
 def learn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arranged: Arranged) -> Lesson:
@@ -109,15 +111,23 @@ def _route(
         nesting=nesting,
     )
     if not (route.matches(arranged) and route.holds()):
-        raise _Refused("its signature does not recognise its own call (a torch function or dispatch mode is active)")
+        raise _Refused(
+            "its signature does not recognise its own call (a torch function or dispatch mode is active)"
+        )
     return route
 
 
 def _single_call(model: Any, module: nn.Module | None, recorder: Recorder) -> tuple[Call, Frame]:
     """The one run of the one graph, or a refusal."""
     if not recorder.calls:
-        if torch.is_grad_enabled() and module is not None and any(p.requires_grad for p in module.parameters()):
+        if (
+            torch.is_grad_enabled()
+            and module is not None
+            and any(p.requires_grad for p in module.parameters())
+        ):
             raise _Refused("call it under torch.inference_mode() or torch.no_grad()", FallbackKind.TRAINING)
+        if not state.settings().enabled:
+            raise _Refused("torch_mux is disabled: configure(enabled=True)")
         raise _Refused("the call never ran a graph of backend='mux'", FallbackKind.NOT_REACHED)
     if len(recorder.calls) > 1:
         raise _Refused(f"graph break: one call ran {len(recorder.calls)} graphs")
@@ -130,7 +140,9 @@ def _single_call(model: Any, module: nn.Module | None, recorder: Recorder) -> tu
         raise _Refused("side effect: its graph writes one of its arguments, parameters or buffers")
     if frame is None:
         raise _Refused("the frame that called the graph was not found")
-    outside = next((f"{name} in {file}" for file, name in frame.callers if file not in compat.caller_files()), None)
+    outside = next(
+        (f"{name} in {file}" for file, name in frame.callers if file not in compat.caller_files()), None
+    )
     if outside is not None:
         raise _Refused(f"Python runs around its graph: {outside}")
     problem = objection(frame)
@@ -141,7 +153,11 @@ def _single_call(model: Any, module: nn.Module | None, recorder: Recorder) -> tu
 
 def _inputs(call: Call, leaves: Sequence[Any]) -> tuple[tuple[bool, Any], ...]:
     """Where every input of the program comes from: an argument leaf by identity, or a constant."""
-    known = {id(leaf): position for position, leaf in reversed(list(enumerate(leaves))) if isinstance(leaf, torch.Tensor)}
+    known = {
+        id(leaf): position
+        for position, leaf in reversed(list(enumerate(leaves)))
+        if isinstance(leaf, torch.Tensor)
+    }
     found: list[tuple[bool, Any]] = []
     inputs, parameters = call.entry.program.split(call.args)
     if any(id(parameter) in known for parameter in parameters):
@@ -152,14 +168,18 @@ def _inputs(call: Call, leaves: Sequence[Any]) -> tuple[tuple[bool, Any], ...]:
         elif isinstance(value, (int, float, bool)):
             found.append((False, value))  # a size of the signature: the key holds every shape
         else:
-            raise _Refused("an input of its graph is neither an argument nor a parameter (a global or attribute tensor)")
+            raise _Refused(
+                "an input of its graph is neither an argument nor a parameter (a global or attribute tensor)"
+            )
     return tuple(found)
 
 
 def _results(result: Any, call: Call, leaves: Sequence[Any]) -> tuple[tuple[tuple[str, Any], ...], Any]:
     """Where every leaf of the result comes from, and how the leaves nest."""
     flat, spec = pytree.tree_flatten(result)
-    outputs = {id(value): position for position, value in enumerate(call.outputs) if isinstance(value, torch.Tensor)}
+    outputs = {
+        id(value): position for position, value in enumerate(call.outputs) if isinstance(value, torch.Tensor)
+    }
     arguments = {id(leaf): position for position, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
     taken: list[tuple[str, Any]] = []
     for leaf in flat:
@@ -172,7 +192,9 @@ def _results(result: Any, call: Call, leaves: Sequence[Any]) -> tuple[tuple[tupl
         elif type(leaf) in CONSTANTS:
             taken.append(("constant", leaf))
         elif isinstance(leaf, torch.Tensor):
-            raise _Refused("a returned tensor is a parameter, a buffer or a view that its graph did not return")
+            raise _Refused(
+                "a returned tensor is a parameter, a buffer or a view that its graph did not return"
+            )
         else:
             raise _Refused(f"it returns a {type(leaf).__name__}")
     return tuple(taken), None if spec.is_leaf() else spec
@@ -185,7 +207,9 @@ def _own_hooks(model: Any, module: nn.Module | None) -> tuple[dict[Any, Any], ..
     return ()
 
 
-def _snapshot(module: nn.Module | None, leaves: Sequence[Any]) -> tuple[list[dict[str, Any]], list[int | None]]:
+def _snapshot(
+    module: nn.Module | None, leaves: Sequence[Any]
+) -> tuple[list[dict[str, Any]], list[int | None]]:
     modules = list(module.modules()) if module is not None else []
     tables = [dict(table) for m in modules for table in (m.__dict__, m._parameters, m._buffers, m._modules)]
     return tables, _versions(module, leaves)
@@ -198,7 +222,9 @@ def _versions(module: nn.Module | None, leaves: Sequence[Any]) -> list[int | Non
     return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _unchanged(before: tuple[list[dict[str, Any]], list[int | None]], module: nn.Module | None, leaves: Sequence[Any]) -> None:
+def _unchanged(
+    before: tuple[list[dict[str, Any]], list[int | None]], module: nn.Module | None, leaves: Sequence[Any]
+) -> None:
     """Refuses a call that wrote an attribute, a buffer or one of its arguments."""
     tables, versions = before
     now, versions_now = _snapshot(module, leaves)

@@ -26,7 +26,7 @@ class Call:
     Attributes:
         entry: the compiled callable (``torch_mux.backend.Entry``).
         args: the flat argument list of the graph.
-        instance: the engine's instance of the weights among ``args``, or None where the call did not go to the engine.
+        instance: the engine's instance of the weights among ``args``, or None outside of the engine.
         outputs: what the entry returned, in the order of the graph's outputs.
     """
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Explanation", "Note", "ProgramExplanation", "Stats", "explanation", "statistics"]
 
 
+_COLUMNS = tuple("tenant,accepted,ok,errors,cancelled,pending,p50 ms,p99 ms,device s,coalesced".split(","))
+
+
 @dataclass(frozen=True)
 class Stats:
     """What the process served so far.
@@ -37,8 +40,10 @@ class Stats:
     sizes: Mapping[int, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        head = f"{self.requests} requests in {self.bundles} bundles, {self.device_seconds:.3f} s of the device"
-        rows = [("tenant", "accepted", "ok", "errors", "cancelled", "pending", "p50 ms", "p99 ms", "device s", "coalesced")]
+        head = (
+            f"{self.requests} requests in {self.bundles} bundles, {self.device_seconds:.3f} s of the device"
+        )
+        rows: list[tuple[str, ...]] = [_COLUMNS]
         for name in sorted(self.tenants):
             got = self.tenants[name]
             counts = (got.accepted, got.ok, got.errors, got.cancelled, got.pending)
@@ -95,7 +100,9 @@ class ProgramExplanation:
 
     def __str__(self) -> str:
         kind = {None: "", True: ", coalesced", False: ", per instance"}[self.coalesced]
-        lines = [f"{self.name} {self.fingerprint[:12]}: {self.status}{kind}; {_count(self.instances, 'instance')}"]
+        lines = [
+            f"{self.name} {self.fingerprint[:12]}: {self.status}{kind}; {_count(self.instances, 'instance')}"
+        ]
         if self.error is not None:
             lines.append(f"  {self.error}")
         if self.nbytes:
@@ -103,11 +110,17 @@ class ProgramExplanation:
         if self.status == "ready":
             kernels = ", ".join(f"{count} {name}" for name, count in sorted(self.kernels.items())) or "none"
             lines.append(f"  super-kernels: {kernels}")
-            lines.append(f"  operations: {self.fused} fused, {self.inductor} in the batched graph, {self.alone} per instance")
+            batched = f"{self.inductor} in the batched graph"
+            lines.append(f"  operations: {self.fused} fused, {batched}, {self.alone} per instance")
         if self.bundles:
-            lines.append("  bundles: " + ", ".join(f"{count} of {slots}" for slots, count in sorted(self.bundles.items())))
+            lines.append(
+                "  bundles: "
+                + ", ".join(f"{count} of {slots}" for slots, count in sorted(self.bundles.items()))
+            )
         if any(self.captured):
-            lines.append("  captured for: " + "; ".join(", ".join(map(str, sizes)) for sizes in self.captured))
+            lines.append(
+                "  captured for: " + "; ".join(", ".join(map(str, sizes)) for sizes in self.captured)
+            )
         lines += [f"  not captured: {failure}" for failure in self.capture_failures]
         lines += [f"  {reason}" for reason in self.reasons]
         return "\n".join(lines)
@@ -132,7 +145,7 @@ class Explanation:
         device: what requests run on.
         settings: in force.
         programs: every program seen so far.
-        notes: models and calls that no program tells about: never reached the backend, training, guarded calls.
+        notes: models and calls that no program tells about: not reached, training, guarded.
     """
 
     device: str
@@ -208,5 +221,7 @@ def _ms(seconds: float | None) -> str:
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

@@ -1,7 +1,6 @@
-"""A learned route: how one signature of one compiled model maps to one instance, with no Python of the model run.
+"""A learned route: how one signature of one compiled model maps to one instance, without the model's Python.
 
-After the learned path of FACTS-style host measurements: a warm call pays a few microseconds of checks in place of
-Dynamo's guards (40 to 300).
+A warm call pays a few microseconds of checks in place of Dynamo's guards (40 to 300).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Arranged:
     Attributes:
         leaves: tensors and constants in order.
         spec: how they nest, or None where every argument is positional and a leaf itself.
-        key: hashable summary of the call's modes, shapes and constants; None where a leaf is neither tensor nor constant.
+        key: hashable summary of the call's modes, shapes and constants; None where a leaf is something else.
     """
 
     leaves: Sequence[Any]
@@ -77,12 +76,14 @@ class Route:
         instance: the engine's instance of the model's weights.
         spec: nesting of the arguments (``Arranged.spec``).
         state: check of grad mode, autocast and other global state.
-        tensors: positions of distinct tensor leaves, and the check of their types, shapes, strides, dtypes, devices.
+        tensors: positions of distinct tensor leaves.
+        check: of their types, shapes, strides, dtypes and devices.
         same: pairs of leaves that must be one tensor.
         inputs: for every input of the program (True, leaf position) or (False, constant).
         structure: the model's modules.
         watches: outside values that the graph was specialised on.
-        result: where every leaf of the result comes from: ("output" | "argument", position) or ("constant", value).
+        result: where every leaf of the result comes from: ("output" or "argument", position) or
+            ("constant", value).
         nesting: how the result's leaves nest, or None where the result is one leaf.
     """
 
@@ -213,6 +214,8 @@ def containers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[object]:
     """Every list, tuple and dict among the arguments, and every leaf."""
     found: list[object] = [args, kwargs]
     for value in found:
-        inner: Any = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        inner: Any = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        )
         found.extend(chain(inner))
     return found

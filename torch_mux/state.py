@@ -79,7 +79,9 @@ def configure(changes: dict[str, Any]) -> Settings:
         if name not in valid:
             raise UnknownOption.near("setting", name, valid)
     with _state.lock:
-        _state.settings = replace(_state.settings, **changes)
+        before, _state.settings = _state.settings, replace(_state.settings, **changes)
+        if before.enabled != _state.settings.enabled:
+            _state.epoch += 1
         if _state.engine is not None:
             _state.engine.configure(_state.settings)
         return _state.settings

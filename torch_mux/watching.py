@@ -1,8 +1,8 @@
 """What a learned call rests on beyond its arguments, and whether that still holds.
 
-Two parts. ``Structure`` covers the modules of a model: parameter, buffer and submodule slots by identity, training
-flags and hooks. ``watches`` covers values that the captured frame was guarded on and that are neither arguments nor
-module structure: globals, configuration objects, nested containers.
+Two parts. ``Structure`` covers the modules of a model: parameter, buffer and submodule slots by identity,
+training flags and hooks. ``watches`` covers values that the captured frame was guarded on and that are
+neither arguments nor module structure: globals, configuration objects, nested containers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _BUILTINS: dict[str, Callable[[Any], Any]] = {"type": type}
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, type, ModuleType)
 _STRUCTURE = frozenset(
     "_parameters _buffers _modules _forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks "
-    "_forward_hooks_with_kwargs _forward_pre_hooks_with_kwargs _forward_hooks_always_called training __dict__ "
-    "forward __class__ _non_persistent_buffers_set".split()
+    "_forward_hooks_with_kwargs _forward_pre_hooks_with_kwargs _forward_hooks_always_called training "
+    "__dict__ forward __class__ _non_persistent_buffers_set".split()
 )
 _END = object()
 
@@ -61,7 +61,9 @@ class Structure:
     def of(cls, roots: Sequence[nn.Module], hooks: Sequence[dict[Any, Any]] = ()) -> Structure:
         """The structure below ``roots`` now; ``hooks`` are further hook dicts that must stay empty."""
         modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
-        slots = [table.values() for m in modules for table in (m._parameters, m._buffers, m._modules) if table]
+        slots = [
+            table.values() for m in modules for table in (m._parameters, m._buffers, m._modules) if table
+        ]
         slots.append((_END,))  # type: ignore[arg-type]
         return cls(
             tuple(slots),
@@ -120,8 +122,10 @@ class Watches:
             self.attributes.append((parent, key, value))
 
 
-def watches(guards: Iterable[Any], frame: Frame, arguments: Sequence[object]) -> tuple[Watches, list[nn.Module]]:
-    """What has to be watched for ``guards`` (``torch._guards.Guard``) to stay true, and the modules they reach.
+def watches(
+    guards: Iterable[Any], frame: Frame, arguments: Sequence[object]
+) -> tuple[Watches, list[nn.Module]]:
+    """What to watch for ``guards`` (``torch._guards.Guard``) to stay true, and the modules they reach.
 
     Args:
         guards: the guards of the captured frame.
@@ -176,7 +180,9 @@ class _Walk:
         value: Any = table[root]
         if scope == "G":
             self._step("item", table, root, value)
-        elif id(value) in self.covered or (isinstance(value, (torch.Tensor, *CONSTANTS)) and not self._free(root)):
+        elif id(value) in self.covered or (
+            isinstance(value, (torch.Tensor, *CONSTANTS)) and not self._free(root)
+        ):
             return
         elif self._free(root) and not isinstance(value, (nn.Module, *_FUNCTIONS)):
             raise Unwatchable(f"it depends on the closure variable {root!r}")
@@ -200,7 +206,9 @@ class _Walk:
 
     def _last(self, name: str, value: object) -> None:
         if isinstance(value, torch.Tensor):
-            raise Unwatchable(f"it depends on the tensor {name}, which is neither argument, parameter nor buffer")
+            raise Unwatchable(
+                f"it depends on the tensor {name}, which is neither argument, parameter nor buffer"
+            )
         if isinstance(value, (list, dict, set)):
             self.result.sizes.append((value, len(value)))
 
@@ -225,20 +233,24 @@ def _look_up(kind: str, key: Any, parent: Any) -> Any:
 
 def _is_structure(parent: Any) -> bool:
     """Whether ``parent`` is a module or a ``_modules`` dict, whose slots ``Structure`` covers."""
-    return isinstance(parent, nn.Module) or (isinstance(parent, dict) and all(map(_module_or_none, parent.values())))
+    return isinstance(parent, nn.Module) or (isinstance(parent, dict) and all(map(_is_slot, parent.values())))
 
 
-def _module_or_none(value: object) -> bool:
+def _is_slot(value: object) -> bool:
     return value is None or isinstance(value, nn.Module)
 
 
 def _is_fixed(parent: Any, key: Any, value: object) -> bool:
-    """Whether ``parent``'s ``key`` is frozen by contract: code, torch's own modules, what is inside a tuple."""
+    """Whether ``parent``'s ``key`` is frozen by contract: code, torch's own modules, items of a tuple."""
     if isinstance(parent, (tuple, str)) or isinstance(value, ModuleType) or _is_namespace(value):
         return True
-    if isinstance(parent, nn.Module) and (key == "_modules" or type(parent).__module__.startswith("torch.nn.")):
+    if isinstance(parent, nn.Module) and (
+        key == "_modules" or type(parent).__module__.startswith("torch.nn.")
+    ):
         return True
-    if isinstance(value, MethodType) or isinstance(parent, _FUNCTIONS) and not isinstance(parent, ModuleType):
+    if isinstance(value, MethodType) or (
+        isinstance(parent, _FUNCTIONS) and not isinstance(parent, ModuleType)
+    ):
         return True
     if isinstance(value, _FUNCTIONS) and (isinstance(parent, ModuleType) or _is_namespace(parent)):
         return True

@@ -183,7 +183,7 @@ def linear_problems(
 
 
 def _geometry(
-    x: Tensor, out: Tensor, n: int, k: int, leading: int, problems: Problems | None, dtype: torch.dtype
+    x: Tensor, out: Tensor, n: int, k: int, leading: int, problems: Problems | None
 ) -> tuple[dict[str, Any], tuple[tuple[int, int, int], ...]]:
     """The kernel's size arguments and the (m, n, k) of every slot."""
     if problems is not None:
@@ -244,10 +244,8 @@ def linear_launch(
     if 1 not in (stride_n, stride_k):
         raise ValueError(f"one stride of the weight must be 1, not {(stride_n, stride_k)}")
     k_major = stride_k == 1
-    named, sizes = _geometry(x, out, n, k, stride_n if k_major else stride_k, problems, x.dtype)
-    if any(max(m * kk, m * nn, nn * kk) >= 2**31 for m, nn, kk in sizes[:1] if problems is None) or any(
-        max(m * kk, m * nn, nn * kk) >= 2**31 for m, nn, kk in sizes if problems is not None
-    ):
+    named, sizes = _geometry(x, out, n, k, stride_n if k_major else stride_k, problems)
+    if any(max(m * kk, m * nn, nn * kk) >= 2**31 for m, nn, kk in set(sizes)):
         raise ValueError("a slot's matrices must have less than 2**31 elements each")
     sms = multiprocessors(x.device) if sms is None else sms
     bit_class = choose.linear_class(sizes, x.dtype, allow_tf32) if bit_class is None else bit_class

@@ -75,6 +75,15 @@ def _epilogue_(
     return apply_activation(wide, activation).to(dtype)
 
 
+def _biases(
+    x: Tensor, rows: Sequence[int], n: int, scale: Tensor | None, shift: Tensor | None, offset: int
+) -> tuple[Sequence[Tensor | None], Tensor | None]:
+    """(a bias a slot for the vendor call, the shift that is left): a plain bias is added before the result is rounded."""
+    if scale is not None or shift is None or shift.dtype != x.dtype:
+        return [None] * len(rows), shift
+    return [shift[row, offset : offset + n] for row in rows], None
+
+
 def _linear_cpu(
     x: Tensor,
     table: Tensor,
@@ -92,14 +101,13 @@ def _linear_cpu(
     allow_tf32: bool,
     program: str,
 ) -> Tensor:
-    weights = storage_of(program).weights(rows.tolist(), column)
+    numbers = rows.tolist()
+    weights = storage_of(program).weights(numbers, column)
+    biases, shift = _biases(x, numbers, n, scale, shift, shift_offset)
     out = x.new_empty((x.shape[0], x.shape[1], n))
-    for rows_in, weight, rows_out in zip(x.unbind(0), weights, out.unbind(0), strict=True):
-        transposed = weight.t()
-        if rows_out.data_ptr() % _ALIGNMENT == 0:
-            torch.mm(_aligned(rows_in), transposed, out=rows_out)
-        else:
-            rows_out.copy_(torch.mm(_aligned(rows_in), transposed))
+    for rows_in, weight, bias, rows_out in zip(x.unbind(0), weights, biases, out.unbind(0), strict=True):
+        product = F.linear(_aligned(rows_in), weight, bias)
+        rows_out.copy_(product)
     return _epilogue_(out, rows, scale, scale_offset, shift, shift_offset, residual, activation)
 
 
@@ -123,12 +131,14 @@ def _convolution_cpu(
     allow_tf32: bool,
     program: str,
 ) -> Tensor:
-    weights = storage_of(program).weights(rows.tolist(), column)
+    numbers = rows.tolist()
+    weights = storage_of(program).weights(numbers, column)
+    biases, shift = _biases(x, numbers, n, scale, shift, shift_offset)
     out = x.new_empty(_convolution_shape(x, n, kernel, stride, padding, dilation))
     images = x.permute(0, 1, 4, 2, 3).unbind(0)
     results = out.permute(0, 1, 4, 2, 3).unbind(0)
-    for image, weight, result in zip(images, weights, results, strict=True):
-        result.copy_(F.conv2d(_aligned(image), weight, None, list(stride), list(padding), list(dilation)))
+    for image, weight, bias, result in zip(images, weights, biases, results, strict=True):
+        result.copy_(F.conv2d(_aligned(image), weight, bias, list(stride), list(padding), list(dilation)))
     return _epilogue_(out, rows, scale, scale_offset, shift, shift_offset, residual, activation)
 
 

@@ -13,7 +13,15 @@ from torch.fx import GraphModule
 
 from torch_mux.settings import Settings
 
-from . import canonicalise, channels_last, fold_batch_norm, fuse_epilogues, select_super_kernels
+from . import (
+    canonicalise,
+    channels_last,
+    fold_batch_norm,
+    fuse_epilogues,
+    pad_channels,
+    reshape_patches,
+    select_super_kernels,
+)
 
 __all__ = ["PASSES", "Pass", "run_passes"]
 
@@ -24,6 +32,8 @@ PASSES: Final[tuple[Pass, ...]] = (
     select_super_kernels.run,
     fold_batch_norm.run,
     fuse_epilogues.run,
+    reshape_patches.run,
+    pad_channels.run,
     channels_last.run,
 )
 

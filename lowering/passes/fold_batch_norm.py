@@ -6,7 +6,7 @@ Both are computed from parameters and buffers only, in float32, once an instance
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -21,6 +21,17 @@ __all__ = ["run"]
 aten = torch.ops.aten
 
 
+def _statistics(node: Node) -> tuple[Any, Any, Any, Any, float] | None:
+    """(weight, bias, mean, variance, epsilon) of an inference batch norm, or None."""
+    if node.target is aten._native_batch_norm_legit_no_training.default:
+        _, weight, bias, mean, variance, _, epsilon = node.args
+    elif node.target is aten.native_batch_norm.default and node.args[5] is False:
+        _, weight, bias, mean, variance, _, _, epsilon = node.args
+    else:
+        return None
+    return weight, bias, mean, variance, float(cast(float, epsilon))
+
+
 def _wide(graph: Graph, value: Any) -> Any:
     """``value`` in float32, or as it is where it is wider already or None."""
     if not isinstance(value, Node) or fake_of(value).dtype in (torch.float32, torch.float64):
@@ -28,9 +39,9 @@ def _wide(graph: Graph, value: Any) -> Any:
     return emit(graph, aten._to_copy.default, (value,), {"dtype": torch.float32})
 
 
-def _scale_and_shift(graph: Graph, node: Node, convolution_bias: Any) -> tuple[Node, Node]:
-    _, weight, bias, mean, variance, _, epsilon = node.args
-    weight, bias, mean, variance = (_wide(graph, value) for value in (weight, bias, mean, variance))
+def _scale_and_shift(graph: Graph, statistics: tuple[Any, ...], convolution_bias: Any) -> tuple[Node, Node]:
+    weight, bias, mean, variance = (_wide(graph, value) for value in statistics[:4])
+    epsilon = statistics[4]
     scale = emit(graph, aten.rsqrt.default, (emit(graph, aten.add.Scalar, (variance, epsilon)),))
     if weight is not None:
         scale = emit(graph, aten.mul.Tensor, (scale, weight))
@@ -47,7 +58,7 @@ def _channel_view(graph: Graph, vector: Node, rank: int) -> Node:
     return emit(graph, aten.view.default, (vector, [-1, *([1] * (rank - 2))]))
 
 
-def _fold(node: Node, weights: set[Node]) -> Node | None:
+def _fold(node: Node, statistics: tuple[Any, ...], weights: set[Node]) -> Node | None:
     source = node.args[0]
     if not isinstance(source, Node) or any(isinstance(arg, Node) and arg not in weights for arg in node.args[1:5]):
         return None
@@ -62,7 +73,7 @@ def _fold(node: Node, weights: set[Node]) -> Node | None:
         and source.args[-1] == "none"
     )
     with graph.inserting_before(node):
-        scale, shift = _scale_and_shift(graph, node, source.args[3] if folds else None)
+        scale, shift = _scale_and_shift(graph, statistics, source.args[3] if folds else None)
         if folds:
             target: Any = source.target
             return emit(graph, target, (*source.args[:2], scale, shift, *source.args[4:]))
@@ -75,12 +86,13 @@ def _fold(node: Node, weights: set[Node]) -> Node | None:
 
 
 def run(module: GraphModule, settings: Settings) -> GraphModule:
-    """Handles ``_native_batch_norm_legit_no_training`` whose statistics are parameters or buffers."""
+    """Handles inference batch norms whose statistics are parameters or buffers; others stay."""
     weights = parameter_only(module.graph)
     for node in call_nodes(module.graph):
-        if node.target is not aten._native_batch_norm_legit_no_training.default:
+        statistics = _statistics(node)
+        if statistics is None:
             continue
-        folded = _fold(node, weights)
+        folded = _fold(node, statistics, weights)
         if folded is None:
             continue
         for user in list(node.users):

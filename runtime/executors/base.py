@@ -73,7 +73,7 @@ class Flight:
 
 
 class Executor(Protocol):
-    """One device. Only the holder of the dispatcher's role calls launch, reap and oldest."""
+    """One device. Only the holder of the dispatcher's role calls launch, reap and oldest; the compile thread rehearse."""
 
     device: torch.device
     sms: int
@@ -84,6 +84,10 @@ class Executor(Protocol):
 
     def slots(self, program: Program) -> int:
         """Most slots of one bundle of ``program`` that the tables have room for."""
+        ...
+
+    def rehearse(self, served: ServedProgram) -> None:
+        """Runs a new plan once, on the compile thread, so that no request waits for what that compiles."""
         ...
 
     def loads(self) -> Sequence[LaneLoad]:

@@ -22,6 +22,9 @@ __all__ = ["Capturer", "Move", "Steps"]
 
 logger = logging.getLogger(__name__)
 
+#: Triton compiles integer arguments that are 1, or multiples of 16, on their own.
+_SPECIALISED = (1, 2, 16)
+
 
 class Move(Protocol):
     """A copy between the slots of a batched tensor and tensors given by address."""
@@ -98,6 +101,13 @@ class Capturer:
             self._wanted.pop(served, None)
             self._failures.pop(served, None)
 
+    def rehearse(self, served: ServedProgram) -> None:
+        """Runs a new plan on its own stream at sizes for which its kernels are compiled differently."""
+        device = served.program.device
+        with torch.cuda.device(device), torch.cuda.stream(new_stream(device)), torch.inference_mode():
+            for slots in _SPECIALISED:
+                self._rehearse(served, TableLayout.of(served.program, slots))
+
     def _attempt(self, lane: Lane, served: ServedProgram, slots: int) -> None:
         with self._lock:
             if served not in self._wanted:
@@ -129,8 +139,7 @@ class Capturer:
             self._rehearse(served, layout)
             side.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # Not torch.cuda.graph(): it synchronises the device, collects garbage and empties the cache.
-            graph.capture_begin(pool=lane.pool, capture_error_mode="thread_local")
+            _begin(graph, lane)
             try:
                 self._steps.run(served, layout, lane.ring.table)
             finally:
@@ -153,3 +162,19 @@ class Capturer:
         table = entry.host.to(device)
         self._steps.run(served, layout, table)
         torch.cuda.current_stream(device).synchronize()
+
+
+def _begin(graph: torch.cuda.CUDAGraph, lane: Lane) -> None:
+    """Starts capturing on the current stream.
+
+    Not by ``torch.cuda.graph``, which synchronises the device, collects garbage and empties the cache. And
+    with a copy of the generator's state: the one that is registered with a capture refuses to draw random
+    numbers, in every thread, until the capture ends. Plans that draw are not captured.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        graph.capture_begin(pool=lane.pool, capture_error_mode="thread_local")
+    finally:
+        generator.graphsafe_set_state(state)

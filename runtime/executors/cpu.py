@@ -75,6 +75,9 @@ class CpuExecutor:
         """There are no tables to run out of."""
         return _UNLIMITED
 
+    def rehearse(self, served: ServedProgram) -> None:
+        """Nothing is compiled at the first run."""
+
     def loads(self) -> Sequence[LaneLoad]:
         """One lane, idle whenever somebody can ask."""
         return _IDLE

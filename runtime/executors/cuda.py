@@ -73,6 +73,10 @@ class CudaExecutor:
         sections = TableLayout.of(program, 1)
         return max(1, (Lane.words() - 4) // (1 + sections.inputs + sections.outputs) - 1)
 
+    def rehearse(self, served: ServedProgram) -> None:
+        """Has the kernels of a new plan compiled and loaded before anybody waits for them."""
+        self._capturer.rehearse(served)
+
     def loads(self) -> Sequence[LaneLoad]:
         """Bundles under way on each lane in use."""
         return tuple(LaneLoad(len(lane.flights)) for lane in self._lanes[: self._used])
@@ -105,19 +109,20 @@ class CudaExecutor:
             lane.stream.wait_event(cast(torch.cuda.Event, mark))
         flight.start.record(lane.stream)
         if bundle.served.compiled.coalesced:
-            flight.kept = self._coalesced(lane, bundle)
+            flight.kept = self._coalesced(lane, flight)
         else:
             run_each_alone(bundle)
             flight.kept = tuple(request.instance.current() for request in bundle.requests)
         flight.end.record(lane.stream)
 
-    def _coalesced(self, lane: Lane, bundle: Bundle) -> tuple[object, ...]:
+    def _coalesced(self, lane: Lane, flight: CudaFlight) -> tuple[object, ...]:
+        bundle = flight.bundle
         kept: list[object] = []
         for _ in range(_ATTEMPTS):
             rows = bound_rows(bundle, verify=False, before=lambda new: self._settle(lane, new))
             kept.extend(request.instance.held for request in bundle.requests)
             with torch.inference_mode():
-                kept.append(self._enqueue(lane, bundle, rows))
+                kept.append(self._enqueue(lane, flight, rows))
             changed = stale(bundle)
             if not changed:
                 break
@@ -135,7 +140,8 @@ class CudaExecutor:
                 for flight in other.flights:
                     flight.end.synchronize()
 
-    def _enqueue(self, lane: Lane, bundle: Bundle, rows: list[int]) -> object:
+    def _enqueue(self, lane: Lane, flight: CudaFlight, rows: list[int]) -> object:
+        bundle = flight.bundle
         served, requests = bundle.served, bundle.requests
         program, plan = served.program, served.compiled
         count = len(requests)
@@ -145,7 +151,7 @@ class CudaExecutor:
             if executable is None or executable.slots != count:
                 self._capturer.want(lane, served, count)
         layout = TableLayout.of(program, count if executable is None else executable.slots)
-        entry = lane.ring.take()
+        entry = lane.ring.take(flight.end)
         entry.fill(
             layout,
             rows,
@@ -158,8 +164,6 @@ class CudaExecutor:
             ],
         )
         lane.ring.table[: layout.words].copy_(entry.host[: layout.words], non_blocking=True)
-        entry.copied = new_event()
-        entry.copied.record(lane.stream)
         if executable is None:
             self._steps.run(served, layout, lane.ring.table)
         else:

@@ -1,4 +1,4 @@
-"""A small lowering to test the runtime with: y = x * weight + bias and x * 2, plans made of plain torch operations."""
+"""A small lowering to test the runtime with: y = x * weight + bias and x * 2, in plain torch operations."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ class Lab:
     broken: set[str] = field(default_factory=set)
     alone: set[str] = field(default_factory=set)
     compiled: list[str] = field(default_factory=list)
-    Affine: type[Affine] = Affine
-    stack: Callable[[TensorSpec, int], Tensor] = staticmethod(stack)
+    Affine = Affine
+    stack = staticmethod(stack)
 
     def compile_plan(self, program: Program, settings: Settings) -> Any:
         if program.name in self.slow:
@@ -153,6 +153,13 @@ class Lab:
         make = executor or (lambda engine, device: CpuExecutor(device, stack))
         plan: Any = self.compile_plan
         engine = Engine(Settings(**settings), clock, compile_plan=plan, executor=make)
+        self.engines.append(engine)
+        return engine
+
+    def gpu_engine(self, **settings: Any) -> Engine:
+        """An engine with the real CUDA executor, stack buffers and transport kernels."""
+        plan: Any = self.compile_plan
+        engine = Engine(Settings(**settings), compile_plan=plan)
         self.engines.append(engine)
         return engine
 

@@ -59,7 +59,9 @@ def test_a_full_bundle_ends_the_wait(lab: Any) -> None:
     engine, program, model = lab.engine(max_wait=60.0, max_bundle=3), lab.program(), lab.Affine(2.0)
     engine.register(program)
     assert engine.quiesce(10)
-    threads = [in_thread(lambda value=value: lab.call(engine, program, model, value)) for value in (1.0, 2.0, 3.0)]
+    threads = [
+        in_thread(lambda value=value: lab.call(engine, program, model, value)) for value in (1.0, 2.0, 3.0)
+    ]
     for thread, _ in threads:
         thread.join(10)
     assert [answer[0][0].item() for _, answer in threads] == [2.0, 4.0, 6.0]
@@ -137,7 +139,9 @@ def test_closing_fails_what_still_compiles(lab: Any) -> None:
 class Faulty(FifoPolicy):
     """A policy that raises once."""
 
-    fault: list[BaseException] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.fault: list[BaseException] = []
 
     def form(self, *args: Any) -> Any:
         if self.fault:
@@ -228,23 +232,34 @@ def test_a_forked_child_starts_afresh(lab: Any) -> None:
     engine, program, model = lab.engine(), lab.program(), lab.Affine(2.0)
     instance = engine.instance(program, model.tensors())
     lab.call(engine, program, model)
-    pending = lab.submit(engine, program, model)
+    entered, gate = threading.Event(), threading.Event()
+
+    def hold(inputs: list[Tensor]) -> None:
+        entered.set()
+        assert gate.wait(10)
+
+    lab.plans["affine"].before = hold
+    running = lab.submit(engine, program, model)
     engine.kick()
+    assert entered.wait(10)
+    pending = lab.submit(engine, program, model, 5.0)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        code = 1
+        seen: Any = None
         try:
-            stranded = pending.done()
+            stranded = (running.state.value, pending.state.value)
             answer = lab.call(engine, program, model, 3.0)[0].item()
             resolved = engine.submit(instance, [lab.x(4.0)], Quota()).result()[0][0].item()
-            code = 0 if (stranded, answer, resolved) == (True, 6.0, 8.0) else 2
+            seen = (stranded, answer, resolved)
         finally:
-            os.write(writer, bytes([code]))
+            os.write(writer, repr(seen).encode())
             os._exit(0)
-    assert os.read(reader, 1) == b"\0"
     os.waitpid(child, 0)
-    assert pending.result()[0][0].item() == 2.0
+    assert os.read(reader, 1000).decode() == repr((("error", "error"), 6.0, 8.0))
+    gate.set()
+    assert running.result()[0][0].item() == 2.0
+    assert pending.result()[0][0].item() == 10.0
 
 
 def test_stats_per_tenant(lab: Any) -> None:

@@ -177,7 +177,7 @@ def test_no_request_is_lost_and_order_sizes_and_caps_hold(
     lanes: int,
     body: float,
 ) -> None:
-    """Simulates the dispatcher: what is pending goes out, each once, in order a program, within the limits."""
+    """Simulates the dispatcher: each goes out once, in order a program, within the limits."""
     settings = Settings(max_bundle=most, max_wait=wait, linger=linger, in_flight=2)
     policy, numbers = FifoPolicy(), count()
     now = 0.0

@@ -66,7 +66,8 @@ class FakeProgram:
         self.parameter_positions = sorted(parameters)
         self.input_positions = [position for position in range(count) if position not in parameters]
         self.mutates = any(
-            isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in graph.graph.nodes
+            isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+            for node in graph.graph.nodes
         )
 
     def split(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -82,7 +83,9 @@ class FakeEntry:
 
     _boxed_call = True
 
-    def __init__(self, engine: FakeEngine, program: FakeProgram, graph_break: bool, guards: tuple[Any, ...]) -> None:
+    def __init__(
+        self, engine: FakeEngine, program: FakeProgram, graph_break: bool, guards: tuple[Any, ...]
+    ) -> None:
         self.engine, self.program, self.graph_break, self.guards = engine, program, graph_break, guards
         self.runs = 0
 

@@ -58,7 +58,10 @@ def through(route: Route, *args: Any, **kwargs: Any) -> Any:
     with torch.no_grad():
         arranged = arrange(args, kwargs)
         assert route.matches(arranged) and route.holds()
-        return route.finish(route.engine.submit(route.instance, route.fill(arranged.leaves), Quota()).result(), arranged.leaves)
+        return route.finish(
+            route.engine.submit(route.instance, route.fill(arranged.leaves), Quota()).result(),
+            arranged.leaves,
+        )
 
 
 class Pair(NamedTuple):
@@ -109,7 +112,9 @@ def test_returns_the_result_of_the_one_real_call(fake: Any) -> None:
 
 
 def test_accepts_keywords_and_nested_arguments(fake: Any) -> None:
-    model = torch.compile(Net(lambda self, x, pair, *, flag: self.fc(x) + pair["a"][0] * flag).eval(), backend=fake)
+    model = torch.compile(
+        Net(lambda self, x, pair, *, flag: self.fc(x) + pair["a"][0] * flag).eval(), backend=fake
+    )
     x, extra = torch.randn(2, 4), torch.randn(2, 4)
     route = route_of(model, x, {"a": [extra]}, flag=2)
     y, other = torch.randn(2, 4), torch.randn(2, 4)
@@ -314,7 +319,10 @@ def _global(model: Net) -> None:
 
 CHANGES: dict[str, tuple[Callable[..., Any] | None, Callable[[Net], Any]]] = {
     "rebound weight": (None, _rebind),
-    "assigned state dict": (None, lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)),
+    "assigned state dict": (
+        None,
+        lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    ),
     "replaced submodule": (None, lambda model: setattr(model, "fc", nn.Linear(4, 4))),
     "deleted bias": (None, lambda model: setattr(model.fc, "bias", None)),
     "added buffer": (None, lambda model: model.norm.register_buffer("more", torch.ones(1))),
@@ -330,7 +338,9 @@ CHANGES: dict[str, tuple[Callable[..., Any] | None, Callable[[Net], Any]]] = {
 
 
 @pytest.mark.parametrize(("body", "change"), CHANGES.values(), ids=CHANGES)
-def test_notices_a_changed_model(fake: Any, body: Callable[..., Any] | None, change: Callable[[Net], Any]) -> None:
+def test_notices_a_changed_model(
+    fake: Any, body: Callable[..., Any] | None, change: Callable[[Net], Any]
+) -> None:
     model = torch.compile(Net(body).eval(), backend=fake)
     route = route_of(model, torch.randn(3, 4))
     assert route.holds()

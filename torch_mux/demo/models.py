@@ -1,4 +1,4 @@
-"""Two small networks for 8×8 images, written as anyone would."""
+"""Two small networks for 8x8 images, written as anyone would."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["ResidualCNN", "SmallTransformer"]
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions with batch-norm, and a short cut."""
+    """Two 3x3 convolutions with batch-norm, and a short cut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -20,7 +20,9 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
@@ -86,7 +88,7 @@ class EncoderLayer(nn.Module):
 
 
 class SmallTransformer(nn.Module):
-    """A vision transformer on 4×4 patches."""
+    """A vision transformer on 4x4 patches."""
 
     def __init__(self, width: int = 64, heads: int = 4, layers: int = 2, classes: int = 10) -> None:
         super().__init__()

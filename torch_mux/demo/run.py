@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -61,16 +62,20 @@ def run_demo(
     """
     console = console or Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console.print(f"[bold]torch-mux demo[/bold] on {_device_name(device)}: {cnns} residual CNNs, {transformers} transformers")
+    what = f"{cnns} residual CNNs, {transformers} transformers"
+    console.print(f"[bold]torch-mux demo[/bold] on {_device_name(device)}: {what}")
     data, customers = digits(device), tenants(cnns, transformers, epochs)
     _train_all(customers, data, console)
     served = _serve_all(customers, data, rounds, batches, console)
-    different = {name: int((served[2].predictions[name] != served[0].predictions[name]).sum()) for name in served[0].predictions}
+    different = {
+        name: int((served[2].predictions[name] != served[0].predictions[name]).sum())
+        for name in served[0].predictions
+    }
     found = torch_mux.stats().tenants
     shares = {tenant.name: found[tenant.name].coalesced_share for tenant in customers}
     outcome = Outcome(*served, different, shares)
     console.print(_tenant_table(customers, outcome), _way_table(outcome))
-    console.print(str(torch_mux.explain()), markup=False, highlight=False)
+    console.print(str(torch_mux.explain()), markup=False, highlight=False, soft_wrap=True)
     _verdict(outcome, console)
     return outcome
 
@@ -138,18 +143,26 @@ def _share(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
+_COLUMNS = ("accuracy", "as eager", "p50 ms", "p99 ms", "coalesced")
+
+
+def _table(title: str, *names: str) -> Table:
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in names:
+        left = name in ("tenant", "quota", "served by")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    return table
+
+
 def _tenant_table(customers: Sequence[Tenant], outcome: Outcome) -> Table:
-    table = Table(title="what each tenant got from torch-mux")
-    for name in ("tenant", "quota", "accuracy", "as eager", "requests", "p50 ms", "p99 ms", "coalesced"):
-        table.add_column(name, justify="left" if name in ("tenant", "quota") else "right")
+    table = _table("what each tenant got from torch-mux", "tenant", "quota", *_COLUMNS)
     for tenant in customers:
         total = len(outcome.eager.predictions[tenant.name])
         table.add_row(
             tenant.name,
-            ", ".join(f"{key}={value}" for key, value in tenant.quota.items()),
+            " ".join(f"{key}={value}" for key, value in tenant.quota.items()),
             f"{tenant.accuracy:.1%}",
             f"{total - outcome.different[tenant.name]}/{total}",
-            str(len(outcome.mux.latencies[tenant.name])),
             _ms(outcome.mux.latency(0.5, tenant.name)),
             _ms(outcome.mux.latency(0.99, tenant.name)),
             _share(outcome.coalesced[tenant.name]),
@@ -158,19 +171,24 @@ def _tenant_table(customers: Sequence[Tenant], outcome: Outcome) -> Table:
 
 
 def _way_table(outcome: Outcome) -> Table:
-    table = Table(title="the same requests, three ways, in this run")
-    for name in ("served by", "requests/s", "p50 ms", "p99 ms", "coalesced"):
-        table.add_column(name, justify="left" if name == "served by" else "right")
+    columns = ("requests/s", "p50 ms", "p99 ms", "coalesced")
+    table = _table("the same requests, three ways, in this run", "served by", *columns)
     shares = [share for share in outcome.coalesced.values() if share is not None]
     for way in (outcome.eager, outcome.inductor, outcome.mux):
         share = sum(shares) / len(shares) if shares and way is outcome.mux else None
-        table.add_row(way.name, f"{way.rate:.0f}", _ms(way.latency(0.5)), _ms(way.latency(0.99)), _share(share))
+        table.add_row(
+            way.name, f"{way.rate:.0f}", _ms(way.latency(0.5)), _ms(way.latency(0.99)), _share(share)
+        )
     return table
 
 
 def _verdict(outcome: Outcome, console: Console) -> None:
     total = sum(map(len, outcome.eager.predictions.values()))
     wrong = sum(outcome.different.values())
-    answers = f"all {total} predictions are eager's" if outcome.right else f"{wrong} of {total} predictions DIFFER from eager's"
+    answers = (
+        f"all {total} predictions are eager's"
+        if outcome.right
+        else f"{wrong} of {total} predictions DIFFER from eager's"
+    )
     ratio = outcome.mux.rate / outcome.inductor.rate
-    console.print(f"{answers}; {ratio:.2f} times the requests/s of Inductor one after another")
+    console.print(f"{answers}; {ratio:.2f} times the requests/s of Inductor", soft_wrap=True)

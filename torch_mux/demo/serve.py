@@ -104,7 +104,9 @@ def serve(
     """
     clients = [_Client(tenant, data, batches, rounds, call) for tenant in tenants]
     gate = threading.Barrier(len(clients) + 1)
-    threads = [threading.Thread(target=client.run, args=(gate,), name=client.tenant.name) for client in clients]
+    threads = [
+        threading.Thread(target=client.run, args=(gate,), name=client.tenant.name) for client in clients
+    ]
     for thread in threads:
         thread.start()
     gate.wait()

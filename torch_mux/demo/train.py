@@ -51,7 +51,7 @@ class Tenant:
 
 def digits(device: torch.device, held: int = 360) -> Digits:
     """The data set, shuffled the same way every time; the last ``held`` images are for serving."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
@@ -62,7 +62,7 @@ def digits(device: torch.device, held: int = 360) -> Digits:
 
 
 def tenants(cnns: int, transformers: int, epochs: int | None = None) -> list[Tenant]:
-    """Untrained tenants: two kinds of customers, each with a seed of its own; ``epochs`` overrides how long they train."""
+    """Untrained tenants of two kinds, each with its own seed; ``epochs`` overrides how long they train."""
     made = []
     for index in range(cnns + transformers):
         torch.manual_seed(index)
@@ -90,9 +90,10 @@ def train(tenant: Tenant, data: Digits, step: Callable[[float], None]) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=total)
     done = 0
     for _ in range(tenant.epochs):
-        for indices in subset[torch.randperm(len(subset), generator=generator)].split(BATCH):
+        for indices in torch.split(subset[torch.randperm(len(subset), generator=generator)], BATCH):
             optimizer.zero_grad()
-            F.cross_entropy(model(data.images[indices]), data.labels[indices]).backward()
+            loss = F.cross_entropy(model(data.images[indices]), data.labels[indices])
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
             done += 1
@@ -101,4 +102,3 @@ def train(tenant: Tenant, data: Digits, step: Callable[[float], None]) -> None:
     with torch.inference_mode():
         right = (model(data.held_images).argmax(1) == data.held_labels).float().mean()
     tenant.accuracy = float(right)
-

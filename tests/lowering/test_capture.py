@@ -1,0 +1,142 @@
+"""Programs and their identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torch_mux import state
+from torch_mux.lowering.program import Program
+from torch_mux.types import FallbackKind
+
+
+def _programs() -> list[Program]:
+    engine = state.engine()
+    return sorted((served.program for served in engine._served.values()), key=lambda program: program.fingerprint)
+
+
+class _First(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))  # type: ignore[no-any-return]
+
+
+class _Same(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 8)
+        self.tail = nn.Sequential(nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, anything: Tensor) -> Tensor:
+        return self.tail(self.head(anything))  # type: ignore[no-any-return]
+
+
+def _run(*models: nn.Module, mode: Callable[[], Any] = torch.no_grad) -> None:
+    for model in models:
+        with mode():
+            x = torch.randn(2, 4)
+            torch.testing.assert_close(torch.compile(model.eval(), backend="mux")(x), model(x))
+
+
+def test_two_classes_with_the_same_graph_share_a_program() -> None:
+    _run(_First(), _Same())
+    assert len(_programs()) == 1
+
+
+def test_another_width_is_another_program() -> None:
+    _run(_First(8), _First(9))
+    assert len(_programs()) == 2
+
+
+def test_no_grad_and_inference_mode_land_on_one_program() -> None:
+    model = _First()
+    _run(model)
+    torch._dynamo.reset()
+    _run(model, mode=torch.inference_mode)
+    assert len(_programs()) == 1
+
+
+@pytest.mark.parametrize("other", [{"shape": (3, 4)}, {"dtype": torch.float64}, {"value": 2.0}, {"tied": True}])
+def test_identity(other: dict[str, Any], program_of: Callable[..., Program]) -> None:
+    def make(shape: tuple[int, ...] = (2, 4), dtype: Any = torch.float32, value: float = 1.0, tied: bool = False) -> str:
+        x, w, v = torch.randn(shape, dtype=dtype), torch.randn(4, 4, dtype=dtype), torch.randn(4, 4, dtype=dtype)
+        if tied:
+            return program_of(lambda x, w: (x @ w + value) @ w, [x], [w]).fingerprint
+        return program_of(lambda x, w, v: (x @ w + value) @ v, [x], [w, v]).fingerprint
+
+    assert make() == make() != make(**other)
+
+
+def test_constants_count_by_value() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, values: list[float]) -> None:
+            super().__init__()
+            self.values = values
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.tensor(self.values)
+
+    x = torch.ones(2)
+    with torch.no_grad():
+        for values in ([1.0, 2.0], [1.0, 2.0], [1.0, 3.0]):
+            assert torch.compile(Scaled(values), backend="mux")(x).tolist() == values
+    assert len(_programs()) == 2
+
+
+def test_precision_settings_count(program_of: Callable[..., Program]) -> None:
+    def make() -> str:
+        return program_of(torch.mm, [torch.randn(2, 4)], [torch.randn(4, 4)]).fingerprint
+
+    before, allowed = make(), torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = not allowed
+        assert make() != before
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def test_mutated_buffer_runs_per_instance() -> None:
+    class Counter(nn.Module):
+        steps: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps += 1
+            return x * self.steps
+
+    first, second = Counter(), Counter()
+    fast_first, fast_second = (torch.compile(model, backend="mux") for model in (first, second))
+    with torch.no_grad():
+        for step in (1.0, 2.0, 3.0):
+            assert fast_first(torch.ones(2)).tolist() == [step, step]
+        assert fast_second(torch.ones(2)).tolist() == [1.0, 1.0]
+    (program,) = _programs()
+    assert program.mutates and program.fallback is not None
+    assert program.fallback.kind is FallbackKind.MUTATES_INPUT
+    assert first.steps.item() == 3.0 and second.steps.item() == 1.0
+
+
+def test_random_operations_run_per_instance(program_of: Callable[..., Program]) -> None:
+    program = program_of(lambda x: x + torch.rand_like(x), [torch.randn(2)], [])
+    assert program.fallback is not None and program.fallback.kind is FallbackKind.RANDOM
+
+
+def test_aliased_output_runs_per_instance(program_of: Callable[..., Program]) -> None:
+    program = program_of(lambda x: (x.view(4), x * 2), [torch.randn(2, 2)], [])
+    assert program.fallback is not None and program.fallback.kind is FallbackKind.ALIASED_OUTPUT
+
+
+def test_split_and_join_are_inverse(program_of: Callable[..., Program]) -> None:
+    program = program_of(lambda x, y, w: x @ w + y, [torch.randn(2, 4), torch.randn(4)], [torch.randn(4, 4)])
+    args = [object(), object(), object()]
+    assert program.join(*program.split(args)) == args

@@ -1,0 +1,109 @@
+"""A request's bits do not depend on what shares its bundle, on caps, sizes or entry points."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torch_mux
+
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+class Convolutional(nn.Module):
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.head = nn.Linear(2 * width, 10)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        return self.head(F.max_pool2d(F.silu(self.down(x)), 2).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Attentive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(31, 32)
+        self.norm = nn.LayerNorm(32)
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        b, n, _ = x.shape
+        q, k, v = (t.view(b, n, 4, 8).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, 32))
+        return x + self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
+
+
+class Grouped(nn.Module):
+    """Has a segment that runs per instance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.each = nn.Conv2d(8, 8, 3, groups=8)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.hardswish(self.each(F.relu(self.first(x)))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def _cases(device: str) -> list[tuple[Any, Tensor]]:
+    """(compiled model, input) for three programs, several instances and two batch sizes each."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    cases: list[tuple[Any, Tensor]] = []
+    for kind in (Convolutional, Attentive, Grouped):
+        for instance in range(4):
+            model = kind().eval().to(device)
+            model = model if kind is Attentive and device == "cpu" else model.to(dtype)
+            compiled = torch.compile(model, backend="mux", dynamic=False)
+            for batch in (1, 3) if instance < 2 else (1,):
+                if kind is Attentive:
+                    cases.append((compiled, torch.randint(0, 31, (batch, 9), device=device)))
+                else:
+                    cases.append((compiled, torch.randn(batch, 3, 16, 16, device=device, dtype=dtype)))
+    return cases
+
+
+def _by_entry_point(entry: str, chosen: list[tuple[Any, Tensor]], pool: ThreadPoolExecutor) -> list[Tensor]:
+    if entry == "gather":
+        return list(torch_mux.gather(*chosen))
+    if entry == "submit":
+        return [future.result() for future in [torch_mux.submit(model, x) for model, x in chosen]]
+
+    def call(item: tuple[Any, Tensor]) -> Tensor:
+        with torch.inference_mode():
+            return item[0](item[1])  # type: ignore[no-any-return]
+
+    return list(pool.map(call, chosen))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_same_bits_in_random_bundles(device: str) -> None:
+    cases = _cases(device)
+    chooser = random.Random(0)
+    with torch.inference_mode(), ThreadPoolExecutor(8) as pool:
+        alone = [model(x).clone() for model, x in cases]
+        for (model, x), expected in zip(cases, alone, strict=True):
+            tolerance = 2e-2 if expected.dtype == torch.float16 else 1e-4
+            torch.testing.assert_close(expected, model._orig_mod(x), rtol=tolerance, atol=tolerance)
+        for _ in range(200):
+            chosen = [chooser.randrange(len(cases)) for _ in range(chooser.randint(1, 20))]
+            entry = chooser.choice(["gather", "submit", "threads"])
+            torch_mux.configure(max_bundle=chooser.choice([1, 3, 8, 64]))
+            with torch_mux.quota("tenant", sms=chooser.choice([0.05, 0.3, 1.0])):
+                results = _by_entry_point(entry, [cases[k] for k in chosen], pool)
+            for k, result in zip(chosen, results, strict=True):
+                assert torch.equal(result, alone[k]), (entry, k, chosen)

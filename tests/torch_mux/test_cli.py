@@ -1,0 +1,84 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from torch_mux import cli
+from torch_mux.commands import commands
+from torch_mux.info import info
+
+
+def invoke(*args: str) -> Any:
+    return CliRunner().invoke(commands, args)
+
+
+def test_info_tells_versions_and_device() -> None:
+    assert invoke("info").exit_code == 0
+    shown = invoke("info").output
+    for key, value in info().items():
+        assert key in shown and value in shown
+    assert info()["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("bench",), ("bench", "models"), ("info",)], ids=str)
+def test_help(command: tuple[str, ...]) -> None:
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0 and "Usage" in result.output
+
+
+@pytest.mark.parametrize(("right", "code"), [(True, 0), (False, 1)])
+def test_demo_fails_when_an_answer_is_wrong(monkeypatch: pytest.MonkeyPatch, right: bool, code: int) -> None:
+    seen: list[tuple[Any, ...]] = []
+    module = ModuleType("run")
+    module.run_demo = lambda *args: seen.append(args) or SimpleNamespace(right=right)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_mux.demo.run", module)
+    assert invoke("demo", "--cnns", "2", "--transformers", "1", "--epochs", "3").exit_code == code
+    assert seen == [(2, 1, 3, 2)]
+
+
+def test_demo_needs_a_tenant() -> None:
+    result = invoke("demo", "--cnns", "0", "--transformers", "0")
+    assert result.exit_code == 2 and "at least one tenant" in result.output
+
+
+def test_bench_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setitem(sys.modules, "torch_mux.bench.models", SimpleNamespace(main=seen.append))
+    assert invoke("bench", "models", "--tenants", "4", "x").exit_code == 0
+    assert seen == [["--tenants", "4", "x"]]
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("typer", "cli"), ("sklearn", "demo"), ("transformers", "bench")]
+)
+def test_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch, package: str, extra: str) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=f"{package}.datasets")
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit, match=rf"pip install 'torch-mux\[{extra}\]'"):
+        cli.app()
+
+
+def test_another_missing_module_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'oops'", name="oops")
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)  # type: ignore[attr-defined]
+    with pytest.raises(ModuleNotFoundError, match="oops"):
+        cli.app()
+
+
+def test_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch_mux.cli", "info"], capture_output=True, text=True, check=True
+    )
+    assert "torch-mux" in done.stdout
