@@ -217,11 +217,10 @@ class Storage:
             return True
         if list(map(_version, state.watched)) != state.versions:
             return True
-        for reference, pointer in zip(state.pointed, state.pointers, strict=True):
-            parameter = reference()
-            if parameter is not None and parameter.data_ptr() != pointer:
-                return True
-        return False
+        pointed = [reference() for reference in state.pointed]
+        if any(parameter is None for parameter in pointed):  # collected with its model: its storage is held here, so the address stays right
+            return False
+        return list(map(Tensor.data_ptr, pointed)) != state.pointers
 
     def weights(self, rows: Sequence[int], column: int) -> list[Tensor]:
         """The weight tensors behind a pointer column, one a slot (what the CPU reads instead of addresses)."""

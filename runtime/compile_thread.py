@@ -48,7 +48,7 @@ class CompileThread:
             self._closed = True
             self._jobs.clear()
             self._changed.notify_all()
-            thread, self._thread = self._thread, None
+            thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
 

@@ -29,6 +29,7 @@ from torch_mux.settings import Settings
 __all__ = ["Dispatcher"]
 
 _LIVENESS = 1.0
+_QUIET = 2e-3
 _POLL = 50e-6
 _PAUSE = 200e-6
 
@@ -60,6 +61,7 @@ class Dispatcher:
         self._runner = Runner(executor, policy, clock, accounting, self._mutex, self._line)
         self._holder: threading.Thread | None = None
         self._closed = False
+        self._released = float("-inf")
         self.service = Service(self.attend, executor.flying, self.fail_all)
 
     # The callers' side.
@@ -205,9 +207,15 @@ class Dispatcher:
     # The role.
 
     def attend(self) -> None:
-        """The service thread's turn: everything that can go out, and what has ended."""
+        """The service thread's turn: everything that can go out, and what has ended.
+
+        While callers keep dispatching they see the ends themselves; a turn then would only contend with them.
+        """
         while True:
             with self._mutex:
+                busy = self._clock() - self._released < _QUIET
+                if busy and not (self._runner.watched or self._runner.dead or self._line.orphaned()):
+                    return
                 if self._holder is not None:
                     return
                 self._holder = threading.current_thread()
@@ -255,6 +263,7 @@ class Dispatcher:
             with self._mutex:
                 if not self._runner.dead:
                     self._holder = None
+                    self._released = float("-inf") if own else self._clock()
                     self._hand_on(poke=not own)
                     break
             self._runner.release_rows()

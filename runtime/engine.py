@@ -314,6 +314,7 @@ class Engine:
             for instance in one.instances:
                 instance.dropped = True
                 instance.free()
+        self.compile_thread.close(_JOIN)
 
     def _after_fork(self) -> None:
         """In a forked child: threads and pending requests are gone; programs compile again on use."""

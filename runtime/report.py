@@ -60,7 +60,7 @@ def report_of(served: ServedProgram) -> ProgramReport:
         name=program.name,
         fingerprint=program.fingerprint,
         device=program.device,
-        status="failed" if failed else "ready" if plan is not None else "compiling",
+        status="failed" if failed else "ready" if served.ready else "compiling",
         error=f"{type(served.error).__name__}: {served.error}" if failed else None,
         instances=len(rows),
         nbytes=sum(plan.storage.nbytes(row) for row in rows if row is not None) if plan is not None else 0,

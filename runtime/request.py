@@ -167,7 +167,15 @@ class Request:
         """
         if not self.out:
             self.dispatcher.wait((self,))
+        outputs = self.outcome()
+        self.dispatcher.executor.join((self,))
+        return outputs
+
+    def outcome(self) -> list[object]:
+        """The outputs of a request that has gone out and that the caller's stream waits for already.
+
+        For those who waited with :meth:`Engine.wait`; raises what :meth:`result` raises.
+        """
         if self.error is not None:
             raise self.error
-        self.dispatcher.executor.join((self,))
         return self.outputs

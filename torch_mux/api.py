@@ -88,7 +88,7 @@ class _Round:
         if requests:
             state.engine().wait(list(requests.values()))
         for index, request in requests.items():
-            self._keep(index, partial(self.calls[index].finish, request))
+            self._keep(index, partial(self.calls[index].finish_waited, request))
         if self.errors:
             raise self.errors[min(self.errors)]
         return tuple(self.answers[index] for index in range(len(self.calls)))

@@ -64,7 +64,6 @@ class Entry:
         inputs, parameters = program.split(args)
         instance = engine.instance(program, parameters)
         request = engine.submit(instance, inputs, current_quota())
-        engine.wait([request])
         outputs = request.result()
         recorder = recording.current()
         if recorder is not None:
@@ -74,7 +73,11 @@ class Entry:
 
 
 def mux(
-    gm: GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The backend behind the name "mux"; Dynamo calls it once an architecture and input signature.
 
@@ -122,9 +125,9 @@ def _capture(
     from torch_mux.lowering.capture import capture
 
     def compiler(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        entry = Entry(capture(graph, compat.static_input_positions(), name), guards, graph_break)
-        log.info("captured %s as program %s", name, entry.program.fingerprint[:12])
-        return entry
+        program = capture(graph, compat.static_input_positions(), name)
+        log.info("captured %s as program %s", name, program.fingerprint[:12])
+        return Entry(program, guards, graph_break)
 
     return compat.aot_inference(gm, example_inputs, compiler)
 

@@ -96,6 +96,17 @@ class Prepared:
             return self._relearn()
         return self.settle(request)
 
+    def finish_waited(self, request: Any) -> Any:
+        """:meth:`finish` for a request that the engine has waited for on the caller's stream."""
+        route = self.route
+        assert route is not None
+        if not route.holds():
+            return self._relearn()
+        try:
+            return route.finish(request.outcome(), self.arranged.leaves)
+        except RefreshNeeded:
+            return self._relearn()
+
     def settle(self, request: Any) -> Any:
         """The model's result from a request whose route was checked before it was submitted."""
         route = self.route

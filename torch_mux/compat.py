@@ -86,6 +86,10 @@ def install_first_call_guard(backend: Callable[..., Any]) -> None:
                     return _run_entry(frame.f_code, found)
                 return original(self, frame, _first_entry(frame.f_code, cache_entry), frame_state)
 
+        # Dynamo looks for the caller of a frame by skipping the stack's frames of convert_frame.py; it must
+        # skip this one too, or torch.compiler.disable(recursive=False) has no effect.
+        where = f"{_convert_frame.__file__} (first-call guard of {__name__})"
+        guarded_call.__code__ = guarded_call.__code__.replace(co_filename=where)
         guarded_call.guards_first_calls = True  # type: ignore[attr-defined]
         _convert_frame.CatchErrorsWrapper.__call__ = guarded_call  # type: ignore[method-assign]
 
@@ -206,7 +210,7 @@ def tensor_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
     strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
     check: Callable[..., bool] = TensorGuards(
         *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
-    ).check  # type: ignore[call-arg]
+    ).check
     return check
 
 

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 __all__ = [
     "SymbolicWorld",
     "aot_inference",
+    "compile_lock",
     "compile_whole",
     "frame_guards",
     "frame_name",
@@ -102,7 +103,9 @@ def trace_graph(function: Callable[..., Any], fakes: Sequence[Tensor]) -> GraphM
     return cast(GraphModule, make_fx(function, decomposition_table=select_decomp_table())(*fakes))
 
 
-def inductor_compile(graph: GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> Callable[[list[Any]], Any]:
+def inductor_compile(
+    graph: GraphModule, fakes: Sequence[Any], mode: FakeTensorMode
+) -> Callable[[list[Any]], Any]:
     """Inductor's code for an inference graph; the result takes its arguments as one list, which it empties."""
     with torch.no_grad(), tracing(TracingContext(mode)):
         return cast("Callable[[list[Any]], Any]", compile_fx_inner(graph, list(fakes), is_inference=True))
@@ -128,13 +131,18 @@ def compile_whole(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..
 
 
 def aot_inference(
-    gm: GraphModule, example_inputs: Sequence[Any], compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]],
 ) -> Callable[..., Any]:
     """AOTAutograd without decompositions around ``compiler``, which gets the functional ATen graph."""
     from torch._dynamo.backends.common import aot_autograd
 
     wrapped = aot_autograd(
-        fw_compiler=compiler, inference_compiler=compiler, keep_inference_input_mutations=True, decompositions={}
+        fw_compiler=compiler,
+        inference_compiler=compiler,
+        keep_inference_input_mutations=True,
+        decompositions={},
     )
     return cast("Callable[..., Any]", wrapped(gm, list(example_inputs)))
 
@@ -210,3 +218,10 @@ def unwrapped_by_dynamo(error: Exception) -> Exception:
     passing.args = error.args
     passing.__dict__.update(error.__dict__, first_useful_frame=None)
     return passing
+
+
+def compile_lock() -> contextlib.AbstractContextManager[object]:
+    """Dynamo's own lock: neither it nor Inductor may run in two threads at once."""
+    from torch._dynamo.convert_frame import compile_lock as lock
+
+    return cast("contextlib.AbstractContextManager[object]", lock)

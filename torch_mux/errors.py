@@ -37,7 +37,9 @@ class MuxError(RuntimeError):
 class TooManyInstances(MuxError):
     """More models of one architecture than its tables can address."""
 
-    message = "at most {limit} models of one architecture can be served; torch_mux.remove() those no longer needed"
+    message = (
+        "at most {limit} models of one architecture can be served; torch_mux.remove() those no longer needed"
+    )
 
 
 class UnknownOption(MuxError):
@@ -63,7 +65,9 @@ class InvalidQuota(MuxError):
 class InvalidRequest(MuxError):
     """Something that is not ``(model, *args)`` given to ``gather``."""
 
-    message = "request {index} of gather is {got}; write torch_mux.gather((model, *args), (model, *args), ...)"
+    message = (
+        "request {index} of gather is {got}; write torch_mux.gather((model, *args), (model, *args), ...)"
+    )
 
 
 class InvalidSetting(MuxError):

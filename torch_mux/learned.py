@@ -90,8 +90,10 @@ def _route(
     result: Any,
 ) -> Route:
     call, frame = _single_call(model, module, recorder)
-    watched, roots = watches(call.entry.guards, frame, containers(args, kwargs))
-    structure = Structure.of([module, *roots] if module is not None else roots, _own_hooks(model, module))
+    reached = watches(call.entry.guards, frame, containers(args, kwargs))
+    roots = reached.roots if module is None else [module, *reached.roots]
+    read = call.entry.program.split(call.args)[1]
+    structure = Structure.of(roots, read, reached.flags, _own_hooks(model, module))
     if not structure.unchanged():
         raise _Refused("a module has forward hooks")
     positions, same = flat_positions(arranged.leaves)
@@ -106,7 +108,7 @@ def _route(
         same=same,
         inputs=_inputs(call, arranged.leaves),
         structure=structure,
-        watches=watched,
+        watches=reached.watches,
         result=taken,
         nesting=nesting,
     )

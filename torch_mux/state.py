@@ -47,9 +47,10 @@ def engine() -> Engine:
         if _state.closed:
             raise ClosedError()
         if _state.engine is None:
+            from torch_mux import compat
             from torch_mux.runtime.engine import Engine
 
-            _state.engine = Engine(_state.settings)
+            _state.engine = Engine(_state.settings, compile_lock=compat.compile_lock())
         return _state.engine
 
 

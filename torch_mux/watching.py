@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import is_, itemgetter
+from operator import itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 from torch_mux.bytecode import CONSTANTS
 from torch_mux.recording import Frame
 
-__all__ = ["Structure", "Unwatchable", "Watches", "watches"]
+__all__ = ["Reached", "Structure", "Unwatchable", "Watches", "watches"]
 
 _LIMIT = 256
 _BUILTINS: dict[str, Callable[[Any], Any]] = {"type": type}
@@ -33,6 +33,7 @@ _STRUCTURE = frozenset(
     "__dict__ forward __class__ _non_persistent_buffers_set".split()
 )
 _END = object()
+_TRAINING = itemgetter("training")
 
 
 class Unwatchable(Exception):
@@ -46,42 +47,67 @@ class Structure:
     Attributes:
         slots: live value views of every ``_parameters``, ``_buffers`` and ``_modules`` dict.
         values: what the slots held, in order.
-        flags: ``__dict__`` of every module, for its ``training`` flag.
+        scalars: (dict, key, value) of one-element parameters and buffers that the graph reads.
+        flags: ``__dict__`` of every module whose ``training`` flag the model looks at.
         training: those flags.
         hooks: every forward hook dict; all must be empty.
     """
 
     slots: tuple[Iterable[object], ...]
-    values: tuple[object, ...]
+    values: list[object]
+    scalars: tuple[tuple[dict[str, Any], str, object], ...]
     flags: tuple[dict[str, Any], ...]
-    training: tuple[bool, ...]
+    training: list[bool]
     hooks: tuple[dict[Any, Any], ...]
 
     @classmethod
-    def of(cls, roots: Sequence[nn.Module], hooks: Sequence[dict[Any, Any]] = ()) -> Structure:
-        """The structure below ``roots`` now; ``hooks`` are further hook dicts that must stay empty."""
+    def of(
+        cls,
+        roots: Sequence[nn.Module],
+        read: Iterable[torch.Tensor],
+        flags: Sequence[dict[str, Any]],
+        hooks: Sequence[dict[Any, Any]] = (),
+    ) -> Structure:
+        """The structure below ``roots`` now.
+
+        Args:
+            roots: modules that the captured frame reaches.
+            read: parameters and buffers that the graph reads.
+            flags: ``__dict__`` of modules whose ``training`` flag was looked at.
+            hooks: further hook dicts that must stay empty.
+        """
         modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
-        slots = [
+        slots: list[Iterable[object]] = [
             table.values() for m in modules for table in (m._parameters, m._buffers, m._modules) if table
         ]
-        slots.append((_END,))  # type: ignore[arg-type]
+        slots.append((_END,))
+        small = {id(tensor) for tensor in read if tensor.numel() == 1}
+        tables = [table for m in modules for table in (m._parameters, m._buffers)]
         return cls(
             tuple(slots),
-            tuple(chain.from_iterable(slots)),
-            tuple(m.__dict__ for m in modules),
-            tuple(m.training for m in modules),
+            list(chain.from_iterable(slots)),
+            tuple((t, name, value) for t in tables for name, value in t.items() if id(value) in small),
+            tuple(flags),
+            [table["training"] for table in flags],
             (*hooks, *(table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks))),
         )
 
     def unchanged(self) -> bool:
         """Whether every slot holds the same object, every flag its value, and no hook was added.
 
-        A few microseconds a hundred modules; the last slot is a sentinel, so a grown or shrunk dict shows.
+        Comparing two lists asks for identity first, at a few ns an item, and for equality only where that
+        fails: of tensors that is an error, or false, unless they have one element; those of one element that
+        the graph reads are compared on their own. The last slot is a sentinel: a grown or shrunk dict shows.
         """
+        try:
+            same = list(chain.from_iterable(self.slots)) == self.values
+        except (RuntimeError, TypeError, ValueError):
+            return False
         return (
-            all(map(is_, chain.from_iterable(self.slots), self.values))
+            same
             and not any(self.hooks)
-            and all(map(is_, map(itemgetter("training"), self.flags), self.training))
+            and list(map(_TRAINING, self.flags)) == self.training
+            and all(table.get(name) is value for table, name, value in self.scalars)
         )
 
 
@@ -122,9 +148,22 @@ class Watches:
             self.attributes.append((parent, key, value))
 
 
-def watches(
-    guards: Iterable[Any], frame: Frame, arguments: Sequence[object]
-) -> tuple[Watches, list[nn.Module]]:
+@dataclass(frozen=True, eq=False)
+class Reached:
+    """What the guards of one frame lead to.
+
+    Attributes:
+        watches: values to watch.
+        roots: outermost modules.
+        flags: ``__dict__`` of every module whose ``training`` flag is guarded.
+    """
+
+    watches: Watches
+    roots: list[nn.Module]
+    flags: list[dict[str, Any]]
+
+
+def watches(guards: Iterable[Any], frame: Frame, arguments: Sequence[object]) -> Reached:
     """What to watch for ``guards`` (``torch._guards.Guard``) to stay true, and the modules they reach.
 
     Args:
@@ -141,7 +180,7 @@ def watches(
             walk.follow(name)
     if not walk.result.unchanged():
         raise Unwatchable("it depends on attributes that are computed at every look")
-    return walk.result, walk.roots
+    return Reached(walk.result, walk.roots, list(walk.flags.values()))
 
 
 def _variadic(frame: Frame) -> set[int]:
@@ -160,6 +199,7 @@ class _Walk:
         self.covered = covered
         self.result = Watches()
         self.roots: list[nn.Module] = []
+        self.flags: dict[int, dict[str, Any]] = {}
         self.seen: set[tuple[int, str, object]] = set()
         self.members: set[int] = set()
         for value in frame.values.values():
@@ -196,10 +236,13 @@ class _Walk:
                 raise Unwatchable(f"it depends on {name}") from None
             if kind == "call":
                 continue
+            if isinstance(parent, nn.Module) and key == "training":
+                self.flags[id(parent)] = parent.__dict__
             if isinstance(parent, nn.Module) and key in _STRUCTURE and key != "_modules":
                 return
             self._step(kind, parent, key, value)
-        self._last(name, value)
+        if steps[-1:] != [("attribute", "_modules")]:
+            self._last(name, value)
 
     def _free(self, name: str) -> bool:
         return name in self.frame.code.co_freevars

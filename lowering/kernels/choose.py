@@ -1,7 +1,9 @@
 """Which tile a launch uses: pure functions of shapes, dtype, slots and multiprocessors.
 
 The bit class is a function of the operation's shape and dtype alone; within it the tile may follow the
-number of slots, because every tile of a class gives the same bits.
+number of slots and the multiprocessors, because every tile of a class gives the same bits. The tile is the
+fastest of the measured table on disk (:mod:`measured`) where that holds a launch of nearly the same sizes,
+else what an analytic model (:mod:`estimate`) expects to be fastest.
 """
 
 from __future__ import annotations
@@ -12,19 +14,16 @@ from functools import lru_cache
 
 import torch
 
+from torch_mux.lowering.kernels import measured
 from torch_mux.lowering.kernels.data import BitClass, Family, Tile, family_of
+from torch_mux.lowering.kernels.estimate import kind_of, seconds
 
-__all__ = ["candidates", "check", "conv_class", "conv_tile", "linear_class", "seconds", "tile", "tiles_of"]
+__all__ = ["candidates", "check", "conv_class", "conv_tile", "linear_class", "tile", "tiles_of"]
 
 Sizes = Sequence[tuple[int, int, int]]
 
-# Rates of one H100 multiprocessor: what a tile of each family reaches of its peak, and reads from L2.
-_FLOPS = {Family.WGMMA: 4.2e12, Family.MMA: 2.2e12, Family.FMA: 0.25e12}
-_BYTES = 36e9
-_HBM = 2.9e12
-_STEP = 0.32e-6
-_FIXED = 1.6e-6
 _STEP_EXTRA = 16  # what one step costs besides its elements, in elements
+_ADDRESSES = 12288  # elements of a step beyond which the addresses of narrow loads would be spilled
 
 
 def _one(values: set[BitClass]) -> BitClass:
@@ -33,15 +32,22 @@ def _one(values: set[BitClass]) -> BitClass:
     return next(iter(values))
 
 
-def _family(m: int, dtype: torch.dtype, allow_tf32: bool) -> tuple[Family, str]:
-    precision = "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
+def _class(size: tuple[int, int, int], dtype: torch.dtype, allow_tf32: bool, gather: bool) -> BitClass:
+    """Few rows fill only a warp's instructions. Some more rows of a long reduction take them as well: one
+    slot has too few wide tiles for the device, and with narrow ones it wins more (10 instead of 21 µs at 49
+    pixels, 512 channels, K = 4608) than 16 slots lose (42 instead of 36 µs). With more columns or a shorter
+    reduction it is the other way round.
+    """
+    m, n, k = size
     if dtype == torch.float32 and not allow_tf32:
-        return Family.FMA, precision
-    return (Family.MMA if m <= 16 else Family.WGMMA), precision
+        return BitClass(Family.FMA, gather=gather)
+    few = m <= 16 or (m <= 64 and k >= max(2048, 4 * n))
+    precision = "tf32" if dtype == torch.float32 else "ieee"
+    return BitClass(Family.MMA if few else Family.WGMMA, gather=gather, precision=precision)
 
 
 def linear_class(sizes: Sizes, dtype: torch.dtype, allow_tf32: bool = False) -> BitClass:
-    """The bit class of a linear layer: few rows (m ≤ 16) fill only a warp's tensor core instructions.
+    """The bit class of a linear layer.
 
     Args:
         sizes: (m, n, k) of every slot.
@@ -49,11 +55,7 @@ def linear_class(sizes: Sizes, dtype: torch.dtype, allow_tf32: bool = False) -> 
     Raises:
         ValueError: slots of different classes.
     """
-    return _one({BitClass(*_split(_family(m, dtype, allow_tf32))) for m, _, _ in set(sizes)})
-
-
-def _split(pair: tuple[Family, str]) -> tuple[Family, bool, bool, str]:
-    return pair[0], False, False, pair[1]
+    return _one({_class(size, dtype, allow_tf32, False) for size in set(sizes)})
 
 
 def conv_class(
@@ -69,25 +71,30 @@ def conv_class(
     Raises:
         ValueError: slots of different classes.
     """
-    found = set()
-    for (m, _, _), count in zip(sizes, channels, strict=True):
-        family, precision = _family(m, dtype, allow_tf32)
-        found.add(BitClass(family, False, taps > 1 and count < 64, precision))
-    return _one(found)
+    pairs = set(zip(sizes, channels, strict=True))
+    return _one({_class(size, dtype, allow_tf32, taps > 1 and count < 64) for size, count in pairs})
 
 
+# Programs a multiprocessor are those that fit, so that a cap in multiprocessors is kept. What is not lean
+# needs more registers: of the tiles behind _LEAN not always as many as they say fit.
 _WGMMA = (
     Tile(128, 128, 64, 4, 3, 2),
+    Tile(64, 128, 64, 4, 4, 2),
+    Tile(64, 64, 64, 4, 4, 3),
+    Tile(64, 64, 128, 4, 3, 2),
+    Tile(64, 32, 64, 4, 4, 4),
+    Tile(64, 16, 64, 4, 4, 4),
+)
+_LEAN = (
+    Tile(64, 64, 64, 4, 3, 4),
     Tile(128, 64, 64, 4, 3, 3),
     Tile(64, 128, 64, 4, 3, 3),
-    Tile(64, 64, 64, 4, 4, 3),
-    Tile(64, 32, 64, 4, 4, 4),
-    Tile(128, 256, 64, 8, 3, 1),
-    Tile(64, 16, 64, 4, 4, 4),
 )
 _MMA = (
     Tile(16, 16, 256, 4, 4, 3),
     Tile(16, 32, 256, 4, 3, 3),
+    Tile(16, 32, 128, 4, 4, 4),
+    Tile(16, 64, 256, 4, 3, 1),
     Tile(16, 64, 128, 4, 4, 2),
     Tile(16, 128, 64, 4, 4, 2),
 )
@@ -113,25 +120,34 @@ _NARROW = (
 )
 
 
-def candidates(bit_class: BitClass, dtype: torch.dtype, narrow: bool = False) -> tuple[Tile, ...]:
-    """Every tile of a bit class that is worth timing.
+def candidates(
+    bit_class: BitClass, dtype: torch.dtype, narrow: bool = False, lean: bool = True, wide: bool = True
+) -> tuple[Tile, ...]:
+    """Every tile of a bit class that is worth considering.
 
     Args:
         narrow: pixels are gathered one channel at a time, which takes registers for every address.
+        lean: a linear layer whose weight has its rows along K; neither its transpose nor a convolution.
+        wide: loads are of 16 bytes, but for gathered pixels. If not, a thread may need all of the 255
+            registers that it can have: eight warps of such threads fit.
     """
-    if bit_class.family is Family.FMA:
-        return _FMA
-    base: tuple[Tile, ...] = _WGMMA if bit_class.family is Family.WGMMA else _MMA
+    base: tuple[Tile, ...] = {Family.WGMMA: _WGMMA, Family.MMA: _MMA, Family.FMA: _FMA}[bit_class.family]
+    if bit_class.family is Family.WGMMA and lean:
+        base += _LEAN
     if bit_class.gather and bit_class.family is Family.WGMMA:
         base = _NARROW if narrow else _GATHER
     if bit_class.swap:
         base = tuple(replace(each, block_m=each.block_n, block_n=each.block_m) for each in base)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and bit_class.family is not Family.FMA:
+        base = tuple(replace(each, block_k=max(16, each.block_k // 2)) for each in base)
+        wide = False
+    if not wide:
         base = tuple(
-            replace(each, block_k=max(16, each.block_k // 2), programs_per_sm=min(2, each.programs_per_sm))
+            replace(each, programs_per_sm=min(each.programs_per_sm, 8 // each.warps))
             for each in base
+            if (each.block_m + each.block_n) * each.block_k <= _ADDRESSES
         )
-    return base
+    return tuple(dict.fromkeys(base))
 
 
 def check(chosen: Tile, bit_class: BitClass, dtype: torch.dtype) -> None:
@@ -146,49 +162,80 @@ def tiles_of(sizes: Sizes, chosen: Tile) -> int:
     return sum(-(-m // chosen.block_m) * -(-n // chosen.block_n) for m, n, _ in sizes)
 
 
-def seconds(sizes: Sizes, chosen: Tile, dtype: torch.dtype, bit_class: BitClass, sms: int) -> float:
-    """Estimated seconds of one launch: what the busiest multiprocessor does, or the weights through HBM."""
-    width = dtype.itemsize
-    family = bit_class.family
-    flops = _FLOPS[family] * (0.5 if dtype == torch.float32 and family is not Family.FMA else 1.0)
-    work, latency, weights = 0.0, 0.0, 0
-    for m, n, k in sizes:
-        steps = -(-k // chosen.block_k)
-        count = -(-m // chosen.block_m) * -(-n // chosen.block_n)
-        depth = steps * chosen.block_k
-        math = 2.0 * chosen.block_m * chosen.block_n * depth / flops
-        traffic = (chosen.block_m + chosen.block_n) * depth * width / _BYTES
-        store = chosen.block_m * chosen.block_n * width / _BYTES
-        work += count * (max(math, traffic) + store)
-        latency = max(latency, steps * _STEP * max(1.0, chosen.block_k / 128) + _FIXED)
-        weights += n * k * width
-    tiles = tiles_of(sizes, chosen)
-    waves = -(-tiles // (sms * chosen.programs_per_sm))
-    busiest = work / tiles * -(-tiles // sms) if tiles else 0.0
-    return max(busiest + _FIXED, waves * latency, weights / _HBM)
+def _fitting(tile: Tile, reduction: Sequence[int]) -> Tile:
+    """``tile`` with steps that do not reach far beyond the channels of a tap."""
+    steps = (step for step in (tile.block_k, tile.block_k // 2, tile.block_k // 4) if step >= 16)
+    best = min(steps, key=lambda step: max(-(-c // step) * (step + _STEP_EXTRA) for c in reduction))
+    return replace(tile, block_k=best)
 
 
 @lru_cache(maxsize=4096)
-def _tile(
-    sizes: tuple[tuple[int, int, int], ...], dtype: torch.dtype, bit_class: BitClass, sms: int, narrow: bool
+def _best(
+    sizes: tuple[tuple[int, int, int], ...],
+    channels: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    bit_class: BitClass,
+    sms: int,
+    lean: bool,
+    wide: bool,
+    table: measured.Table,
 ) -> Tile:
-    return min(
-        candidates(bit_class, dtype, narrow), key=lambda each: seconds(sizes, each, dtype, bit_class, sms)
-    )
+    found = candidates(bit_class, dtype, kind_of(bit_class, channels) == "narrow", lean, wide)
+    if channels:
+        reduction = [k for _, _, k in sizes] if bit_class.gather else channels
+        found = tuple(dict.fromkeys(_fitting(each, reduction) for each in found))
+    entry = None
+    if len(set(sizes)) == 1 and dtype.itemsize == 2 and wide:
+        entry = table.nearest(bit_class, sizes[0], channels[0] if channels else None, len(sizes), sms)
+    known = [] if entry is None else [each for each in found if each in entry.seconds]
+
+    def cost(each: Tile) -> float:
+        expected = seconds(sizes, each, dtype, bit_class, sms, channels)
+        if entry is None or not known:
+            return expected
+        own = None if entry.channels is None else [entry.channels] * entry.slots
+        there = seconds([entry.size] * entry.slots, each, dtype, bit_class, sms, own)
+        return entry.seconds[each] * expected / there
+
+    return min(known or found, key=cost)
 
 
-def tile(sizes: Sizes, dtype: torch.dtype, bit_class: BitClass, sms: int, narrow: bool = False) -> Tile:
-    """The tile of ``bit_class`` that :func:`seconds` expects to be fastest; the first of equals."""
-    return _tile(tuple(sizes), dtype, bit_class, sms, narrow)
+def tile(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    bit_class: BitClass,
+    sms: int,
+    *,
+    lean: bool = True,
+    wide: bool = True,
+    table: measured.Table | None = None,
+) -> Tile:
+    """The tile of a linear layer's launch, of ``bit_class``; the first of equals.
+
+    Args:
+        sizes: (m, n, k) of every slot.
+        sms: multiprocessors, of the device or of a cap.
+        lean, wide: as for :func:`candidates`.
+        table: measurements instead of those that ship.
+    """
+    table = measured.shipped() if table is None else table
+    return _best(tuple(sizes), None, dtype, bit_class, sms, lean, wide, table)
 
 
 def conv_tile(
-    sizes: Sizes, channels: Sequence[int], dtype: torch.dtype, bit_class: BitClass, sms: int
+    sizes: Sizes,
+    channels: Sequence[int],
+    dtype: torch.dtype,
+    bit_class: BitClass,
+    sms: int,
+    *,
+    wide: bool = True,
+    table: measured.Table | None = None,
 ) -> Tile:
-    """As :func:`tile`, with steps that do not reach far beyond the channels of a tap."""
-    narrow = bit_class.gather and any(c % 4 for c in channels)
-    chosen = tile(sizes, dtype, bit_class, sms, narrow)
-    reduction = [k for _, _, k in sizes] if bit_class.gather else list(channels)
-    steps = (step for step in (chosen.block_k, chosen.block_k // 2, chosen.block_k // 4) if step >= 16)
-    best = min(steps, key=lambda step: max(-(-c // step) * (step + _STEP_EXTRA) for c in reduction))
-    return replace(chosen, block_k=best)
+    """As :func:`tile` for a convolution, with steps that do not reach far beyond the channels of a tap.
+
+    Args:
+        channels: input channels of every slot.
+    """
+    table = measured.shipped() if table is None else table
+    return _best(tuple(sizes), tuple(channels), dtype, bit_class, sms, False, wide, table)

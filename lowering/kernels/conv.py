@@ -151,7 +151,11 @@ def conv_launch(
     taps = kernel[0] * kernel[1]
     if bit_class is None:
         bit_class = choose.conv_class(sizes, channels, taps, x.dtype, allow_tf32)
-    tile = choose.conv_tile(sizes, channels, x.dtype, bit_class, sms) if tile is None else tile
+    if tile is None:
+        whole = 16 if bit_class.gather else named["C_DIV"]
+        divided = whole if problems is None else min(whole, named["DATA_DIV"])
+        wide = aligned and divided * x.dtype.itemsize >= 16
+        tile = choose.conv_tile(sizes, channels, x.dtype, bit_class, sms, wide=wide)
     choose.check(tile, bit_class, x.dtype)
     reduction = [taps * c for c in channels] if bit_class.gather else channels
     arguments = {

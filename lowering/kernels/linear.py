@@ -249,7 +249,10 @@ def linear_launch(
         raise ValueError("a slot's matrices must have less than 2**31 elements each")
     sms = multiprocessors(x.device) if sms is None else sms
     bit_class = choose.linear_class(sizes, x.dtype, allow_tf32) if bit_class is None else bit_class
-    tile = choose.tile(sizes, x.dtype, bit_class, sms) if tile is None else tile
+    if tile is None:
+        divided = min(named["K_DIV"], named["STRIDE_DIV"], 16 if problems is None else named["DATA_DIV"])
+        wide = aligned and divided * x.dtype.itemsize >= 16
+        tile = choose.tile(sizes, x.dtype, bit_class, sms, lean=k_major, wide=wide)
     choose.check(tile, bit_class, x.dtype)
     tiles = choose.tiles_of(sizes, tile)
     arguments = {

@@ -45,10 +45,11 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
-def _vectors(arena: Tensor, offset: int, n: int, rows: Tensor, rank: int) -> Tensor:
-    """The slots' vectors [T, 1, …, n]."""
-    chosen = arena[:, offset : offset + n].index_select(0, rows)
-    return chosen.view(chosen.shape[0], *([1] * (rank - 2)), n)
+def _vectors(arena: Tensor, offset: int, rows: Tensor, out: Tensor) -> Tensor:
+    """The slots' vectors [T, 1, …, n] in the dtype of ``out``."""
+    chosen = arena.narrow(1, offset, out.shape[-1]).index_select(0, rows)
+    shape = (out.shape[0], *([1] * (out.dim() - 2)), out.shape[-1])
+    return chosen.view(shape) if chosen.dtype == out.dtype else chosen.view(shape).to(out.dtype)
 
 
 def _epilogue_(
@@ -62,17 +63,22 @@ def _epilogue_(
     activation: str,
 ) -> Tensor:
     """The epilogue over all slots at once, in float32 for half-precision results; ``out`` may be overwritten."""
-    n, dtype = out.shape[-1], out.dtype
+    dtype = out.dtype
     wide = out.float() if dtype in (torch.float16, torch.bfloat16) else out
-    if scale is not None:
-        wide = wide.mul_(_vectors(scale, scale_offset, n, rows, out.dim()).to(wide.dtype))
-    if shift is not None:
-        wide = wide.add_(_vectors(shift, shift_offset, n, rows, out.dim()).to(wide.dtype))
+    if scale is not None and shift is not None:
+        added = _vectors(shift, shift_offset, rows, wide)
+        wide = torch.addcmul(added, wide, _vectors(scale, scale_offset, rows, wide))
+    elif scale is not None:
+        wide = wide.mul_(_vectors(scale, scale_offset, rows, wide))
+    elif shift is not None:
+        wide = wide.add_(_vectors(shift, shift_offset, rows, wide))
     if residual is not None:
         wide = wide.add_(residual)
     if activation == "relu":
-        return wide.relu_().to(dtype)
-    return apply_activation(wide, activation).to(dtype)
+        wide = wide.relu_()
+    elif activation != "none":
+        wide = apply_activation(wide, activation)
+    return wide if wide.dtype == dtype else wide.to(dtype)
 
 
 def _biases(
@@ -104,10 +110,8 @@ def _linear_cpu(
     numbers = rows.tolist()
     weights = storage_of(program).weights(numbers, column)
     biases, shift = _biases(x, numbers, n, scale, shift, shift_offset)
-    out = x.new_empty((x.shape[0], x.shape[1], n))
-    for rows_in, weight, bias, rows_out in zip(x.unbind(0), weights, biases, out.unbind(0), strict=True):
-        product = F.linear(_aligned(rows_in), weight, bias)
-        rows_out.copy_(product)
+    slots = zip(x.unbind(0), weights, biases, strict=True)
+    out = torch.stack([F.linear(_aligned(rows_in), weight, bias) for rows_in, weight, bias in slots])
     return _epilogue_(out, rows, scale, scale_offset, shift, shift_offset, residual, activation)
 
 
@@ -134,11 +138,10 @@ def _convolution_cpu(
     numbers = rows.tolist()
     weights = storage_of(program).weights(numbers, column)
     biases, shift = _biases(x, numbers, n, scale, shift, shift_offset)
-    out = x.new_empty(_convolution_shape(x, n, kernel, stride, padding, dilation))
-    images = x.permute(0, 1, 4, 2, 3).unbind(0)
-    results = out.permute(0, 1, 4, 2, 3).unbind(0)
-    for image, weight, bias, result in zip(images, weights, biases, results, strict=True):
-        result.copy_(F.conv2d(_aligned(image), weight, bias, list(stride), list(padding), list(dilation)))
+    steps = (list(stride), list(padding), list(dilation))
+    slots = zip(x.permute(0, 1, 4, 2, 3).unbind(0), weights, biases, strict=True)
+    images = [F.conv2d(_aligned(image), weight, bias, *steps) for image, weight, bias in slots]
+    out = torch.stack([image.permute(0, 2, 3, 1) for image in images])
     return _epilogue_(out, rows, scale, scale_offset, shift, shift_offset, residual, activation)
 
 

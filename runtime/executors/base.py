@@ -73,7 +73,10 @@ class Flight:
 
 
 class Executor(Protocol):
-    """One device. Only the holder of the dispatcher's role calls launch, reap and oldest; the compile thread rehearse."""
+    """One device.
+
+    Only the holder of the dispatcher's role calls launch, reap and oldest; the compile thread calls rehearse.
+    """
 
     device: torch.device
     sms: int

@@ -102,7 +102,12 @@ class Capturer:
             self._failures.pop(served, None)
 
     def rehearse(self, served: ServedProgram) -> None:
-        """Runs a new plan on its own stream at sizes for which its kernels are compiled differently."""
+        """Runs a new plan on its own stream at sizes for which its kernels are compiled differently.
+
+        A plan with segments that run per instance reads the rows of instances there are, so it has no rehearsal.
+        """
+        if not served.compiled.capturable:
+            return
         device = served.program.device
         with torch.cuda.device(device), torch.cuda.stream(new_stream(device)), torch.inference_mode():
             for slots in _SPECIALISED:

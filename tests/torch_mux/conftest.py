@@ -27,6 +27,9 @@ class FakeRequest:
         assert self.outputs is not None
         return self.outputs
 
+    def outcome(self) -> list[object]:
+        return self.result()
+
     def done(self) -> bool:
         return True
 

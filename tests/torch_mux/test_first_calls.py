@@ -52,7 +52,7 @@ def fresh_class(name: str = "Net") -> type[nn.Module]:
     return made
 
 
-def call_at_once(models: list[nn.Module], backend: CountingBackend) -> None:
+def call_at_once(models: list[nn.Module], backend: CountingBackend | str) -> None:
     """Every model's first call, ``THREADS`` at a time, each answer checked."""
     gate = threading.Barrier(THREADS)
     inputs = [torch.randn(3, 8) for _ in models]
@@ -122,6 +122,28 @@ def test_other_backends_are_left_alone(backend: CountingBackend) -> None:
     assert (backend.graphs, other.graphs) == (1, 1)
 
 
+def test_a_disabled_frame_stays_disabled(backend: CountingBackend) -> None:
+    ran_eagerly = []
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = fresh_class()(16)
+
+        @torch.compiler.disable(recursive=False)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ran_eagerly.append(not torch.compiler.is_compiling())
+            result: torch.Tensor = self.inner(x)
+            return result
+
+    with torch.no_grad():
+        model = torch.compile(Outer().eval(), backend=backend)
+        for _ in range(2):
+            model(torch.randn(3, 8))
+    assert backend.graphs == 1
+    assert ran_eagerly == [True, True]
+
+
 def test_recompile_limits_hold_in_other_threads(backend: CountingBackend) -> None:
     compat.raise_recompile_limits()
     net = fresh_class()
@@ -135,3 +157,14 @@ def test_recompile_limits_hold_in_other_threads(backend: CountingBackend) -> Non
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(client).result() >= 64
     assert backend.graphs == 64
+
+
+def test_forty_instances_from_sixteen_threads_through_mux() -> None:
+    import torch_mux
+
+    net = fresh_class()
+    models = [net(16).eval() for _ in range(40)]
+    call_at_once(models, "mux")
+    assert len(compat.cache_entries(net.forward.__code__)) == 1
+    (program,) = torch_mux.explain().programs
+    assert program.instances == 40

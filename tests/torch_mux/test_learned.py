@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torch_mux import compat
 from torch_mux.learned import Lesson, learn
 from torch_mux.routes import Route, RouteTable, arrange, table_of
 from torch_mux.types import FallbackKind, Quota
@@ -232,17 +233,13 @@ def test_refuses_hooks(fake: Any) -> None:
         assert found.refusal is not None and found.route is None
 
 
-def test_refuses_python_around_the_graph(fake: Any) -> None:
-    class Wrapped(Net):
-        @torch.compiler.disable(recursive=False)
-        def forward(self, x: Tensor) -> Any:
-            return self._inner(x)
-
-        def _inner(self, x: Tensor) -> Tensor:
-            return self.fc(x)
-
-    found = lesson(torch.compile(Wrapped().eval(), backend=fake), torch.randn(2, 4))
-    assert found.refusal is not None and "around" in found.refusal.detail
+def test_refuses_python_around_the_graph(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = torch.compile(Net().eval(), backend=fake), torch.randn(2, 4)
+    own = compat.caller_files()
+    assert route_of(model, x) is not None
+    monkeypatch.setattr(compat, "caller_files", lambda: own - {nn.modules.module.__file__})
+    found = lesson(model, x)
+    assert found.refusal is not None and "Python runs around its graph" in found.refusal.detail
 
 
 def test_refuses_an_argument_that_is_a_parameter(fake: Any) -> None:
@@ -385,3 +382,19 @@ def test_a_table_is_emptied_by_another_epoch_and_not_copied(fake: Any) -> None:
     assert copy.deepcopy(table).routes == {} and table.routes
     assert table_of(model, 1) is table and table.routes
     assert table_of(model, 2) is table and not table.routes
+
+
+def test_notices_a_rebound_parameter_of_one_element_and_equal_value(fake: Any) -> None:
+    class Scaled(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.fc(x) * self.gain
+
+    model = torch.compile(Scaled().eval(), backend=fake)
+    route = route_of(model, torch.randn(3, 4))
+    assert route.holds()
+    model._orig_mod.gain = nn.Parameter(torch.ones(1))
+    assert not route.holds()

@@ -28,6 +28,7 @@ import triton
 from torch import Tensor
 
 from torch_mux.bench.layers import LAYERS, Layer
+from torch_mux.bench.table import own_class
 from torch_mux.lowering.kernels import choose, reference
 from torch_mux.lowering.kernels.common import Launch, multiprocessors
 from torch_mux.lowering.kernels.conv import conv_launch, out_size
@@ -42,22 +43,21 @@ MAX_SETS = 48
 CHECKED = 4  # slots compared with float64
 
 
+# More bytes in flight than the candidates have: one slot alone waits for memory.
 EXTRA = {
     Family.WGMMA: (
-        Tile(128, 128, 64, 4, 3, 4),
-        Tile(128, 128, 64, 8, 3, 2),
-        Tile(128, 64, 64, 4, 4, 2),
-        Tile(64, 128, 64, 4, 4, 2),
-        Tile(64, 64, 64, 4, 3, 4),
-        Tile(64, 64, 128, 4, 3, 2),
+        Tile(64, 32, 128, 4, 4, 2),
+        Tile(64, 16, 128, 4, 4, 2),
+        Tile(64, 64, 128, 4, 4, 1),
+        Tile(64, 64, 64, 4, 6, 2),
     ),
-    Family.MMA: (Tile(16, 16, 128, 2, 4, 8), Tile(16, 32, 128, 4, 4, 4), Tile(16, 64, 256, 4, 3, 1)),
+    Family.MMA: (Tile(16, 16, 256, 4, 6, 2), Tile(16, 32, 256, 4, 4, 2)),
 }
 
 
 def classes(layer: Layer) -> list[BitClass]:
     """The layer's own bit class first, then what else would be worth having for so few rows."""
-    own = _own_class(layer)
+    own = own_class(layer)
     found = [own]
     if layer.m <= 64:
         for family, swap in ((Family.MMA, False), (Family.WGMMA, False), (Family.WGMMA, True)):
@@ -67,29 +67,18 @@ def classes(layer: Layer) -> list[BitClass]:
     return found
 
 
-def _own_class(layer: Layer) -> BitClass:
-    if layer.conv is None or _pointwise(layer):
-        return choose.linear_class([(layer.m, layer.n, layer.k)], HALF)
-    c, _, kernel, _, _ = layer.conv
-    return choose.conv_class([(layer.m, layer.n, layer.k)], [c], kernel**2, HALF, False)
-
-
-def _pointwise(layer: Layer) -> bool:
-    return layer.conv is not None and layer.conv[2:] == (1, 1, 0)
-
-
 def chosen_tile(layer: Layer, slots: int, sms: int) -> Tile:
     """What the chooser takes for ``slots`` slots."""
     sizes = [(layer.m, layer.n, layer.k)] * slots
-    if layer.conv is None or _pointwise(layer):
-        return choose.tile(sizes, HALF, _own_class(layer), sms)
-    return choose.conv_tile(sizes, [layer.conv[0]] * slots, HALF, _own_class(layer), sms)
+    if layer.channels is None:
+        return choose.tile(sizes, HALF, own_class(layer), sms)
+    return choose.conv_tile(sizes, [layer.channels] * slots, HALF, own_class(layer), sms)
 
 
 def candidates(layer: Layer, bit_class: BitClass, chosen: Sequence[Tile]) -> list[Tile]:
     """Tiles of a class to time: those of the chooser, a few more, and the chosen ones in the own class."""
-    narrow = bit_class.gather and layer.conv is not None and layer.conv[0] % 4 != 0
-    found = list(choose.candidates(bit_class, HALF, narrow))
+    narrow = bit_class.gather and layer.channels is not None and layer.channels % 4 != 0
+    found = list(choose.candidates(bit_class, HALF, narrow, layer.channels is None))
     if not bit_class.gather:
         extra = EXTRA[bit_class.family]
         if bit_class.swap:
@@ -97,7 +86,7 @@ def candidates(layer: Layer, bit_class: BitClass, chosen: Sequence[Tile]) -> lis
         found += [each for each in extra if each not in found]
     limit = 64 if layer.m <= 64 else 128
     side = [each for each in found if each.block_m <= max(limit, 16) and each.block_n <= max(2 * layer.n, 64)]
-    return list(dict.fromkeys([*side, *(chosen if bit_class == _own_class(layer) else ())]))
+    return list(dict.fromkeys([*side, *(chosen if bit_class == own_class(layer) else ())]))
 
 
 class Data:
@@ -260,7 +249,7 @@ def measure(layer: Layer, slots: int, alone: dict[BitClass, Tensor]) -> dict[str
                     "microseconds": micro,
                     "error": float(error),
                     "same_bits": bool(torch.equal(got, first) and torch.equal(got[:1], single)),
-                    "chosen": bit_class == _own_class(layer) and tile == chosen,
+                    "chosen": bit_class == own_class(layer) and tile == chosen,
                     "grid": launches[0].grid,
                 }
             )

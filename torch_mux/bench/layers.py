@@ -31,6 +31,11 @@ class Layer:
     activation: str = "none"
     residual: bool = False
 
+    @property
+    def channels(self) -> int | None:
+        """Input channels of a convolution; None for a matrix product, which pixel by pixel ones are, too."""
+        return None if self.conv is None or self.conv[2:] == (1, 1, 0) else self.conv[0]
+
 
 def _conv(
     name: str, c: int, size: int, o: int, kernel: int, stride: int, count: int, tail: str = "relu"

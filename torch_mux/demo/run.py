@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -90,8 +91,19 @@ def _bar(console: Console) -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models this small train faster without handing work to a second core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _train_all(customers: Sequence[Tenant], data: Digits, console: Console) -> None:
-    with _bar(console) as progress:
+    with _bar(console) as progress, _one_thread():
         task = progress.add_task("training", total=len(customers))
         for index, tenant in enumerate(customers):
             progress.update(task, description=f"training {tenant.name}")

@@ -49,23 +49,23 @@ def conv_of(
     )  # fmt: skip
 
 
-def ragged_linear() -> Launch:
+def ragged_linear(tile: Tile = BIG) -> Launch:
     flat = torch.empty(1 << 20, dtype=HALF)
     problems = linear_problems([(197, 768, 768), (100, 512, 64)], [0, 1 << 18], [0, 1 << 18], CPU)
     return linear_launch(
         flat, TABLE, 1, ROWS, CONTROL, flat, n=768, k=768, shift=Vector(ARENA, 0), activation="gelu",
-        problems=problems, tile=BIG, sms=132,
+        problems=problems, tile=tile, sms=132,
     )  # fmt: skip
 
 
-def ragged_conv() -> Launch:
+def ragged_conv(tile: Tile = BIG) -> Launch:
     flat = torch.empty(1 << 20, dtype=HALF)
     geometry: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1)}
     shapes = [(1, 56, 56, 64, 64), (1, 28, 28, 128, 64)]
     problems = conv_problems(shapes, [0, 1 << 18], [0, 1 << 18], CPU, **geometry)
     return conv_launch(
         flat, TABLE, 1, ROWS, CONTROL, flat, shift=Vector(ARENA, 0), activation="relu", problems=problems,
-        tile=BIG, sms=132, **geometry,
+        tile=tile, sms=132, **geometry,
     )  # fmt: skip
 
 
@@ -96,6 +96,26 @@ def test_tensor_cores_fed_asynchronously(name: str) -> None:
     assert found.cp_async_bytes == 16
     assert found.programs_per_sm >= launch.tile.programs_per_sm
     assert ("griddepcontrol.wait" in found.ptx) == launch.pdl
+
+
+CROWDED = {
+    "linear, ragged, three": lambda: ragged_linear(Tile(64, 128, 64, 4, 3, 3)),
+    "addmm, three": lambda: linear_of(
+        16, 197, 768, 768, HALF, weight_strides=(1, 768), tile=Tile(64, 64, 64, 4, 4, 3)
+    ),
+    "conv, ragged, three": lambda: ragged_conv(Tile(64, 64, 64, 4, 4, 3)),
+    "linear, ragged, four": lambda: ragged_linear(Tile(64, 64, 64, 4, 3, 4)),
+    "linear of four-byte loads": lambda: linear_of(16, 197, 770, 770, HALF),
+    "conv of four-byte loads": lambda: conv_of(4, 66, 28, 66, 3, 1, HALF),
+}
+
+
+@pytest.mark.parametrize("name", list(CROWDED))
+def test_as_many_programs_fit_as_the_tile_says(name: str) -> None:
+    launch = CROWDED[name]()
+    found = compile_launch(launch)
+    assert found.stack == 0
+    assert found.programs_per_sm >= launch.tile.programs_per_sm
 
 
 @pytest.mark.parametrize(("channels", "width"), [(3, 0), (4, 8)])

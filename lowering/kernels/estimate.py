@@ -1,0 +1,150 @@
+"""An analytic model of one super-kernel launch: what a tile costs on shapes that nobody measured.
+
+A sum of parts, each a count that follows from the shapes times one constant: steps whose loads wait for
+memory, bytes through the port of the busiest multiprocessor, tiles begun and stored, bytes through the
+memory, and reads of the one line that the rows behind a matrix's end share. The constants are least squares
+over ``docs/benchmarks/kernels-h100.json``; ``python -m torch_mux.bench.table`` fits them again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from torch_mux.lowering.kernels.data import BitClass, Family, Tile
+
+__all__ = ["RATES", "Rates", "kind_of", "seconds"]
+
+Sizes = Sequence[tuple[int, int, int]]
+
+_LINE = 128  # bytes
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Constants of the model for one kind of launch, as an H100's 132 multiprocessors gave them.
+
+    Attributes:
+        start: seconds of a launch without tiles.
+        latency: seconds from a load to its use; ``stages - 1`` steps of a pipeline share it.
+        begin: seconds of a tile besides its steps and its store.
+        load: bytes a second into one multiprocessor.
+        store: seconds a byte of a tile's result.
+        memory: bytes a second of weights, inputs and outputs together.
+        line: seconds of one more read of a line: rows and columns behind the end all read the first one.
+        flops: operations a second of one multiprocessor.
+        address: seconds a gathered element takes besides its bytes.
+    """
+
+    start: float
+    latency: float
+    begin: float
+    load: float
+    store: float
+    memory: float
+    line: float
+    flops: float
+    address: float = 0.0
+
+
+_WGMMA = Rates(
+    start=1.14e-6, latency=0.21e-6, begin=1.24e-6, load=110e9, store=27e-12, memory=5.6e12,
+    line=0.144e-9, flops=4.2e12,
+)  # fmt: skip
+_MMA = Rates(
+    start=2.1e-6, latency=0.4e-6, begin=1.63e-6, load=170e9, store=7.7e-12, memory=4.4e12,
+    line=0.031e-9, flops=2.2e12,
+)  # fmt: skip
+#: By what :func:`kind_of` says. FMA was never measured: it has the arithmetic of plain cores.
+RATES = {
+    "wgmma": _WGMMA,
+    "mma": _MMA,
+    "fma": replace(_WGMMA, flops=0.375e12),
+    "gather": replace(_WGMMA, latency=0.135e-6, address=46e-12),
+    "narrow": replace(_WGMMA, latency=0.45e-6, address=255e-12),
+}
+
+
+def kind_of(bit_class: BitClass, channels: Sequence[int] | None = None) -> str:
+    """The key of :data:`RATES`. ``"narrow"``: pixels are loaded one by one, which no pipeline hides.
+
+    Args:
+        channels: input channels of every slot of a convolution, None for a linear layer.
+    """
+    if bit_class.family is Family.WGMMA and bit_class.gather:
+        return "narrow" if any(count % 4 for count in channels or ()) else "gather"
+    return bit_class.family.value
+
+
+def _steps(k: int, channels: int | None, gather: bool, block_k: int) -> int:
+    if channels is None or gather:
+        return -(-k // block_k)
+    return k // channels * -(-channels // block_k)
+
+
+def _math(tile: Tile, dtype: torch.dtype, family: Family, rates: Rates) -> float:
+    """Seconds of one step's arithmetic."""
+    whole = 2.0 * tile.block_m * tile.block_n * tile.block_k / rates.flops
+    if family is Family.FMA:  # a thread with a square of a sums reads 2 √a operands for a operations
+        return whole * (1.0 + 2.0 / math.sqrt(tile.block_m * tile.block_n / (32 * tile.warps)))
+    return whole * (2.0 if dtype == torch.float32 else 1.0)
+
+
+def seconds(
+    sizes: Sizes,
+    tile: Tile,
+    dtype: torch.dtype,
+    bit_class: BitClass,
+    sms: int,
+    channels: Sequence[int] | None = None,
+    rates: Rates | None = None,
+) -> float:
+    """Estimated seconds of one launch.
+
+    Args:
+        sizes: (m, n, k) of every slot.
+        tile: of ``bit_class``, with the programs that one multiprocessor really holds.
+        sms: multiprocessors, of the device or of a cap.
+        channels: input channels of every slot of a convolution, None for a linear layer.
+        rates: instead of those of :data:`RATES`.
+    """
+    kind = kind_of(bit_class, channels)
+    rates = RATES[kind] if rates is None else rates
+    width = dtype.itemsize
+    depth = 1 if kind == "narrow" else max(1, tile.stages - 1)
+    loads = (tile.block_m + tile.block_n) * tile.block_k * width / rates.load
+    step = max(loads, _math(tile, dtype, bit_class.family, rates))
+    step += rates.address * tile.block_m * tile.block_k
+    store = rates.store * tile.block_m * tile.block_n * width
+    widths: Sequence[int | None] = channels if channels else [None] * len(sizes)
+    slots = Counter(zip(sizes, widths, strict=True))
+    each = {slot: -(-slot[0][0] // tile.block_m) * -(-slot[0][1] // tile.block_n) for slot in slots}
+    tiles = sum(count * each[slot] for slot, count in slots.items())
+    if tiles == 0:
+        return rates.start
+    resident = min(tiles, sms * tile.programs_per_sm)
+    waits, longest, work, traffic, shared = 0.0, 0.0, 0.0, 0.0, 0.0
+    for slot, count in slots.items():
+        (m, n, k), c = slot
+        steps = _steps(k, c, bit_class.gather, tile.block_k)
+        wait = steps * rates.latency / depth + rates.begin
+        longest = max(longest, wait)
+        waits += count * each[slot] * wait
+        work += count * each[slot] * (steps * step + store)
+        traffic += count * width * (n * k + m * (k if c is None else c) + m * n)
+        down, across = -(-m // tile.block_m), -(-n // tile.block_n)
+        behind = (down * tile.block_m - m) * across + (across * tile.block_n - n) * down
+        at_once = max(1.0, min(len(sizes), resident / max(1, each[slot])))
+        shared += 0.0 if bit_class.gather else count * behind * k * width / _LINE / at_once
+    rounds, busiest = -(-tiles // resident), -(-tiles // sms)
+    return (
+        rates.start
+        + max(longest, rounds * waits / tiles)
+        + busiest * work / tiles
+        + traffic / rates.memory
+        + rates.line * shared
+    )

@@ -1,0 +1,205 @@
+"""Dispatching to a (simulated) device that goes on after the host: bounds, ends, lifetimes, cohorts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from torch_mux.errors import ExecutionFailed
+from torch_mux.runtime.bundle import Bundle
+from torch_mux.runtime.executors.base import Flight
+from torch_mux.runtime.executors.cpu import CpuExecutor
+from torch_mux.runtime.scheduler.base import LaneLoad
+from torch_mux.runtime.served import failure
+from torch_mux.settings import Settings
+
+
+@dataclass(eq=False)
+class SlowFlight(Flight):
+    """Ends at a time of its own."""
+
+    until: float = 0.0
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self.until - time.perf_counter()))
+
+
+class SlowDevice(CpuExecutor):
+    """Answers at once and is busy afterwards, for ``seconds`` a bundle on each lane."""
+
+    seconds = 0.02
+
+    def __init__(self, device: torch.device, stack: Any) -> None:
+        super().__init__(device, stack)
+        self.lanes: list[list[SlowFlight]] = [[]]
+        self.highest = 0
+        self.faults: list[Exception] = []
+
+    def configure(self, settings: Settings) -> None:
+        while len(self.lanes) < settings.lanes:
+            self.lanes.append([])
+
+    def loads(self) -> Sequence[LaneLoad]:
+        return [LaneLoad(len(lane)) for lane in self.lanes]
+
+    def launch(self, bundle: Bundle) -> Flight | None:
+        super().launch(bundle)
+        lane = self.lanes[bundle.lane]
+        now = time.perf_counter()
+        begin = max([now, *(flight.until for flight in lane)])
+        flight = SlowFlight(bundle, now, seconds=self.seconds, until=begin + self.seconds)
+        for request in bundle.requests:
+            request.flight = flight
+        lane.append(flight)
+        self.highest = max(self.highest, len(lane))
+        return flight
+
+    def reap(self) -> Sequence[Flight]:
+        landed: list[Flight] = []
+        for lane in self.lanes:
+            while lane and lane[0].until <= time.perf_counter():
+                flight = lane.pop(0)
+                flight.ended, flight.finished = flight.until, True
+                if self.faults:
+                    flight.error = failure(flight.bundle.served, self.faults.pop())
+                landed.append(flight)
+        return landed
+
+    def flying(self) -> bool:
+        return any(self.lanes)
+
+    def oldest(self) -> Flight | None:
+        return min((lane[0] for lane in self.lanes if lane), key=lambda flight: flight.until, default=None)
+
+
+def slow(lab: Any, **settings: Any) -> tuple[Any, SlowDevice]:
+    made: list[SlowDevice] = []
+
+    def make(engine: Any, device: torch.device) -> SlowDevice:
+        executor = SlowDevice(device, lab.stack)
+        executor.configure(engine.settings)
+        made.append(executor)
+        return executor
+
+    engine = lab.engine(executor=make, **settings)
+    engine.register(lab.program())
+    assert engine.quiesce(10)
+    return engine, made[0]
+
+
+def test_a_call_returns_before_the_device_has_finished(lab: Any) -> None:
+    engine, device = slow(lab)
+    device.seconds = 0.3
+    request = lab.submit(engine, lab.program(), lab.Affine(2.0), 3.0)
+    started = time.perf_counter()
+    assert request.result()[0][0].item() == 6.0
+    assert time.perf_counter() - started < 0.25
+    assert request.out
+    assert not request.done()
+    assert request.state.value == "running"
+    assert len(request.inputs) == 1
+
+
+def test_ends_are_seen_without_further_calls(lab: Any) -> None:
+    engine, _ = slow(lab)
+    program, model = lab.program(), lab.Affine()
+    request = lab.submit(engine, program, model)
+    engine.wait([request])
+    lab.until(request.done)
+    assert request.inputs == ()
+    assert engine.stats().device_seconds == pytest.approx(0.02)
+    late, early = threading.Event(), threading.Event()
+    request = lab.submit(engine, program, model)
+    request.add_done_callback(lambda ended: early.set())
+    engine.wait([request])
+    request.add_done_callback(lambda ended: late.set())
+    assert early.wait(10)
+    assert late.wait(10)
+
+
+def test_kicked_requests_run_to_their_end(lab: Any) -> None:
+    engine, device = slow(lab, max_bundle=2)
+    device.seconds = 0.005
+    program, model = lab.program(), lab.Affine(2.0)
+    requests = [lab.submit(engine, program, model, float(number)) for number in range(9)]
+    engine.kick()
+    lab.until(lambda: all(request.done() for request in requests))
+    assert [request.result()[0][0].item() for request in requests] == [2.0 * n for n in range(9)]
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_no_more_than_in_flight_bundles_a_lane(lab: Any, lanes: int) -> None:
+    engine, device = slow(lab, max_bundle=1, in_flight=2, lanes=lanes)
+    device.seconds = 0.005
+    program, model = lab.program(), lab.Affine(2.0)
+    requests = [lab.submit(engine, program, model, float(number)) for number in range(12)]
+    engine.wait(requests)
+    assert device.highest == 2
+    assert [request.result()[0][0].item() for request in requests] == [2.0 * n for n in range(12)]
+
+
+def test_a_row_is_kept_until_the_device_has_finished(lab: Any) -> None:
+    engine, device = slow(lab)
+    device.seconds = 0.2
+    model = lab.Affine(2.0)
+    request = lab.submit(engine, lab.program(), model)
+    engine.wait([request])
+    del model
+    storage = lab.plans["affine"].storage
+    time.sleep(0.05)
+    assert storage.bound == 1
+    lab.until(lambda: storage.bound == 0)
+    assert request.done()
+
+
+def test_blocking_clients_form_cohorts_behind_a_busy_device(lab: Any) -> None:
+    engine, device = slow(lab, linger=0.5)
+    device.seconds = 0.02
+    program, models = lab.program(), [lab.Affine(float(scale)) for scale in range(4)]
+    start = threading.Barrier(4)
+
+    def client(index: int) -> None:
+        start.wait()
+        for _ in range(10):
+            request = lab.submit(engine, program, models[index], 2.0)
+            assert request.result()[0][0].item() == 2.0 * index
+            while not request.done():
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=client, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    sizes = engine.stats().sizes
+    assert sum(size * number for size, number in sizes.items()) == 40
+    assert sizes.get(4, 0) >= 6
+
+
+def test_a_fault_of_the_device_is_the_bundles_error(lab: Any) -> None:
+    engine, device = slow(lab)
+    program, model = lab.program(), lab.Affine(2.0)
+    request = lab.submit(engine, program, model)
+    device.faults.append(RuntimeError("illegal address"))
+    engine.wait([request])
+    lab.until(request.done)
+    with pytest.raises(ExecutionFailed, match="illegal address"):
+        request.result()
+    assert lab.call(engine, program, model, 3.0)[0].item() == 6.0
+
+
+def test_closing_waits_for_the_device(lab: Any) -> None:
+    engine, device = slow(lab)
+    device.seconds = 0.1
+    request = lab.submit(engine, lab.program(), lab.Affine())
+    engine.wait([request])
+    engine.close()
+    assert request.done()
+    assert not device.flying()

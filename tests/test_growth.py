@@ -1,0 +1,68 @@
+"""Nothing grows over ten thousand requests, nor over two hundred models that come and go."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_mux
+from torch_mux import state
+
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _resident() -> int:
+    """Resident pages of this process, in bytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def _model(device: str) -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.LayerNorm(128), nn.Linear(128, 8)).eval().to(device)
+
+
+def _memory(device: str) -> int:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    return _resident()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ten_thousand_requests(device: str) -> None:
+    models = [torch.compile(_model(device), backend="mux") for _ in range(4)]
+    inputs = [torch.randn(1, 64, device=device) for _ in range(4)]
+    bundle = list(zip(models, inputs, strict=True))
+    with torch.inference_mode():
+        for _ in range(300):
+            torch_mux.gather(*bundle)
+        before, objects = _memory(device), len(gc.get_objects())
+        for _ in range(2500):
+            torch_mux.gather(*bundle)
+        after = _memory(device)
+    assert sum(tenant.ok for tenant in torch_mux.stats().tenants.values()) >= 10_000
+    assert after - before < (8 << 20)
+    assert len(gc.get_objects()) - objects < 2000
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_hundred_models_come_and_go(device: str) -> None:
+    x = torch.randn(1, 64, device=device)
+
+    def one() -> Tensor:
+        with torch.inference_mode():
+            return torch.compile(_model(device), backend="mux")(x)  # type: ignore[no-any-return]
+
+    for _ in range(20):
+        one()
+    before = _memory(device)
+    for _ in range(200):
+        one()
+    one()
+    assert _memory(device) - before < (16 << 20)
+    (program,) = state.engine().plans()
+    assert program.instances <= 4
