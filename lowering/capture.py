@@ -16,24 +16,15 @@ from .fingerprint import fingerprint
 from .graphs import ROLE, call_nodes, dead_code, outputs_of, placeholders
 from .program import Program
 
-__all__ = ["capture", "model_name"]
-
-
-def model_name(module: GraphModule) -> str:
-    """The class of the outermost module that the graph came from, as a person would call it."""
-    for node in module.graph.nodes:
-        stack = node.meta.get("nn_module_stack")
-        if stack:
-            kind = next(iter(stack.values()))[1]
-            return kind.rsplit(".", 1)[-1] if isinstance(kind, str) else str(kind.__name__)
-    return "function"
+__all__ = ["capture"]
 
 
 def _is_symbolic(module: GraphModule) -> bool:
     for node in module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) or (
-            isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in (*value.shape, *value.stride()))
+            isinstance(value, Tensor)
+            and any(isinstance(size, torch.SymInt) for size in (*value.shape, *value.stride()))
         ):
             return True
     return False
@@ -118,7 +109,9 @@ def _fallback(module: GraphModule) -> FallbackReason | None:
             if "dropout" in str(node.target) or "scaled_dot_product" in str(node.target):
                 continue
             return FallbackReason(FallbackKind.RANDOM, str(node.target))
-    if not any(node.meta.get(ROLE) == "input" and isinstance(node.meta["val"], Tensor) for node in module.graph.nodes):
+    if not any(
+        node.meta.get(ROLE) == "input" and isinstance(node.meta["val"], Tensor) for node in module.graph.nodes
+    ):
         return FallbackReason(FallbackKind.NO_RULE, "graph", "it has no tensor inputs")
     values = [value for node in module.graph.nodes if isinstance(value := node.meta.get("val"), Tensor)]
     devices = {value.device for value in values if value.dim() > 0}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from torch_mux import compat_inductor as compat
+from torch_mux import compat
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 from .graphs import ROLE, call_nodes, placeholders, tensors_in
@@ -45,7 +45,9 @@ def lay_out(body: GraphModule, prepare: Prepare, nodes: Sequence[Node]) -> Layou
         if value.meta[ROLE] != "value":
             continue
         index, users = value.meta[INDEX], [user for user in value.users if user in reading]
-        pointed = [user for user in users if user.target in _POINTED and user.args[_POINTED[user.target]] is value]
+        pointed = [
+            user for user in users if user.target in _POINTED and user.args[_POINTED[user.target]] is value
+        ]
         if pointed:
             columns.append(index)
         if any(list(_operands(user)).count(value) > (user in pointed) for user in users):
@@ -55,7 +57,8 @@ def lay_out(body: GraphModule, prepare: Prepare, nodes: Sequence[Node]) -> Layou
             fields[index] = Field(spec.dtype, offset, spec.numel)
             widths[spec.dtype] = offset + spec.numel
     whole = {
-        dtype: -(-width * dtype.itemsize // _LINE) * _LINE // dtype.itemsize for dtype, width in widths.items()
+        dtype: -(-width * dtype.itemsize // _LINE) * _LINE // dtype.itemsize
+        for dtype, width in widths.items()
     }
     return Layout(tuple(columns), fields, whole)
 
@@ -65,7 +68,7 @@ def _operands(node: Node) -> list[Node]:
 
 
 def dense_order(spec: TensorSpec) -> tuple[int, ...]:
-    """The dimensions of ``spec`` from the outermost in memory to the innermost; plain order if it is not dense."""
+    """The dimensions of ``spec`` from the outermost in memory inwards; plain order if it is not dense."""
     order = sorted(range(len(spec.shape)), key=lambda dim: (-spec.strides[dim], dim))
     expected = 1
     for dim in reversed(order):
@@ -159,7 +162,7 @@ def _slotted(argument: Any) -> bool:
 
 
 def _checked(node: Node, result: Any) -> Any:
-    """``result`` in the dtype that one slot has: a 0-d parameter promotes differently once it has a slot axis."""
+    """``result`` in the dtype that one slot has: a slot axis makes a 0-d parameter promote differently."""
     expected = node.meta.get("val")
     if isinstance(result, Slotted) and isinstance(expected, Tensor) and result.tensor.dtype != expected.dtype:
         return Slotted(result.tensor.to(expected.dtype))
@@ -174,7 +177,10 @@ def evaluate(context: Context, module: GraphModule, node: Node, values: Mapping[
     """
     if node.op == "get_attr":
         return operator.attrgetter(str(node.target))(module)
-    args, kwargs = _resolve(node.args, values), {key: _resolve(value, values) for key, value in node.kwargs.items()}
+    args, kwargs = (
+        _resolve(node.args, values),
+        {key: _resolve(value, values) for key, value in node.kwargs.items()},
+    )
     target: Any = node.target
     if target is operator.getitem:
         if args[0][args[1]] is None:
@@ -190,7 +196,7 @@ def mark(
 ) -> dict[Node, FallbackReason]:
     """The operations that must run per instance, each with its reason.
 
-    Every rule is tried on fake tensors; one that raises, or that needs to know the slot count, is a fall-back.
+    Every rule is tried on fake tensors; one that raises, or needs to know the slot count, is a fall-back.
     """
     nodes = [node for node in body.graph.nodes if node.op in ("call_function", "get_attr")]
     layout = lay_out(body, prepare, nodes)
@@ -221,7 +227,7 @@ def _renewed(
     allow_tf32: tuple[bool, bool],
     known: Mapping[Node, Any],
 ) -> tuple[SlotSpace, Context, dict[Node, Any]]:
-    """A fresh world in which the body's inputs, and stand-ins for the operations already ``known``, are defined."""
+    """A fresh world with the body's inputs and stand-ins for the operations already ``known``."""
     space = SlotSpace.create(device, layout)
     values: dict[Node, Any] = {}
     for node in placeholders(body.graph):
@@ -233,7 +239,10 @@ def _renewed(
 
 
 def _random(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
 
 
 def _stand_in(space: SlotSpace, node: Node) -> Any:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from torch_mux import compat_inductor as compat
-from torch_mux.compat_inductor import unset_fake_temporarily
+from torch_mux import compat
 
 from .graphs import ROLE
 
@@ -31,16 +30,16 @@ def _constant(module: GraphModule, target: str) -> str:
         value = getattr(value, name)
     if not isinstance(value, Tensor):
         return repr(value)
-    with unset_fake_temporarily(), torch.no_grad():
+    with compat.unset_fake_temporarily(), torch.no_grad():
         raw = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
     return f"{_value(value)}{hashlib.sha256(raw).hexdigest()}"
 
 
 def fingerprint(module: GraphModule) -> str:
-    """SHA-256 of the graph's operations, attributes, shapes, dtypes, strides, roles, constants and precision settings.
+    """SHA-256 of operations, attributes, shapes, dtypes, strides, roles, constants and precision settings.
 
-    Names of nodes do not count. Aliasing counts through the graph itself: a tied weight is one placeholder, two untied
-    weights are two.
+    Names of nodes do not count. Aliasing counts through the graph itself: a tied weight is one placeholder,
+    two untied weights are two.
     """
     numbers: dict[Node, int] = {}
     lines = [compat.precision_state()]
@@ -49,5 +48,7 @@ def fingerprint(module: GraphModule) -> str:
         arguments = torch.fx.map_arg((node.args, node.kwargs), lambda source: f"%{numbers[source]}")
         target = node.target if node.op == "call_function" else node.op
         constant = _constant(module, str(node.target)) if node.op == "get_attr" else ""
-        lines.append(f"{target}{arguments!r}{node.meta.get(ROLE, '')}{_value(node.meta.get('val'))}{constant}")
+        lines.append(
+            f"{target}{arguments!r}{node.meta.get(ROLE, '')}{_value(node.meta.get('val'))}{constant}"
+        )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

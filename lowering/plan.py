@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from torch_mux import compat_inductor as compat
+from torch_mux import compat
 from torch_mux.settings import Settings
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
@@ -27,6 +27,11 @@ from .storage import Layout, Storage
 __all__ = ["CompiledPlan", "PlanReport", "compile_plan", "stack_buffer"]
 
 log = logging.getLogger(__name__)
+_KERNELS: dict[Any, str] = {
+    LINEAR: "linear",
+    CONVOLUTION: "conv",
+    torch.ops.aten.embedding.default: "embedding",
+}
 Artifact = Callable[[list[Any]], Any]
 
 
@@ -74,8 +79,9 @@ class _Step:
 class CompiledPlan:
     """An executable form of a program.
 
-    ``coalesced`` plans serve any subset of instances at any slot count up to ``max_slots`` with one compiled artifact; the
-    others serve one request at a time through :meth:`run_alone`. ``capturable`` plans may be captured in a CUDA graph.
+    ``coalesced`` plans serve any subset of instances at any slot count up to ``max_slots`` with one compiled
+    artifact; the others serve one request at a time through :meth:`run_alone`. ``capturable`` plans may be
+    captured in a CUDA graph.
     """
 
     def __init__(
@@ -104,7 +110,8 @@ class CompiledPlan:
 
         Args:
             rows: int64 [T], the storage row of each slot.
-            control: int32 [2], (active slots, cap in SMs); slots from ``active`` on hold garbage but valid rows.
+            control: int32 [2], (active slots, cap in SMs); slots from ``active`` on hold garbage but valid
+            rows.
             inputs: [T, *shape] for each tensor input, as :func:`stack_buffer` lays them out.
 
         Returns:
@@ -197,7 +204,9 @@ def _coalesced(program: Program, settings: Settings) -> CompiledPlan:
     steps = tuple(_step(body, segment, storage, program.device, allow_tf32, numbers) for segment in segments)
     outputs = tuple(numbers[node] for node in outputs_of(body.graph) if isinstance(node, Node))
     report = _report(program, body, segments, reasons, text)
-    return CompiledPlan(program, tuple(dict.fromkeys(reasons.values())), report, storage, steps, outputs, None)
+    return CompiledPlan(
+        program, tuple(dict.fromkeys(reasons.values())), report, storage, steps, outputs, None
+    )
 
 
 def _copy_graph(module: GraphModule) -> torch.fx.Graph:
@@ -246,7 +255,7 @@ def _report(
     calls = call_nodes(body.graph)
     kernels: dict[str, int] = {}
     for node in calls:
-        name = {LINEAR: "linear", CONVOLUTION: "conv", torch.ops.aten.embedding.default: "embedding"}.get(node.target)
+        name = _KERNELS.get(node.target)
         if name is not None and node not in reasons:
             kernels[name] = kernels.get(name, 0) + 1
     rest = len(calls) - sum(kernels.values()) - len(reasons)
@@ -258,5 +267,3 @@ def _report(
         segments=tuple("coalesced" if segment.coalesced else "per instance" for segment in segments),
         graph=text,
     )
-
-

@@ -20,7 +20,11 @@ __all__ = ["INDEX", "Prepare", "split_prepare"]
 INDEX = "mux_index"
 
 #: Their schemas promise an alias, but they copy where strides do not allow one.
-_MAY_COPY = (torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default, torch.ops.aten.flatten.using_ints)
+_MAY_COPY = (
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.contiguous.default,
+    torch.ops.aten.flatten.using_ints,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Prepare:
         module: takes the program's parameters in order, returns the values.
         specs: one TensorSpec a value.
         sources: for each value the positions of the parameters that it is computed from.
-        direct: for each value whether it is a parameter or a view of one: it then follows in-place writes by itself.
+        direct: for each value whether it is a parameter or a view of one: it then follows in-place writes by
+            itself.
     """
 
     module: GraphModule
@@ -77,7 +82,11 @@ def _sources(node: Node, positions: dict[Node, int]) -> tuple[int, ...]:
 def _is_view(node: Node, positions: dict[Node, int]) -> bool:
     while node not in positions:
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], Node):
+        if (
+            not isinstance(target, torch._ops.OpOverload)
+            or not node.args
+            or not isinstance(node.args[0], Node)
+        ):
             return False
         if target in _MAY_COPY:
             return False
@@ -89,7 +98,7 @@ def _is_view(node: Node, positions: dict[Node, int]) -> bool:
 
 
 def split_prepare(module: GraphModule) -> tuple[Prepare, GraphModule]:
-    """(prepare, body). The body's placeholders carry ``meta[ROLE]`` "input" or "value" and ``meta[INDEX]``."""
+    """(prepare, body); the body's placeholders carry ``meta[ROLE]``, "input" or "value", ``meta[INDEX]``."""
     graph = module.graph
     dependent = _dependent(graph)
     arguments = placeholders(graph)

@@ -30,7 +30,8 @@ class Program:
         mutates: whether the graph writes one of its arguments.
         fallback: why the whole program runs per instance, or None.
         graph: the canonical ATen graph; it takes the flat argument list.
-        artifact: code for the flat argument list that was compiled at capture, where the graph has no static form.
+        artifact: code for the flat argument list that was compiled at capture, where the graph has no static
+            form.
     """
 
     fingerprint: str

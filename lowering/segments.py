@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from torch_mux import compat_inductor as compat
+from torch_mux import compat
 from torch_mux.types import TensorSpec
 
 from .coalesce import SlotSpace, dense_order, evaluate, parameter_of
-from .graphs import ROLE, fake_of, outputs_of, parameter_only, placeholders, tensors_in
-from .prepare import INDEX
+from .graphs import ROLE, fake_of, outputs_of, parameter_only, tensors_in
 from .rules import Slotted
 from .storage import Layout
 
@@ -44,12 +43,10 @@ class Segment:
 def cut(body: GraphModule, alone: Collection[Node]) -> list[Segment]:
     """Segments in an order in which each finds its inputs ready; as few as the dependencies allow.
 
-    A node's stage is the smallest that is not before any of its operands' and has its kind: even stages are coalesced,
-    odd ones per instance.
+    A node's stage is the smallest that is not before any of its operands' and has its kind: even stages are
+    coalesced, odd ones per instance.
     """
-    constants = {
-        node for node in parameter_only(body.graph) if node.op != "placeholder"
-    }
+    constants = {node for node in parameter_only(body.graph) if node.op != "placeholder"}
     stages: dict[Node, int] = {}
     for node in body.graph.nodes:
         if node.op != "call_function" or node in constants:
@@ -61,7 +58,9 @@ def cut(body: GraphModule, alone: Collection[Node]) -> list[Segment]:
     if lifted:
         raise ValueError(f"output {lifted[0]} does not depend on the request")
     return [
-        _segment(body, [node for node in stages if stages[node] == stage], constants, returned, stage % 2 == 0)
+        _segment(
+            body, [node for node in stages if stages[node] == stage], constants, returned, stage % 2 == 0
+        )
         for stage in sorted(set(stages.values()))
     ]
 
@@ -78,9 +77,13 @@ def _segment(
                 needed.add(source)
                 pending.append(source)
     nodes = tuple(node for node in body.graph.nodes if node in inside or node in needed)
-    outside = {source for node in members for source in node.all_input_nodes if source not in inside | constants}
+    outside = {
+        source for node in members for source in node.all_input_nodes if source not in inside | constants
+    }
     ordered = [node for node in body.graph.nodes if node in outside]
-    results = tuple(node for node in members if node in returned or any(user not in inside for user in node.users))
+    results = tuple(
+        node for node in members if node in returned or any(user not in inside for user in node.users)
+    )
     return Segment(
         coalesced,
         nodes,
@@ -98,8 +101,7 @@ def trace(
     key: str,
     allow_tf32: tuple[bool, bool],
 ) -> tuple[GraphModule, SlotSpace, list[Tensor]]:
-    """The batched graph of a coalesced segment: (tables…, [T, …] inputs…) → [T, …] results, dense a slot.
-    """
+    """The batched graph of a coalesced segment: (tables…, [T, …] inputs…) → [T, …] results, dense a slot."""
     space = SlotSpace.create(device, layout)
     fakes = [*space.arguments, *(space.stacked(TensorSpec.of(fake_of(node))) for node in segment.inputs)]
     count = len(space.arguments)
@@ -144,13 +146,3 @@ def _dense_fake(node: Node) -> Tensor:
     with value.fake_mode:  # type: ignore[attr-defined]
         inner = torch.empty([spec.shape[dim] for dim in order], dtype=spec.dtype, device=spec.device)
         return inner.permute([order.index(dim) for dim in range(len(order))])
-
-
-def input_index(node: Node) -> int | None:
-    """Which request input a body value is, or None for a computed one."""
-    return node.meta[INDEX] if node.op == "placeholder" and node.meta[ROLE] == "input" else None
-
-
-def request_inputs(body: GraphModule) -> list[Node]:
-    """The body's request-input placeholders in order."""
-    return [node for node in placeholders(body.graph) if node.meta[ROLE] == "input"]

@@ -1,7 +1,8 @@
 """The address-stable tables through which coalesced code reaches each instance's weights.
 
-A row belongs to one instance. The pointer table holds the addresses of weight matrices; the arenas, one a dtype, hold copies
-of the small parameters (norms, biases, positions, folded batch-norm) side by side, so that one batched graph can index them.
+A row belongs to one instance. The pointer table holds the addresses of weight matrices; the arenas, one a
+dtype, hold copies of the small parameters (norms, biases, positions, folded batch-norm) side by side, so that
+one batched graph can index them.
 """
 
 from __future__ import annotations
@@ -93,6 +94,19 @@ class _Row:
     untracked: bool = field(default=False)
 
 
+def _covering(prepare: Prepare) -> list[int]:
+    """Parameters whose addresses tell whether the values are still those of the model, also after ``.to()``.
+
+    That moves all parameters of a layer and bumps no version, so one source a computed value is enough.
+    """
+    direct = [sources for index, sources in enumerate(prepare.sources) if prepare.direct[index]]
+    found = {source for sources in direct for source in sources}
+    for sources in prepare.sources:
+        if sources and not found.intersection(sources):
+            found.add(sources[0])
+    return sorted(found)
+
+
 class Storage:
     """The tables of one plan on one device; safe to use from several threads."""
 
@@ -114,8 +128,10 @@ class Storage:
         _storages[self.key] = self
 
     def _grow(self, capacity: int) -> None:
-        """Moves the tables to ``capacity`` rows; captured code of the old generation keeps its own references."""
-        table = torch.zeros((capacity, max(1, len(self.layout.columns))), dtype=torch.int64, device=self.device)
+        """Moves the tables to ``capacity`` rows; code captured for the old ones keeps its own references."""
+        table = torch.zeros(
+            (capacity, max(1, len(self.layout.columns))), dtype=torch.int64, device=self.device
+        )
         arenas = {
             dtype: torch.zeros((capacity, width), dtype=dtype, device=self.device)
             for dtype, width in self.layout.widths.items()
@@ -173,7 +189,7 @@ class Storage:
         )
         versions = [] if untracked else [held[position]._version for position in watched_positions]
         values = list(prepare.run(held))
-        moved = sorted({source for index in layout.columns for source in prepare.sources[index] if prepare.direct[index]})
+        moved = _covering(prepare)
         for index in layout.columns:
             if values[index].data_ptr() % ALIGNMENT:
                 values[index] = values[index].clone()
@@ -207,23 +223,26 @@ class Storage:
             torch._foreach_copy_(targets, sources)
 
     def stale(self, row: int) -> bool:
-        """Whether an in-place write, a moved pointer or an optimizer step made the row's copies or addresses old.
+        """Whether a write in place, a moved pointer or an optimizer step made the row's contents old.
 
-        Costs one version read a copied parameter and one ``data_ptr`` a weight matrix. Writes through ``.data`` to a
-        copied parameter bump no version: they need ``torch_mux.refresh``.
+        Costs one version read a copied parameter and about one ``data_ptr`` a value. Writes through
+        ``.data`` to a copied parameter bump no version: they need ``torch_mux.refresh``.
         """
         state = self._rows[row]
         if state.untracked or state.epoch != _epoch.value:
             return True
         if list(map(_version, state.watched)) != state.versions:
             return True
-        pointed = [reference() for reference in state.pointed]
-        if any(parameter is None for parameter in pointed):  # collected with its model: its storage is held here, so the address stays right
-            return False
-        return list(map(Tensor.data_ptr, pointed)) != state.pointers
+        addresses = []
+        for reference in state.pointed:
+            parameter = reference()
+            if parameter is None:  # collected with its model: its storage is held here and stays where it is
+                return False
+            addresses.append(parameter.data_ptr())
+        return addresses != state.pointers
 
     def weights(self, rows: Sequence[int], column: int) -> list[Tensor]:
-        """The weight tensors behind a pointer column, one a slot (what the CPU reads instead of addresses)."""
+        """The weight tensors behind a pointer column, one a slot: what the CPU reads instead of addresses."""
         return [self._rows[row].weights[column] for row in rows]
 
     def values(self, row: int) -> tuple[Tensor, ...]:
@@ -231,6 +250,8 @@ class Storage:
         return self._rows[row].values
 
     def nbytes(self, row: int) -> int:
-        """Bytes held for this instance beyond its own weights: prepared copies and its share of the tables."""
-        fixed = self.table.shape[1] * 8 + sum(arena.shape[1] * arena.itemsize for arena in self.arenas.values())
+        """Bytes held for this instance beyond its weights: prepared copies and its share of the tables."""
+        fixed = self.table.shape[1] * 8 + sum(
+            arena.shape[1] * arena.itemsize for arena in self.arenas.values()
+        )
         return fixed + self._rows[row].copied

@@ -204,6 +204,12 @@ class Dispatcher:
         if free:
             self._release()
 
+    def outdated(self, instance: Instance) -> None:
+        """The model went on in another form: its row is released as if it had been collected."""
+        instance.dropped = True
+        self._runner.dead.append(instance)
+        self.service.poke()
+
     # The role.
 
     def attend(self) -> None:

@@ -163,10 +163,18 @@ class Engine:
             if found is None:
                 found = Instance(served, parameters, dispatcher.died)
                 served.instances.add(found)
+                self._outdate(served, parameters)
                 if parameters:
                     dispatcher.service.start()
                 logger.debug("instance %d of %s", len(served.instances), served.program.name)
         return found
+
+    def _outdate(self, served: ServedProgram, parameters: Sequence[Tensor]) -> None:
+        """Forgets the model as other programs knew it before ``.to()`` changed its weights' type or layout."""
+        for other in self._served.values():
+            former = other.instances.find(parameters) if other is not served and parameters else None
+            if former is not None and not former.removed and not former.fits:
+                other.dispatcher.outdated(former)
 
     def _instances(self) -> list[Instance]:
         return [instance for served in list(self._served.values()) for instance in served.instances]

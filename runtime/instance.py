@@ -39,7 +39,7 @@ class Instance:
         renew: its row must be written again before the next run.
         alive: False once one of its parameters was collected.
         removed: ``torch_mux.remove`` was called for it.
-        dropped: the engine was reset since; it must be looked up again.
+        dropped: the engine was reset or its weights took another form since; it must be looked up again.
         uses: requests that are queued or under way.
     """
 
@@ -96,6 +96,12 @@ class Instance:
     def held(self) -> list[Tensor]:
         """The aliases that keep addresses in the tables valid; a new list whenever they change."""
         return self._held
+
+    @property
+    def fits(self) -> bool:
+        """Whether its tensors still have the form that the program was made for."""
+        specs = self.served.program.parameters
+        return all(TensorSpec.of(tensor) == spec for tensor, spec in zip(self.current(), specs, strict=True))
 
     def uses_any(self, identities: frozenset[int]) -> bool:
         """Whether one of its live tensors has one of these ``id`` values."""

@@ -131,7 +131,7 @@ class Request:
         self.error: Exception | None = None
         self.mark: object = None
         self.flight: object = None
-        self.joined: object = None
+        self.joined: int | None = None
         self.waiters: tuple[Waiter, ...] = ()
         self.callbacks: tuple[Callable[[Request], object], ...] = ()
 

@@ -131,7 +131,7 @@ class Runner:
                 if instance.uses:
                     # It comes again when its last request ends.
                     continue
-                if not instance.alive:
+                if instance.dropped or not instance.alive:
                     instance.served.instances.discard(instance)
                 gone.append(instance)
         for instance in gone:
@@ -154,7 +154,7 @@ class Runner:
                     request.callbacks = ()
                 instance = request.instance
                 instance.uses -= 1
-                if not instance.uses and (instance.removed or not instance.alive):
+                if not instance.uses and (instance.removed or instance.dropped or not instance.alive):
                     self.dead.append(instance)
         for callback, request in callbacks:
             call_back(callback, request)

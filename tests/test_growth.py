@@ -21,7 +21,9 @@ def _resident() -> int:
 
 
 def _model(device: str) -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.LayerNorm(128), nn.Linear(128, 8)).eval().to(device)
+    return (
+        nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.LayerNorm(128), nn.Linear(128, 8)).eval().to(device)
+    )
 
 
 def _memory(device: str) -> int:

@@ -60,5 +60,7 @@ def test_launches_stay_flat_on_the_gpu() -> None:
                 torch_mux.gather(*bundle)
                 torch.cuda.synchronize()
             kernels = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-            launches[size] = sum("memcpy" not in e.name.lower() and "memset" not in e.name.lower() for e in kernels)
+            launches[size] = sum(
+                "memcpy" not in e.name.lower() and "memset" not in e.name.lower() for e in kernels
+            )
     assert len(set(launches.values())) == 1, launches

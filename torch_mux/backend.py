@@ -81,8 +81,8 @@ def mux(
 ) -> Callable[..., Any]:
     """The backend behind the name "mux"; Dynamo calls it once an architecture and input signature.
 
-    Inference graphs become programs. Training graphs, and everything while ``configure(enabled=False)``, go to Inductor
-    whole.
+    Inference graphs become programs. Training graphs, and everything while ``configure(enabled=False)``, go
+    to Inductor whole.
 
     Raises:
         UnknownOption: ``options`` or ``mode`` were given; mux is set up with ``torch_mux.configure``.
@@ -113,8 +113,8 @@ def _report_training(name: str, owner: object) -> None:
     state.note(FallbackReason(FallbackKind.TRAINING, name))
     if isinstance(owner, torch.nn.Module) and not owner.training:
         warnings.warn(
-            f"{name} is in eval mode but grad is enabled and a parameter requires grad, so it runs in Inductor alone, "
-            "outside torch_mux: call it under torch.inference_mode() or torch.no_grad()",
+            f"{name} is in eval mode but grad is enabled and a parameter requires grad, so it runs in "
+            "Inductor alone, outside torch_mux: call it under torch.inference_mode() or torch.no_grad()",
             stacklevel=2,
         )
 

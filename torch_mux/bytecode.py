@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import builtins
 import dis
+from itertools import pairwise
 from types import ModuleType
 
 import torch
 
+from torch_mux import compat
 from torch_mux.recording import Frame
 
 __all__ = ["CONSTANTS", "objection"]
@@ -19,6 +21,7 @@ __all__ = ["CONSTANTS", "objection"]
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), torch.dtype, torch.device)
 """Types of values that may stand in a learned signature or result: immutable, compared by value."""
 
+_MISSING = object()
 _GRAPH = "__compiled_fn"
 _RESUME = ("__resume_at", "torch_dynamo_resume_in")
 _CALLS = ("CALL", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX", "CALL_METHOD", "CALL_KW")
@@ -80,10 +83,15 @@ def _call_of(instructions: list[dis.Instruction], load: int) -> int | None:
 def _after(frame: Frame, instructions: list[dis.Instruction]) -> str | None:
     stored: set[str] = set()
     index = 0
+    targets = _write_targets(frame, instructions)
+    if targets:
+        problem = _changing_write(targets, instructions)
+        if problem is not None:
+            return problem
     while index < len(instructions):
         item = instructions[index]
         if item.opname == "LOAD_GLOBAL":
-            index, problem = _global_load(frame, instructions, index)
+            index, problem = _global_load(frame, instructions, index, targets)
             if problem is not None:
                 return problem
             continue
@@ -102,11 +110,13 @@ def _after(frame: Frame, instructions: list[dis.Instruction]) -> str | None:
     return None
 
 
-def _global_load(frame: Frame, instructions: list[dis.Instruction], index: int) -> tuple[int, str | None]:
-    """Follows ``name.attr.attr``; only a class may come out of it. The next index, and an objection."""
+def _follow(frame: Frame, instructions: list[dis.Instruction], index: int) -> tuple[int, object]:
+    """What ``name.attr.attr`` at ``index`` is, as far as it leads through modules, and the index after it."""
     name = instructions[index].argval
     value = frame.namespace.get(name, getattr(builtins, name, None))
     index += 1
+    while index < len(instructions) and instructions[index].opname in ("COPY", "STORE_FAST"):
+        index += 1
     while (
         isinstance(value, ModuleType)
         and index < len(instructions)
@@ -114,9 +124,50 @@ def _global_load(frame: Frame, instructions: list[dis.Instruction], index: int) 
     ):
         value = getattr(value, instructions[index].argval, None)
         index += 1
-    if isinstance(value, type):
-        return index, None
-    return index, f"the frame uses global {name!r} after its graph"
+    return index, value
+
+
+def _global_load(
+    frame: Frame, instructions: list[dis.Instruction], index: int, targets: list[object]
+) -> tuple[int, str | None]:
+    """Of globals only classes may be used, and ``targets``. The index after it, and an objection."""
+    name = instructions[index].argval
+    after, value = _follow(frame, instructions, index)
+    if isinstance(value, type) or any(value is target for target in (*targets, *_setters(targets))):
+        return after, None
+    return after, f"the frame uses global {name!r} after its graph"
+
+
+def _setters(targets: list[object]) -> tuple[object, ...]:
+    return (compat.replayed_setattr(),) if targets else ()
+
+
+def _write_targets(frame: Frame, instructions: list[dis.Instruction]) -> list[object]:
+    """Module-level objects whose attributes the frame writes again after its graph."""
+    values = [
+        _follow(frame, instructions, index)[1]
+        for index, item in enumerate(instructions)
+        if item.opname == "LOAD_GLOBAL"
+    ]
+    setter = compat.replayed_setattr()
+    if not any(value is setter for value in values):
+        return []
+    return [value for value in values if value is not setter and not isinstance(value, type)]
+
+
+def _changing_write(targets: list[object], instructions: list[dis.Instruction]) -> str | None:
+    """An attribute write that is more than the constant that is there already, or None."""
+    written = 0
+    plain = [item for item in instructions if item.opname != "EXTENDED_ARG"]
+    for item, following in pairwise(plain):
+        if item.opname == "LOAD_CONST" and isinstance(item.argval, str) and following.opname == "LOAD_CONST":
+            written += 1
+            found = [getattr(target, item.argval, _MISSING) for target in targets]
+            held = [value for value in found if value is not _MISSING]
+            if not held or any(value is not following.argval for value in held):
+                return f"side effect: attribute {item.argval!r} is written"
+    calls = sum(item.opname in _CALLS and item.arg == 3 for item in plain)
+    return None if calls == written else "side effect: attributes are written after the graph"
 
 
 def _plain(value: object) -> bool:

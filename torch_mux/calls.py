@@ -119,7 +119,7 @@ class Prepared:
     def _relearn(self) -> Any:
         assert self.route is not None and self.arranged.key is not None
         log.info("%s changed since its call was learned; it is learned again", name_of(self.model))
-        self.table.drop(self.route)
+        self.table.prune()
         self.route = None
         grad, inference = self.arranged.key[:2]
         with torch.inference_mode(bool(inference)), torch.set_grad_enabled(bool(grad)):
@@ -149,6 +149,7 @@ class Prepared:
                 raise mismatch from error
             raise
         assert self.arranged.key is not None
+        self.table.prune()
         if lesson.route is not None:
             self.table.add(self.arranged.key, lesson.route)
         if lesson.refusal is not None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torch_mux import compat, state
-from torch_mux.bytecode import CONSTANTS, objection
+from torch_mux.bytecode import CONSTANTS
 from torch_mux.recording import Call, Frame, Recorder, recorded_call, recording
 from torch_mux.routes import Arranged, Route, containers, flat_positions
 from torch_mux.types import FallbackKind, FallbackReason
@@ -147,7 +147,7 @@ def _single_call(model: Any, module: nn.Module | None, recorder: Recorder) -> tu
     )
     if outside is not None:
         raise _Refused(f"Python runs around its graph: {outside}")
-    problem = objection(frame)
+    problem = frame.objection
     if problem is not None:
         raise _Refused(problem)
     return call, frame

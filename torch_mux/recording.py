@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any
 
@@ -45,12 +45,15 @@ class Frame:
         values: local and free variables by name when the graph was called.
         namespace: the globals of the frame.
         callers: (file, function) of every frame between the recorded call and this one, innermost first.
+        objection: why the frame has to run on every call, or None. It is found out while the graph's outputs are
+            on their way back, because afterwards the frame's writes have been made.
     """
 
     code: CodeType
     values: dict[str, object]
     namespace: dict[str, Any]
     callers: tuple[tuple[str, str], ...]
+    objection: str | None = None
 
 
 @dataclass(eq=False)
@@ -62,8 +65,11 @@ class Recorder:
 
     def append(self, call: Call) -> None:
         """Record one run; called by the entry itself, so that the rewritten frame is still on the stack."""
+        from torch_mux.bytecode import objection
+
         self.calls.append(call)
-        self.frames.append(_rewritten_frame())
+        frame = _rewritten_frame()
+        self.frames.append(None if frame is None else replace(frame, objection=objection(frame)))
 
 
 def _rewritten_frame() -> Frame | None:

@@ -167,11 +167,10 @@ class RouteTable:
             self.refusals.pop(next(iter(self.refusals)))
         self.refusals[key] = reason
 
-    def drop(self, route: Route) -> None:
-        """Forgets one route whose model changed."""
-        for key, routes in list(self.routes.items()):
-            if route in routes:
-                self.routes[key] = [other for other in routes if other is not route]
+    def prune(self) -> None:
+        """Forgets the routes whose model changed: they would keep its former weights alive."""
+        kept = {key: [route for route in routes if route.holds()] for key, routes in self.routes.items()}
+        self.routes = {key: routes for key, routes in kept.items() if routes}
 
     def clear(self) -> None:
         """Forgets everything; the next call of each signature is learned anew."""

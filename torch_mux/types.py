@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 import torch
 
-__all__ = ["CostModel", "FallbackKind", "FallbackReason", "Quota", "TensorSpec"]
+__all__ = ["FallbackKind", "FallbackReason", "Quota", "TensorSpec"]
 
 
 @dataclass(frozen=True)
@@ -92,12 +90,3 @@ class Quota:
     weight: float = 1.0
     slo: float | None = None
     memory: int | None = None
-
-
-class CostModel(Protocol):
-    """Predicted device time, handed by the runtime to lowering."""
-
-    def seconds(self, operation: str, shape: Sequence[int], slots: int, cap: float) -> float | None:
-        """Seconds of one launch of ``operation`` for ``slots`` slots on a ``cap`` share of the
-        device, or None where nothing is known."""
-        ...

@@ -149,11 +149,9 @@ def conv_launch(
         raise ValueError("a slot's input and output must have less than 2**31 elements each")
     sms = multiprocessors(x.device) if sms is None else sms
     taps = kernel[0] * kernel[1]
-    if bit_class is None:
-        bit_class = choose.conv_class(sizes, channels, taps, x.dtype, allow_tf32)
+    bit_class = bit_class or choose.conv_class(sizes, channels, taps, x.dtype, allow_tf32)
     if tile is None:
-        whole = 16 if bit_class.gather else named["C_DIV"]
-        divided = whole if problems is None else min(whole, named["DATA_DIV"])
+        divided = min(16 if bit_class.gather else named["C_DIV"], named["DATA_DIV"] if problems else 16)
         wide = aligned and divided * x.dtype.itemsize >= 16
         tile = choose.conv_tile(sizes, channels, x.dtype, bit_class, sms, wide=wide)
     choose.check(tile, bit_class, x.dtype)

@@ -110,7 +110,7 @@ def conv_tile(x, weight, row, column, m, n, height, width, out_height, out_width
               DH: tl.constexpr, DW: tl.constexpr, GATHER: tl.constexpr, EVEN_K: tl.constexpr,
               SWAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One fp32 [BLOCK_M, BLOCK_N] tile of the convolution."""
-    pixel = tl.where(row < m, row, 0)
+    pixel = row % m  # past the end: other pixels, not one cache line for all
     area = out_height * out_width
     image = pixel // area
     rest = pixel - image * area
@@ -120,7 +120,7 @@ def conv_tile(x, weight, row, column, m, n, height, width, out_height, out_width
     base = (image * height + top) * width + left
     length = KH * KW * channels
     inner = tl.arange(0, BLOCK_K)
-    weight_at = weight + tl.where(column < n, column, 0)[None, :] * length + inner[:, None]
+    weight_at = weight + (column % n)[None, :] * length + inner[:, None]
     blocks = (channels + BLOCK_K - 1) // BLOCK_K
     if GATHER:
         steps = (length + BLOCK_K - 1) // BLOCK_K

@@ -61,12 +61,16 @@ def linear_sizes(slot, problems, m, n, k, stride, K_DIV: tl.constexpr, N_DIV: tl
 def linear_tile(x, weight, row, column, m, n, k, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_K: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
                 SWAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One fp32 [BLOCK_M, BLOCK_N] tile of ``x @ weight.T``, K in steps of BLOCK_K."""
+    """One fp32 [BLOCK_M, BLOCK_N] tile of ``x @ weight.T``, K in steps of BLOCK_K.
+
+    Rows and columns past the end read others in their place, spread out: all reading row 0 would meet in one
+    cache line.
+    """
     inner = tl.arange(0, BLOCK_K)
-    x_at = x + tl.where(row < m, row, 0)[:, None] * k + inner[None, :]
+    x_at = x + (row % m)[:, None] * k + inner[None, :]
     inside = column < n
     if K_MAJOR:
-        weight_at = weight + tl.where(inside, column, 0)[None, :] * stride + inner[:, None]
+        weight_at = weight + (column % n)[None, :] * stride + inner[:, None]
         step = BLOCK_K
     else:
         weight_at = weight + inner[:, None] * stride + column[None, :]

@@ -115,7 +115,8 @@ def convolution(
 
 
 LIBRARY.define(
-    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, str activation) -> Tensor"
+    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "str activation) -> Tensor"
 )
 LIBRARY.define(
     "convolution(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
@@ -148,7 +149,9 @@ def _convolution_fake(
     activation: str,
 ) -> Tensor:
     spatial = [
-        (x.shape[axis + 2] + 2 * padding[axis] - dilation[axis] * (weight.shape[axis + 2] - 1) - 1) // stride[axis] + 1
+        (x.shape[axis + 2] + 2 * padding[axis] - dilation[axis] * (weight.shape[axis + 2] - 1) - 1)
+        // stride[axis]
+        + 1
         for axis in (0, 1)
     ]
     shape = (x.shape[0], weight.shape[0], *spatial)

@@ -1,8 +1,8 @@
-"""``mux::slot_linear``, ``mux::slot_convolution``, ``mux::slot_embedding``: a whole bundle of slots in one call.
+"""``mux::slot_linear``, ``mux::slot_convolution``, ``mux::slot_embedding``: a bundle of slots in one call.
 
-Slot ``t`` reads its weight through ``table[rows[t], column]`` and its epilogue vectors from ``arena[rows[t]]``. On CUDA each
-call is one super-kernel launch. On the CPU each slot is one vendor call over its weight, because merging rows or groups there
-would change bits.
+Slot ``t`` reads its weight through ``table[rows[t], column]`` and its epilogue vectors from
+``arena[rows[t]]``. On CUDA each call is one super-kernel launch. On the CPU each slot is one vendor call over
+its weight, because merging rows or groups there would change bits.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _EPILOGUE = (
     "bool allow_tf32, str program"
 )
 LIBRARY.define(
-    "slot_linear(Tensor x, Tensor table, Tensor rows, Tensor control, int column, int n, int[] weight_strides, "
-    f"{_EPILOGUE}) -> Tensor"
+    "slot_linear(Tensor x, Tensor table, Tensor rows, Tensor control, int column, int n, "
+    f"int[] weight_strides, {_EPILOGUE}) -> Tensor"
 )
 LIBRARY.define(
     "slot_convolution(Tensor x, Tensor table, Tensor rows, Tensor control, int column, int n, int[] kernel, "
     f"int[] stride, int[] padding, int[] dilation, {_EPILOGUE}) -> Tensor"
 )
 LIBRARY.define(
-    "slot_embedding(Tensor indices, Tensor table, Tensor rows, Tensor control, int column, int vocabulary, int width, "
-    "ScalarType dtype, str program) -> Tensor"
+    "slot_embedding(Tensor indices, Tensor table, Tensor rows, Tensor control, int column, int vocabulary, "
+    "int width, ScalarType dtype, str program) -> Tensor"
 )
 
 #: Vendor GEMMs on the CPU choose code by the alignment of their operands.
@@ -62,7 +62,7 @@ def _epilogue_(
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """The epilogue over all slots at once, in float32 for half-precision results; ``out`` may be overwritten."""
+    """The epilogue over all slots at once, in float32 for half-precision results; it may write ``out``."""
     dtype = out.dtype
     wide = out.float() if dtype in (torch.float16, torch.bfloat16) else out
     if scale is not None and shift is not None:
@@ -84,7 +84,7 @@ def _epilogue_(
 def _biases(
     x: Tensor, rows: Sequence[int], n: int, scale: Tensor | None, shift: Tensor | None, offset: int
 ) -> tuple[Sequence[Tensor | None], Tensor | None]:
-    """(a bias a slot for the vendor call, the shift that is left): a plain bias is added before the result is rounded."""
+    """(a bias a slot for the vendor call, the shift left over): a plain bias is added before rounding."""
     if scale is not None or shift is None or shift.dtype != x.dtype:
         return [None] * len(rows), shift
     return [shift[row, offset : offset + n] for row in rows], None
@@ -157,7 +157,9 @@ def _embedding_cpu(
     program: str,
 ) -> Tensor:
     weights = storage_of(program).weights(rows.tolist(), column)
-    return torch.stack([F.embedding(index, weight) for index, weight in zip(indices.unbind(0), weights, strict=True)])
+    return torch.stack(
+        [F.embedding(index, weight) for index, weight in zip(indices.unbind(0), weights, strict=True)]
+    )
 
 
 def _vector(arena: Tensor | None, offset: int) -> Vector | None:
@@ -265,7 +267,12 @@ def _embedding_cuda(
 
 
 def _convolution_shape(
-    x: Tensor, n: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    x: Tensor,
+    n: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> tuple[int, ...]:
     height, width = (
         (x.shape[axis + 2] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
@@ -274,7 +281,9 @@ def _convolution_shape(
     return (x.shape[0], x.shape[1], height, width, n)
 
 
-def _linear_fake(x: Tensor, table: Tensor, rows: Tensor, control: Tensor, column: int, n: int, *rest: object) -> Tensor:
+def _linear_fake(
+    x: Tensor, table: Tensor, rows: Tensor, control: Tensor, column: int, n: int, *rest: object
+) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], n))
 
 

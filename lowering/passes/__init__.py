@@ -1,7 +1,7 @@
 """The rewriting of a program's graph as one explicit, ordered list of passes.
 
-Each pass is one file with one function ``run(module, settings) -> module``; it may edit the module it is given, which is
-the plan's own copy of the program's graph.
+Each pass is one file with one function ``run(module, settings) -> module``; it may edit the module it is
+given, which is the plan's own copy of the program's graph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Removes what means nothing at inference: detach, alias, lift, inactive dropout, casts and clones that change nothing."""
+"""Removes what means nothing at inference: detach, alias, lift, inactive dropout, idle casts and clones."""
 
 from __future__ import annotations
 
@@ -45,10 +45,14 @@ def run(module: GraphModule, settings: Settings) -> GraphModule:
 
     A clone that becomes a graph output stays, so that no output shares storage with another value.
     """
-    returned = {node for output in module.graph.nodes if output.op == "output" for node in output.all_input_nodes}
+    returned = {
+        node for output in module.graph.nodes if output.op == "output" for node in output.all_input_nodes
+    }
     for node in call_nodes(module.graph):
         source = _replacement(node)
-        if source is not None and not (node in returned and (source in returned or source.op == "placeholder")):
+        if source is not None and not (
+            node in returned and (source in returned or source.op == "placeholder")
+        ):
             node.replace_all_uses_with(source)
             if node in returned:
                 returned.add(source)

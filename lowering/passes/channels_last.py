@@ -1,7 +1,8 @@
 """Gives every super-kernel its weight in the memory order that it reads, by a copy only where one is needed.
 
-``mux::convolution`` reads [O, KH, KW, C] memory; ``mux::linear`` any weight with one dense dimension. The copies depend on
-parameters only, so they are made once an instance; ``torch_mux.adopt`` makes them unnecessary.
+``mux::convolution`` reads [O, KH, KW, C] memory; ``mux::linear`` any weight with one dense dimension. The
+copies depend on parameters only, so they are made once an instance; ``torch_mux.adopt`` makes them
+unnecessary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Batch normalisation of inference becomes a scale and a shift a channel.
 
-They go into the epilogue of the convolution before it when that is its only reader, and into one multiply-add otherwise.
-Both are computed from parameters and buffers only, in float32, once an instance.
+They go into the epilogue of the convolution before it when that is its only reader, and into one multiply-add
+otherwise. Both are computed from parameters and buffers only, in float32, once an instance.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _channel_view(graph: Graph, vector: Node, rank: int) -> Node:
 
 def _fold(node: Node, statistics: tuple[Any, ...], weights: set[Node]) -> Node | None:
     source = node.args[0]
-    if not isinstance(source, Node) or any(isinstance(arg, Node) and arg not in weights for arg in node.args[1:5]):
+    if not isinstance(source, Node) or any(
+        isinstance(arg, Node) and arg not in weights for arg in node.args[1:5]
+    ):
         return None
     if any(user.args[1] != 0 for user in node.users):
         return None

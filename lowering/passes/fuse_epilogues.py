@@ -1,7 +1,7 @@
 """Moves the bias, the residual and the activation that follow a super-kernel into its epilogue.
 
-``act(acc * scale + shift + residual)`` is all an epilogue can do, so the order of the fusion is fixed: a bias while there is
-no residual, a residual while there is no activation, then one activation.
+``act(acc * scale + shift + residual)`` is all an epilogue can do, so the order of the fusion is fixed: a bias
+while there is no residual, a residual while there is no activation, then one activation.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _fuse_activation(node: Node) -> Node | None:
 
 
 def _only_normalised(node: Node) -> bool:
-    """Whether a sum is read by layer norms alone: these add in float32, where an epilogue would round the sum first."""
+    """Whether only layer norms read a sum: these add in float32, an epilogue would round the sum first."""
     return all(user.target is aten.native_layer_norm.default for user in node.users)
 
 
@@ -82,7 +82,11 @@ def _addend(node: Node, kernel: Any, other: Any, weights: set[Node]) -> Node | N
         return _rewritten(kernel, node, _SHIFT, other)
     if _only_normalised(node):
         return None
-    if other not in weights and shape_of(other) == shape_of(kernel) and fake_of(other).dtype == fake_of(kernel).dtype:
+    if (
+        other not in weights
+        and shape_of(other) == shape_of(kernel)
+        and fake_of(other).dtype == fake_of(kernel).dtype
+    ):
         return _rewritten(kernel, node, _RESIDUAL, other)
     return None
 

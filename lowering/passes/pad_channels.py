@@ -1,7 +1,7 @@
-"""Pads the few channels of an image to four, so that a k×k convolution loads whole words.
+"""Pads the few channels of an image to four, so that a k-by-k convolution loads whole words.
 
-The stem of a ResNet (7×7 over three channels, 16 slots, H100) takes 43 µs with four channels and 110 with three; the zeros
-add nothing to any sum.
+The stem of a ResNet (7 by 7 over three channels, 16 slots, H100) takes 43 µs with four channels and 110 with
+three; the zeros add nothing to any sum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CHANNELS = 4
 
 
 def run(module: GraphModule, settings: Settings) -> GraphModule:
-    """On CUDA only: vendor convolutions of the CPU gain nothing. The padded weight is prepared once an instance."""
+    """On CUDA only: the CPU's convolutions gain nothing. The padded weight is prepared once an instance."""
     for node in call_nodes(module.graph):
         if node.target is not CONVOLUTION or fake_of(node).device.type != "cuda":
             continue

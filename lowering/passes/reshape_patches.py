@@ -1,4 +1,4 @@
-"""A convolution whose kernel tiles the image without overlap (a patch embedding) becomes a linear layer over patches."""
+"""A convolution whose kernel tiles the image (a patch embedding) becomes a linear layer over patches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _is_patches(node: Node) -> bool:
 
 
 def _rewritten(node: Node) -> Node:
-    x, weight, scale, shift, _, stride, _, _, activation = node.args
+    x, weight, scale, shift, _, _, _, _, activation = node.args
     assert isinstance(x, Node) and isinstance(weight, Node)
     batch, channels, height, width = shape_of(x)
     kh, kw = shape_of(weight)[2:]

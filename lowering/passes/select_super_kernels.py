@@ -1,4 +1,4 @@
-"""Convolution and GEMM whose weight depends on parameters only become ``mux::convolution`` and ``mux::linear``."""
+"""Convolutions and GEMMs over prepared weights become ``mux::convolution`` and ``mux::linear``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _linear(graph: Graph, x: Any, weight: Any, bias: Any) -> Node:
 
 
 def _restore_leading(kernel: Node) -> None:
-    """``view(linear(view(x)))`` becomes ``linear(x)`` where the views only merge and split leading dimensions.
+    """``view(linear(view(x)))`` becomes ``linear(x)`` where the views only touch leading dimensions.
 
     Residuals and biases then meet the kernel in the model's own shape.
     """
@@ -67,7 +67,9 @@ def _select_matmul(node: Node, weights: set[Node]) -> Node | None:
         x, weight = node.args
     elif node.target is aten.addmm.default and not node.kwargs:
         bias, x, weight = node.args
-        if bias not in weights or len(shape_of(bias)) != 1 or shape_of(bias)[0] != shape_of(weight)[1]:
+        if not isinstance(bias, Node) or bias not in weights or not isinstance(weight, Node):
+            return None
+        if len(shape_of(bias)) != 1 or shape_of(bias)[0] != shape_of(weight)[1]:
             return None
     else:
         return None

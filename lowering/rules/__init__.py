@@ -1,8 +1,8 @@
 """Batching rules: what an ATen operation becomes when every value gains a leading slot axis.
 
-``rule_for`` finds the rule of an operation. A rule gets the :class:`~.base.Context`, the node (whose ``meta["val"]`` is the
-value of ONE slot) and the resolved arguments, and returns the value with the slot axis. No rule means that the operation
-runs per instance.
+``rule_for`` finds the rule of an operation. A rule gets the :class:`~.base.Context`, the node (whose
+``meta["val"]`` is the value of ONE slot) and the resolved arguments, and returns the value with the slot
+axis. No rule means that the operation runs per instance.
 """
 
 from __future__ import annotations

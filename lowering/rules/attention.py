@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: slots fold into the batch, in the same vendor kernel that one slot would use."""
+"""Scaled dot-product attention: slots fold into the batch of the vendor kernel that one slot would use."""
 
 from __future__ import annotations
 

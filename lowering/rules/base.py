@@ -85,7 +85,9 @@ class Context:
         """A small parameter of every slot, [T, *shape], indexed from its arena."""
         place = self.fields[value.index]
         arena = self.arenas[place.dtype]
-        chosen = torch.ops.aten.index.Tensor(arena[:, place.offset : place.offset + place.numel], [self.rows])
+        chosen: Tensor = torch.ops.aten.index.Tensor(
+            arena[:, place.offset : place.offset + place.numel], [self.rows]
+        )
         return chosen.view(self.slots, *value.shape)
 
     def aligned(self, value: Any, rank: int) -> Any:

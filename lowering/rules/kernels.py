@@ -86,5 +86,3 @@ def _convolution(context: Context, node: Node, args: tuple[Any, ...], kwargs: di
         context.key,
     )
     return Slotted(out.permute(to_first))
-
-

@@ -52,7 +52,11 @@ def _group_norm(context: Context, node: Node, args: tuple[Any, ...], kwargs: dic
             return None
         return Slotted(context.lift(parameter).view(context.slots, 1, channels, *([1] * (x.dim() - 3))))
 
-    return Slotted(_affine(context, scaled, vector(weight), vector(bias), x.dim() - 1).to(x.dtype)), None, None
+    return (
+        Slotted(_affine(context, scaled, vector(weight), vector(bias), x.dim() - 1).to(x.dtype)),
+        None,
+        None,
+    )
 
 
 @rule(aten._native_batch_norm_legit_no_training.default)

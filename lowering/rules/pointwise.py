@@ -1,4 +1,4 @@
-"""Element-wise operations: every operand is aligned behind the slot axis. Covers all of ATen that is tagged pointwise."""
+"""All of ATen that is tagged pointwise: every operand is aligned behind the slot axis."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ def _pointwise(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict
         raise NoRule(f"{target} writes its input")
     rank = len(shape_of_slot(node))
     aligned = [context.aligned(arg, rank) for arg in args]
-    named = {key: value for key, value in kwargs.items() if key not in ("memory_format", "device", "layout", "pin_memory")}
+    named = {
+        key: value
+        for key, value in kwargs.items()
+        if key not in ("memory_format", "device", "layout", "pin_memory")
+    }
     named = {key: context.aligned(value, rank) for key, value in named.items()}
     return Slotted(target(*aligned, **named))
 
@@ -53,7 +57,9 @@ def _pointwise(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict
 def _like(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     value = node.meta["val"]
     target: Any = node.target
-    fill: Any = {"zeros": 0, "ones": 1, "empty": 0}.get(target._opname.replace("new_", "").replace("_like", ""))
+    fill: Any = {"zeros": 0, "ones": 1, "empty": 0}.get(
+        target._opname.replace("new_", "").replace("_like", "")
+    )
     if fill is None:
         fill = args[-1] if "fill_value" not in kwargs else kwargs["fill_value"]
     if isinstance(fill, (Tensor, Slotted, Parameter)):

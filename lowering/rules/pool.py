@@ -1,4 +1,4 @@
-"""Operations whose first dimension is a batch of independent items: the slot axis folds into it inside the rule."""
+"""Operations whose first dimension is a batch of independent items: the slot axis folds into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reductions, scans and softmax: whatever names its dimensions with ``dim`` moves them behind the slot axis."""
+"""Reductions, scans and softmax: dimensions named by ``dim`` move behind the slot axis."""
 
 from __future__ import annotations
 
@@ -70,7 +70,14 @@ def _along_dims(context: Context, node: Node, args: tuple[Any, ...], kwargs: dic
     return _results(target(**given))
 
 
-@rule(aten.mean.default, aten.sum.default, aten.max.default, aten.min.default, aten.any.default, aten.all.default)
+@rule(
+    aten.mean.default,
+    aten.sum.default,
+    aten.max.default,
+    aten.min.default,
+    aten.any.default,
+    aten.all.default,
+)
 def _over_all(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = context.lift(args[0])
     flat = x.reshape(x.shape[0], -1)

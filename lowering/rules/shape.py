@@ -38,7 +38,13 @@ def _reshape(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[s
     return Slotted(context.lift(args[0]).reshape(context.slots, *shape_of_slot(node)))
 
 
-@rule(aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default)
+@rule(
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+)
 def _identity(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return Slotted(context.lift(args[0]))
 

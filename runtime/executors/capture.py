@@ -104,7 +104,8 @@ class Capturer:
     def rehearse(self, served: ServedProgram) -> None:
         """Runs a new plan on its own stream at sizes for which its kernels are compiled differently.
 
-        A plan with segments that run per instance reads the rows of instances there are, so it has no rehearsal.
+        A plan with segments that run per instance reads the rows of instances there are, so it has no
+        rehearsal.
         """
         if not served.compiled.capturable:
             return

@@ -208,15 +208,16 @@ class CudaExecutor:
     def join(self, requests: Sequence[Request]) -> None:
         """The caller's current stream waits for the requests' bundles."""
         stream = torch.cuda.current_stream(self.device)
+        address = stream.cuda_stream
         waited: set[int] = set()
         for request in requests:
             flight = cast("CudaFlight | None", request.flight)
             if flight is not None and not flight.finished and id(flight) not in waited:
                 waited.add(id(flight))
                 stream.wait_event(flight.end)
-            if not request.served.coalesced and request.joined != stream:
+            if not request.served.coalesced and request.joined != address:
                 # These were allocated on the lane's stream, which could use their memory again too early.
-                request.joined = stream
+                request.joined = address
                 for output in request.outputs:
                     if isinstance(output, Tensor) and output.is_cuda:
                         output.record_stream(stream)

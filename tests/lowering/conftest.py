@@ -52,13 +52,17 @@ def _module(program: Program) -> GraphModule:
     return run_passes(GraphModule(program.graph, graph), Settings())
 
 
-def _batched(function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequence[Tensor] = ()) -> Batched:
+def _batched(
+    function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequence[Tensor] = ()
+) -> Batched:
     program = _program(function, inputs, parameters)
     prepare, body = split_prepare(_module(program))
     cpu, exact = torch.device("cpu"), (False, False)
     reasons = mark(body, prepare, cpu, exact)
     segments = cut(body, reasons)
-    layout = lay_out(body, prepare, [node for segment in segments if segment.coalesced for node in segment.nodes])
+    layout = lay_out(
+        body, prepare, [node for segment in segments if segment.coalesced for node in segment.nodes]
+    )
     storage = Storage(program.fingerprint, cpu, prepare, layout)
     texts = [str(reason) for reason in dict.fromkeys(reasons.values())]
     segment = segments[0]

@@ -16,7 +16,9 @@ from torch_mux.types import FallbackKind
 
 def _programs() -> list[Program]:
     engine = state.engine()
-    return sorted((served.program for served in engine._served.values()), key=lambda program: program.fingerprint)
+    return sorted(
+        (served.program for served in engine._served.values()), key=lambda program: program.fingerprint
+    )
 
 
 class _First(nn.Module):
@@ -63,10 +65,18 @@ def test_no_grad_and_inference_mode_land_on_one_program() -> None:
     assert len(_programs()) == 1
 
 
-@pytest.mark.parametrize("other", [{"shape": (3, 4)}, {"dtype": torch.float64}, {"value": 2.0}, {"tied": True}])
+@pytest.mark.parametrize(
+    "other", [{"shape": (3, 4)}, {"dtype": torch.float64}, {"value": 2.0}, {"tied": True}]
+)
 def test_identity(other: dict[str, Any], program_of: Callable[..., Program]) -> None:
-    def make(shape: tuple[int, ...] = (2, 4), dtype: Any = torch.float32, value: float = 1.0, tied: bool = False) -> str:
-        x, w, v = torch.randn(shape, dtype=dtype), torch.randn(4, 4, dtype=dtype), torch.randn(4, 4, dtype=dtype)
+    def make(
+        shape: tuple[int, ...] = (2, 4), dtype: Any = torch.float32, value: float = 1.0, tied: bool = False
+    ) -> str:
+        x, w, v = (
+            torch.randn(shape, dtype=dtype),
+            torch.randn(4, 4, dtype=dtype),
+            torch.randn(4, 4, dtype=dtype),
+        )
         if tied:
             return program_of(lambda x, w: (x @ w + value) @ w, [x], [w]).fingerprint
         return program_of(lambda x, w, v: (x @ w + value) @ v, [x], [w, v]).fingerprint

@@ -17,15 +17,21 @@ from torch_mux.settings import Settings
 from torch_mux.types import FallbackKind
 
 
-def _cnn(x: Tensor, w1: Tensor, w2: Tensor, m: Tensor, v: Tensor, g: Tensor, b: Tensor, head: Tensor) -> Tensor:
+def _cnn(
+    x: Tensor, w1: Tensor, w2: Tensor, m: Tensor, v: Tensor, g: Tensor, b: Tensor, head: Tensor
+) -> Tensor:
     y = F.relu(F.batch_norm(F.conv2d(x, w1, padding=1), m, v, g, b))
     y = F.relu(F.conv2d(F.max_pool2d(y, 2), w2) + 1)
     return F.linear(y.mean((2, 3)), head)
 
 
-def _encoder(i: Tensor, e: Tensor, p: Tensor, qkv: Tensor, up: Tensor, down: Tensor, g: Tensor, b: Tensor) -> Tensor:
+def _encoder(
+    i: Tensor, e: Tensor, p: Tensor, qkv: Tensor, up: Tensor, down: Tensor, g: Tensor, b: Tensor
+) -> Tensor:
     x = F.embedding(i, e) + p
-    q, k, v = (t.view(2, 5, 2, 8).transpose(1, 2) for t in F.linear(F.layer_norm(x, (16,), g, b), qkv).chunk(3, -1))
+    q, k, v = (
+        t.view(2, 5, 2, 8).transpose(1, 2) for t in F.linear(F.layer_norm(x, (16,), g, b), qkv).chunk(3, -1)
+    )
     x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, 16)
     return x + F.linear(F.gelu(F.linear(x, up)), down)
 
@@ -116,7 +122,11 @@ def test_precision_of_half(program_of: Callable[..., Program]) -> None:
     """fp16 and bf16 with the epilogue in float32: no worse than eager against float64."""
     for dtype in (torch.float16, torch.bfloat16):
         torch.manual_seed(0)
-        x, w, b = torch.randn(4, 64, dtype=dtype), torch.randn(32, 64, dtype=dtype), torch.randn(32, dtype=dtype)
+        x, w, b = (
+            torch.randn(4, 64, dtype=dtype),
+            torch.randn(32, 64, dtype=dtype),
+            torch.randn(32, dtype=dtype),
+        )
         plan = compile_plan(program_of(lambda x, w, b: F.gelu(F.linear(x, w, b)), [x], [w, b]), Settings())
         result = _run(plan, [x], [plan.storage.bind([w, b])])[0]
         exact = F.gelu(F.linear(x.double(), w.double(), b.double()))

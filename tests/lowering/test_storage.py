@@ -55,7 +55,9 @@ def test_optimizer_step_is_seen(case: tuple[Any, list[Tensor], list[Tensor]]) ->
     assert storage.stale(row)
 
 
-def test_parameters_of_inference_mode_are_always_read_again(case: tuple[Any, list[Tensor], list[Tensor]]) -> None:
+def test_parameters_of_inference_mode_are_always_read_again(
+    case: tuple[Any, list[Tensor], list[Tensor]],
+) -> None:
     lowered, _, _ = case
     with torch.inference_mode():
         parameters = [torch.randn(5, 4), torch.randn(5), torch.randn(5)]

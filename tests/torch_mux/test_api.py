@@ -364,22 +364,6 @@ def test_configure_disabled_sends_new_graphs_to_inductor() -> None:
     assert "disabled" in str(torch_mux.explain())
 
 
-def test_adopt_restrides_in_place_and_keeps_values() -> None:
-    with torch.inference_mode(False):
-        model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)).eval()
-        compiled = torch.compile(model, backend="mux", dynamic=False)
-    weight, before = model[0].weight, model[0].weight.detach().clone()
-    x = torch.randn(1, 8, 6, 6)
-    want = torch_mux.gather((compiled, x))[0]
-    assert torch_mux.adopt(compiled) == 1  # a 1x1 weight is channels-last already
-    assert model[0].weight is weight and torch.equal(weight, before)
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert torch_mux.adopt(model) == 0
-    torch.testing.assert_close(torch_mux.gather((compiled, x))[0], want)
-    with pytest.raises(NotCompiled):
-        torch_mux.adopt(len)
-
-
 def test_an_exception_in_one_model_stays_there() -> None:
     models = make(2)
     x = torch.randn(2, 8)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torch_mux import compat
+from torch_mux.compat import first_calls
 
 THREADS = 16
 
@@ -31,7 +32,7 @@ def backend() -> Iterator[CountingBackend]:
     counting = CountingBackend()
     compat.install_first_call_guard(counting)
     yield counting
-    compat._guarded.remove(counting)
+    first_calls._guarded.remove(counting)
 
 
 def fresh_class(name: str = "Net") -> type[nn.Module]:
@@ -109,7 +110,7 @@ def test_an_exception_in_the_backend_reaches_the_caller_and_frees_the_lock() -> 
     with ThreadPoolExecutor(4) as pool:
         errors = [pool.submit(model, torch.randn(3, 8)).exception(timeout=60) for _ in range(4)]
     assert all("no such graph" in str(error) for error in errors)
-    compat._guarded.remove(broken)
+    first_calls._guarded.remove(broken)
 
 
 def test_other_backends_are_left_alone(backend: CountingBackend) -> None:

@@ -359,8 +359,7 @@ def test_a_route_does_not_keep_its_model_alive(fake: Any) -> None:
     gc.disable()
     try:
         module = Net(ACCEPTED["a container"]).eval()
-        model = torch.compile(module, backend=fake)
-        x = torch.randn(3, 4)
+        model, x = torch.compile(module, backend=fake), torch.randn(3, 4)
         key = arrange((x,), {}).key
         assert key is not None
         table_of(model, 1).add(key, route_of(model, x))

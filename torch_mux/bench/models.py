@@ -11,7 +11,7 @@ import argparse
 import functools
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,20 +53,29 @@ class Options:
     channels_last: bool = False
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Measure everything; plain data: one entry of ``results`` a model, contender and tenant count."""
+def run(options: Options, save: Callable[[dict[str, Any]], object] | None = None) -> dict[str, Any]:
+    """Measure everything; plain data: one entry of ``results`` a model, contender and tenant count.
+
+    ``save`` gets the report after each model.
+    """
     results: list[dict[str, Any]] = []
     for name in options.models:
         results += _workload(name, options)
+        if save is not None:
+            save(_report(options, results))
         torch_mux.reset()
         torch.compiler.reset()
         gc.collect()
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
+    return _report(options, results)
+
+
+def _report(options: Options, results: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "environment": measure.environment(options.device),
         "options": _plain(options),
-        "results": results,
+        "results": list(results),
     }
 
 
@@ -226,11 +235,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         unknown = [name for name in given if name not in known]
         if unknown:
             flags.error(f"unknown {kind} {', '.join(unknown)}; choose from {', '.join(known)}")
-    report = run(options)
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
-    print(table(report))
+
+    def save(report: dict[str, Any]) -> None:
+        if arguments.json is not None:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+
+    print(table(run(options, save)))
 
 
 if __name__ == "__main__":

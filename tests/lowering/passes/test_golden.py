@@ -37,7 +37,9 @@ def test_residual_block(program_of: Callable[..., Any], lowered: Callable[[Any],
 
     values = [torch.randn(1, 8, 4, 4), torch.randn(8, 8, 1, 1), torch.randn(8, 8, 3, 3), *torch.rand(8, 8)]
     module = lowered(program_of(block, values[:1], values[1:]))
-    assert_expected_inline(_text(module), """\
+    assert_expected_inline(
+        _text(module),
+        """\
 clone_default = aten.clone(arg2_1)
 add_scalar = aten.add.Scalar(arg6_1, 1e-05)
 rsqrt_default = aten.rsqrt(add_scalar)
@@ -53,11 +55,14 @@ neg_default_1 = aten.neg(arg9_1)
 mul_tensor_3 = aten.mul.Tensor(neg_default_1, mul_tensor_2)
 add_tensor_1 = aten.add.Tensor(mul_tensor_3, arg8_1)
 convolution_default_6 = mux.convolution(convolution_default_4, clone_default, mul_tensor_2, add_tensor_1, arg0_1, [1, 1], [1, 1], [1, 1], relu)
-return convolution_default_6""")
+return convolution_default_6""",
+    )
 
 
 def test_transformer_block(program_of: Callable[..., Any], lowered: Callable[[Any], GraphModule]) -> None:
-    def block(x: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, up: Tensor, down: Tensor, *norms: Tensor) -> Tensor:
+    def block(
+        x: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, up: Tensor, down: Tensor, *norms: Tensor
+    ) -> Tensor:
         y = F.layer_norm(x, (16,), norms[0], norms[1])
         q, k, v = (t.view(1, 5, 2, 8).transpose(1, 2) for t in F.linear(y, qkv, bias).chunk(3, -1))
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, 5, 16)
@@ -68,7 +73,9 @@ def test_transformer_block(program_of: Callable[..., Any], lowered: Callable[[An
     shapes = [(48, 16), (48,), (16, 16), (64, 16), (16, 64), (16,), (16,), (16,), (16,)]
     values = [torch.randn(1, 5, 16), *(torch.randn(shape) for shape in shapes)]
     module = lowered(program_of(block, values[:1], values[1:]))
-    assert_expected_inline(_text(module), """\
+    assert_expected_inline(
+        _text(module),
+        """\
 native_layer_norm = aten.native_layer_norm(arg0_1, [16], arg6_1, arg7_1, 1e-05)
 getitem = <built-in function getitem>(native_layer_norm, 0)
 linear_default_4 = mux.linear(getitem, arg1_1, None, arg2_1, None, none)
@@ -91,4 +98,5 @@ native_layer_norm_1 = aten.native_layer_norm(linear_default_8, [16], arg8_1, arg
 getitem_8 = <built-in function getitem>(native_layer_norm_1, 0)
 linear_default_9 = mux.linear(getitem_8, arg4_1, None, None, None, gelu)
 linear_default_10 = mux.linear(linear_default_9, arg5_1, None, None, linear_default_8, none)
-return linear_default_10""")
+return linear_default_10""",
+    )

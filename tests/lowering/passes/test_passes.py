@@ -50,7 +50,12 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[tuple[int
     "canonicalise_keeps_an_output_copy": (lambda x: x.clone(), [(2, 3)], [], ["aten.clone.default"]),
     "select_linear": (lambda x, w, b: F.linear(x, w, b), [(3, 4)], [(5, 4), (5,)], ["mux.linear.default"]),
     "select_linear_leading": (lambda x, w: F.linear(x, w), [(2, 3, 4)], [(5, 4)], ["mux.linear.default"]),
-    "select_mm_of_plain_weight": (lambda x, w: x @ w, [(3, 4)], [(4, 5)], ["aten.t.default", "mux.linear.default"]),
+    "select_mm_of_plain_weight": (
+        lambda x, w: x @ w,
+        [(3, 4)],
+        [(4, 5)],
+        ["aten.t.default", "mux.linear.default"],
+    ),
     "product_of_activations_stays": (lambda x, y: x @ y, [(3, 4), (4, 5)], [], ["aten.mm.default"]),
     "select_convolution": (
         lambda x, w, b: F.conv2d(x, w, b, padding=1),
@@ -88,7 +93,12 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[tuple[int
         lambda x, w: F.layer_norm(F.linear(x, w) + x, (4,)),
         [(3, 4)],
         [(4, 4)],
-        ["mux.linear.default", "aten.add.Tensor", "aten.native_layer_norm.default", "<built-in function getitem>"],
+        [
+            "mux.linear.default",
+            "aten.add.Tensor",
+            "aten.native_layer_norm.default",
+            "<built-in function getitem>",
+        ],
     ),
     "patches_become_linear": (
         lambda x, w, b: F.conv2d(x, w, b, stride=4),
@@ -130,7 +140,9 @@ def test_pass(name: str, program_of: Callable[..., Any], lowered: Lowered) -> No
     _check(module, function, values)
 
 
-@pytest.mark.parametrize("name", ["relu", "silu", "sigmoid", "tanh", "gelu", "hardswish", "relu6", "gelu_tanh"])
+@pytest.mark.parametrize(
+    "name", ["relu", "silu", "sigmoid", "tanh", "gelu", "hardswish", "relu6", "gelu_tanh"]
+)
 def test_activation_enters_the_epilogue(name: str, program_of: Callable[..., Any], lowered: Lowered) -> None:
     activation: Any = {
         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -163,7 +175,12 @@ def test_few_channels_are_padded(lowered: Lowered, monkeypatch: pytest.MonkeyPat
     module = pad_channels.run(module, Settings())
     assert _targets(module).count("aten.constant_pad_nd.default") == 2
     kernel = next(node for node in module.graph.nodes if str(node.target) == "mux.convolution.default")
-    assert tuple(fake_of(kernel.args[0]).shape) == (2, 4, 5, 5) and tuple(fake_of(kernel.args[1]).shape) == (4, 4, 3, 3)
+    assert tuple(fake_of(kernel.args[0]).shape) == (2, 4, 5, 5) and tuple(fake_of(kernel.args[1]).shape) == (
+        4,
+        4,
+        3,
+        3,
+    )
     _check(module, lambda x, w: F.conv2d(x, w), values)
 
 

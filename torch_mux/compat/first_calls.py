@@ -1,58 +1,27 @@
-"""The only file that names private parts of torch; every function works on torch 2.11 to 2.13."""
+"""Concurrent first calls: Dynamo's look-up and its compile tied together for chosen backends."""
 
 from __future__ import annotations
 
 import threading
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch._C._dynamo.eval_frame as _eval_frame
-import torch._dynamo.config as _dynamo_config
-import torch.utils._contextlib
-from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 from torch._dynamo import convert_frame as _convert_frame
-from torch._dynamo import eval_frame as _dynamo_eval_frame
-from torch._dynamo import external_utils as _external_utils
-from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_code
 
-from torch_mux.compat_inductor import *  # noqa: F403
+from .dynamo import innermost
 
 __all__ = [
-    "active_modes",
     "cache_entries",
-    "caller_files",
-    "compiled_backend",
     "install_first_call_guard",
-    "original_module",
-    "raise_recompile_limits",
-    "state_check",
-    "tensor_check",
 ]
-
-RECOMPILE_LIMIT = 256
-ACCUMULATED_RECOMPILE_LIMIT = 4096
 
 _guarded: list[Callable[..., Any]] = []
 _install_lock = threading.Lock()
-
-
-def raise_recompile_limits(
-    limit: int = RECOMPILE_LIMIT, accumulated: int = ACCUMULATED_RECOMPILE_LIMIT
-) -> None:
-    """Raise Dynamo's recompile limits for the whole process, other backends included.
-
-    Beyond ``recompile_limit`` (8) graphs of one code object Dynamo goes silently eager: nine widths of one
-    class, or nine different ``nn.Sequential`` models. What is raised is the *default*: an assignment would
-    hold in the assigning thread alone on torch 2.13, and a limit that the user assigned still wins.
-    """
-    entries: dict[str, Any] = _dynamo_config._config  # type: ignore[attr-defined]
-    for name, value in (("recompile_limit", limit), ("accumulated_recompile_limit", accumulated)):
-        entries[name].default = max(entries[name].default, value)
 
 
 def cache_entries(code: types.CodeType) -> list[Any]:
@@ -77,11 +46,11 @@ def install_first_call_guard(backend: Callable[..., Any]) -> None:
             return
 
         def guarded_call(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> ConvertFrameReturn:
-            innermost = _innermost(self)
-            if getattr(innermost, "compiler_fn", innermost) not in _guarded:
+            own = innermost(self)
+            if getattr(own, "compiler_fn", own) not in _guarded:
                 return original(self, frame, cache_entry, frame_state)
             with _convert_frame.compile_lock:
-                found = _find_entry(frame, innermost)
+                found = _find_entry(frame, own)
                 if found is not None:
                     return _run_entry(frame.f_code, found)
                 return original(self, frame, _first_entry(frame.f_code, cache_entry), frame_state)
@@ -108,12 +77,6 @@ class _DuplicateGuards(DeletedGuardManagerWrapper):
 
 class _Anchor:
     """A thing that weak references can point at."""
-
-
-def _innermost(callback: Any) -> Any:
-    while hasattr(callback, "_torchdynamo_orig_backend"):
-        callback = callback._torchdynamo_orig_backend
-    return callback
 
 
 def _entries(code: types.CodeType) -> list[Any]:
@@ -171,55 +134,3 @@ def _invalidate(guards: _DuplicateGuards) -> None:
     extra_state, entry = guards.extra_state, guards.cache_entry
     if extra_state is not None and entry is not None:
         extra_state.invalidate(entry, guards)
-
-
-def compiled_backend(model: Any) -> Any | None:
-    """The Dynamo backend of a model, or None where ``torch.compile`` did not make it."""
-    context = getattr(model, "dynamo_ctx", None)
-    if context is None:
-        wrapper = getattr(model, "_compiled_call_impl", None) if isinstance(model, torch.nn.Module) else model
-        config = getattr(wrapper, "get_compiler_config", None)
-        cells = getattr(config, "__closure__", None) or ()
-        context = next(
-            (cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "callback")), None
-        )
-    if context is None:
-        return None
-    innermost = _innermost(context.callback)
-    return getattr(innermost, "compiler_fn", innermost)
-
-
-def original_module(model: Any) -> torch.nn.Module | None:
-    """The module inside a compiled model, or None for a compiled function."""
-    if isinstance(model, OptimizedModule):
-        module: torch.nn.Module = model._orig_mod
-        return module
-    return model if isinstance(model, torch.nn.Module) else None
-
-
-def state_check() -> Callable[[], bool]:
-    """A check that grad mode, autocast, default dtype, determinism, TF32 and threads are as they are now."""
-    check: Callable[[], bool] = GlobalStateGuard().check
-    return check
-
-
-def tensor_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
-    """A check that tensors have the type, shape, strides, dtype, device, dispatch keys and ``requires_grad``
-    that ``tensors`` have now; about 200 ns a tensor. It keeps none of them alive."""
-    sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
-    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
-    check: Callable[..., bool] = TensorGuards(
-        *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
-    ).check
-    return check
-
-
-def active_modes() -> int:
-    """How many torch function and dispatch modes are active in this thread."""
-    return int(torch._C._len_torch_function_stack()) + int(torch._C._len_torch_dispatch_stack())
-
-
-def caller_files() -> frozenset[str]:
-    """Source files of torch that may stand between a call of a compiled model and its rewritten frame."""
-    modules = (torch.nn.modules.module, _dynamo_eval_frame, _external_utils, torch.utils._contextlib)
-    return frozenset(str(module.__file__) for module in modules)

@@ -1,4 +1,4 @@
-"""Private parts of torch that lowering needs: symbolic sizes, tracing with them, Inductor on a plain graph, precision flags."""
+"""Symbolic sizes, tracing with them, AOTAutograd and Inductor on a plain graph, precision flags."""
 
 from __future__ import annotations
 
@@ -22,12 +22,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 __all__ = [
     "SymbolicWorld",
     "aot_inference",
-    "compile_lock",
     "compile_whole",
-    "frame_guards",
-    "frame_name",
-    "frame_owner",
-    "has_graph_break",
     "inductor_compile",
     "is_symbolic",
     "precision_state",
@@ -37,7 +32,6 @@ __all__ = [
     "tf32_allowed",
     "trace_graph",
     "unset_fake_temporarily",
-    "unwrapped_by_dynamo",
 ]
 
 
@@ -62,7 +56,7 @@ class SymbolicWorld:
         return "; ".join(guards + replaced)
 
     def limit(self, symbol: Any, most: int) -> int:
-        """The largest n ≤ ``most`` such that every value 1…n of ``symbol`` satisfies all that was assumed; 0 if none.
+        """The largest n ≤ ``most`` such that 1…n as ``symbol`` all satisfy what was assumed; 0 if none.
 
         What is assumed in practice are upper bounds that keep 32-bit indices valid.
         """
@@ -99,14 +93,14 @@ def symbolic_world() -> SymbolicWorld:
 
 
 def trace_graph(function: Callable[..., Any], fakes: Sequence[Tensor]) -> GraphModule:
-    """``function`` over ``fakes`` as an ATen graph with Inductor's decompositions; the fakes' mode must be active."""
-    return cast(GraphModule, make_fx(function, decomposition_table=select_decomp_table())(*fakes))
+    """``function`` over ``fakes``, whose mode must be active, as an ATen graph decomposed for Inductor."""
+    return make_fx(function, decomposition_table=select_decomp_table())(*fakes)
 
 
 def inductor_compile(
     graph: GraphModule, fakes: Sequence[Any], mode: FakeTensorMode
 ) -> Callable[[list[Any]], Any]:
-    """Inductor's code for an inference graph; the result takes its arguments as one list, which it empties."""
+    """Inductor's code for an inference graph; it takes its arguments as one list, which it empties."""
     with torch.no_grad(), tracing(TracingContext(mode)):
         return cast("Callable[[list[Any]], Any]", compile_fx_inner(graph, list(fakes), is_inference=True))
 
@@ -138,17 +132,17 @@ def aot_inference(
     """AOTAutograd without decompositions around ``compiler``, which gets the functional ATen graph."""
     from torch._dynamo.backends.common import aot_autograd
 
-    wrapped = aot_autograd(
+    wrapped: Callable[..., Callable[..., Any]] = aot_autograd(
         fw_compiler=compiler,
         inference_compiler=compiler,
         keep_inference_input_mutations=True,
         decompositions={},
     )
-    return cast("Callable[..., Any]", wrapped(gm, list(example_inputs)))
+    return wrapped(gm, list(example_inputs))
 
 
 def static_input_positions() -> tuple[int, ...]:
-    """Positions of parameters and buffers among the arguments of the graph being compiled under AOTAutograd."""
+    """Positions of parameters and buffers among the arguments of the graph that AOTAutograd is compiling."""
     metadata = TracingContext.get().fw_metadata
     if metadata is None:
         raise RuntimeError("AOTAutograd left no metadata for the graph being compiled")
@@ -174,54 +168,3 @@ def is_symbolic(example_inputs: Sequence[Any]) -> bool:
         return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
     return any(symbolic(value) for value in example_inputs)
-
-
-def frame_guards() -> tuple[Any, ...]:
-    """Dynamo's guards of the frame being compiled."""
-    context = TracingContext.try_get()
-    return () if context is None else tuple(context.guards_context.dynamo_guards)
-
-
-def has_graph_break(gm: GraphModule) -> bool:
-    """Whether the graph stops where its frame goes on."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    return bool(reason is not None and reason.graph_break)
-
-
-def _root_translator() -> Any:
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        return InstructionTranslator.current_tx().output.root_tx
-    except AttributeError:
-        return None
-
-
-def frame_owner() -> object:
-    """``self`` of the outermost frame that Dynamo is compiling, or None."""
-    root = _root_translator()
-    return None if root is None else root.f_locals.get("self")
-
-
-def frame_name() -> str:
-    """The name of the outermost function that Dynamo is compiling."""
-    root = _root_translator()
-    return "function" if root is None else str(root.f_code.co_name)
-
-
-def unwrapped_by_dynamo(error: Exception) -> Exception:
-    """``error`` as one of its own class that Dynamo lets pass where it would wrap a backend's exception."""
-    from torch._dynamo.exc import ShortenTraceback
-
-    kind = type(type(error).__name__, (type(error), ShortenTraceback), {"__module__": type(error).__module__})
-    passing: Exception = kind.__new__(kind)
-    passing.args = error.args
-    passing.__dict__.update(error.__dict__, first_useful_frame=None)
-    return passing
-
-
-def compile_lock() -> contextlib.AbstractContextManager[object]:
-    """Dynamo's own lock: neither it nor Inductor may run in two threads at once."""
-    from torch._dynamo.convert_frame import compile_lock as lock
-
-    return cast("contextlib.AbstractContextManager[object]", lock)

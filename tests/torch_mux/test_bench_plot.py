@@ -1,0 +1,73 @@
+"""The figure and the README's table come from a record alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from torch_mux.bench import plot
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = {"inductor, one after another": 800.0, "torch-mux gather": 200.0}
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    results = [
+        {
+            "model": model,
+            "contender": name,
+            "tenants": 16,
+            "error": {"mean": 1e-3, "worst": 2e-3, "answers": 16.0},
+            "pipelined_us": {"median": micros, "low": micros - 20, "high": micros + 20},
+            "synchronised_us": {"median": micros + 100, "low": micros + 90, "high": micros + 110},
+        }
+        for model in ("resnet50", "a <b> & c")
+        for name, micros in NAMES.items()
+    ]
+    facts = {"device": "Device", "torch": "2.13.0", "triton": "3.6.0", "commit": "0123456789abcdef"}
+    return {"environment": facts, "options": {"dtype": "torch.float16"}, "results": results}
+
+
+def test_bars_are_as_long_as_the_throughput(report: dict[str, Any]) -> None:
+    root = ElementTree.fromstring(plot.svg(report))
+    space = "{http://www.w3.org/2000/svg}"
+    bars = [float(bar.get("width", "")) for bar in root.iter(f"{space}rect") if bar.get("width") != "100%"]
+    assert len(bars) == 4
+    assert bars[1] / bars[0] == pytest.approx(4, rel=0.01)
+    texts = [text.text for text in root.iter(f"{space}text")]
+    assert "80,000 requests/s" in texts and "20,000 requests/s" in texts
+    assert "a <b> & c, 16 tenants" in texts
+    assert "Device, float16, torch 2.13.0, triton 3.6.0, commit 0123456789ab" in texts
+    height = float(root.get("height", ""))
+    assert all(float(text.get("y", "")) < height for text in root.iter(f"{space}text"))
+
+
+def test_the_command_fills_the_block_again_and_again(report: dict[str, Any], tmp_path: Path) -> None:
+    record, readme = tmp_path / "docs" / "models.json", tmp_path / "README.md"
+    record.parent.mkdir()
+    record.write_text(json.dumps(report))
+    readme.write_text(f"before\n\n{plot.BEGIN}\nold\n{plot.END}\n\nafter\n")
+    for _ in range(2):
+        plot.main([str(record), "--readme", str(readme)])
+    text = readme.read_text()
+    assert record.with_suffix(".svg").read_text() == plot.svg(report)
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert text.count("![Requests a second](docs/models.svg)") == 1
+    assert "| resnet50 | 16 | torch-mux gather | 200 (180-220) | 300 (290-310) | 1.0e-03 |" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["", plot.BEGIN, plot.END + plot.BEGIN, 2 * (plot.BEGIN + plot.END)], ids=str
+)
+def test_a_file_without_the_marks_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="once each"):
+        plot.fill(text, "block")
+
+
+def test_the_readme_has_the_marks() -> None:
+    assert "block" in plot.fill((ROOT / "README.md").read_text(), "block")

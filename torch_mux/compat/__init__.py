@@ -1,0 +1,69 @@
+"""The only package that names private parts of torch; every function works on torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+from .dynamo import (
+    active_modes,
+    caller_files,
+    compile_lock,
+    compiled_backend,
+    frame_guards,
+    frame_name,
+    frame_owner,
+    has_graph_break,
+    original_module,
+    raise_recompile_limits,
+    replayed_setattr,
+    state_check,
+    tensor_check,
+    unwrapped_by_dynamo,
+)
+from .first_calls import (
+    cache_entries,
+    install_first_call_guard,
+)
+from .inductor import (
+    SymbolicWorld,
+    aot_inference,
+    compile_whole,
+    inductor_compile,
+    is_symbolic,
+    precision_state,
+    static_input_positions,
+    static_placeholders,
+    symbolic_world,
+    tf32_allowed,
+    trace_graph,
+    unset_fake_temporarily,
+)
+
+__all__ = [
+    "SymbolicWorld",
+    "active_modes",
+    "aot_inference",
+    "cache_entries",
+    "caller_files",
+    "compile_lock",
+    "compile_whole",
+    "compiled_backend",
+    "frame_guards",
+    "frame_name",
+    "frame_owner",
+    "has_graph_break",
+    "inductor_compile",
+    "install_first_call_guard",
+    "is_symbolic",
+    "original_module",
+    "precision_state",
+    "raise_recompile_limits",
+    "replayed_setattr",
+    "state_check",
+    "static_input_positions",
+    "static_placeholders",
+    "symbolic_world",
+    "tensor_check",
+    "tf32_allowed",
+    "trace_graph",
+    "unset_fake_temporarily",
+    "unwrapped_by_dynamo",
+]
