@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,30 +69,41 @@ def _mutates(module: GraphModule) -> str | None:
     return None
 
 
-def _storage_root(node: Node) -> Node:
-    """The node whose storage ``node``'s value shares, as far as schemas tell."""
-    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        aliases = [
-            argument
-            for argument, schema in zip(node.args, node.target._schema.arguments, strict=False)
-            if isinstance(argument, Node) and schema.alias_info is not None and not schema.alias_info.is_write
-        ]
-        if not aliases:
-            break
-        node = aliases[0]
-    return node
+def _viewed(node: Node) -> Node | None:
+    """The node that ``node`` is a view of, as far as its schema tells; None where it has its own storage."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    for argument, schema in zip(node.args, node.target._schema.arguments, strict=False):
+        if isinstance(argument, Node) and schema.alias_info is not None and not schema.alias_info.is_write:
+            return argument
+    return None
+
+
+def _storage_root(node: Node) -> tuple[Node, tuple[Node, object] | None]:
+    """The node whose storage ``node``'s value shares, and which piece of which split of it the value is."""
+    piece: tuple[Node, object] | None = None
+    while True:
+        split = node.args[0] if node.target is operator.getitem else None
+        if isinstance(split, Node) and _viewed(split) is not None:
+            node, piece = split, (split, node.args[1])
+        source = _viewed(node)
+        if source is None:
+            return node, piece
+        node = source
 
 
 def _aliased_output(module: GraphModule) -> str | None:
-    """Whether two outputs, or an output and a placeholder, share storage."""
-    roots: set[Node] = set()
+    """An output that shares storage with a placeholder or another output; pieces of a split do not."""
+    pieces: dict[Node, set[tuple[Node, object] | None]] = {}
     for output in outputs_of(module.graph):
         if not isinstance(output, Node):
             continue
-        root = _storage_root(output)
-        if root.op in ("placeholder", "get_attr") or root in roots:
+        root, piece = _storage_root(output)
+        others = pieces.setdefault(root, set())
+        apart = piece is not None and all(other is not None and other[0] is piece[0] for other in others)
+        if root.op in ("placeholder", "get_attr") or piece in others or (others and not apart):
             return output.name
-        roots.add(root)
+        others.add(piece)
     return None
 
 

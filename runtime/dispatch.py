@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from torch_mux.errors import CancelledRequest, ClosedError, ModelRemoved
 from torch_mux.runtime.accounting import Accounting
@@ -142,6 +143,7 @@ class Dispatcher:
             if request.state is not RequestState.QUEUED or request.error is not None:
                 return False
             self._line.take_out([request])
+            self._line.rouse()
             request.state = RequestState.CANCELLED
         request.error = CancelledRequest(tenant=request.quota.tenant)
         self._runner.end([request], self._clock())
@@ -339,8 +341,10 @@ class Dispatcher:
         self._runner.fail(requests, error)
 
     def drain(self) -> None:
-        """Returns when everything pending has gone out and ended on the device."""
+        """Returns when everything pending has gone out and ended on the device; waits for no companions."""
         with self._mutex:
+            self._settings = replace(self._settings, max_wait=0.0, linger=0.0)
+            self._line.rouse()
             pending = self._line.queued()
         self.wait(pending)
         with self._role():

@@ -41,6 +41,7 @@ CompilePlan = Callable[[Program, Settings], "CompiledPlan"]
 MakeExecutor = Callable[["Engine", torch.device], Executor]
 
 _JOIN = 5.0
+_told: set[str] = set()
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
@@ -170,7 +171,7 @@ class Engine:
         return found
 
     def _outdate(self, served: ServedProgram, parameters: Sequence[Tensor]) -> None:
-        """Forgets the model as other programs knew it before ``.to()`` changed its weights' type or layout."""
+        """Forgets the model as other programs knew it before ``.to()`` changed its weights' form."""
         for other in self._served.values():
             former = other.instances.find(parameters) if other is not served and parameters else None
             if former is not None and not former.removed and not former.fits:
@@ -355,6 +356,7 @@ def _executor(engine: Engine, device: torch.device) -> Executor:
     if device.type != "cuda":
         from torch_mux.runtime.executors.cpu import CpuExecutor
 
+        _tell_once(device)
         return CpuExecutor(device, stack_buffer)
     from torch_mux.lowering.kernels.transport import gather, scatter
     from torch_mux.runtime.executors.capture import Capturer, Steps
@@ -363,6 +365,16 @@ def _executor(engine: Engine, device: torch.device) -> Executor:
     steps = Steps(stack_buffer, gather, scatter)
     capturer = Capturer(engine.compile_thread, steps, engine.compile_lock)
     return CudaExecutor(device, steps, capturer, engine.clock, engine.settings)
+
+
+def _tell_once(device: torch.device) -> None:
+    """One line a process and kind of device for those who expected a GPU."""
+    if device.type not in _told:
+        _told.add(device.type)
+        why = "the models are there" if torch.cuda.is_available() else "no GPU was found"
+        logger.info(
+            "the CPU executor serves requests on %s (%s): sms is recorded, not enforced", device.type, why
+        )
 
 
 def _close_all() -> None:

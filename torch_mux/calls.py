@@ -119,6 +119,8 @@ class Prepared:
     def _relearn(self) -> Any:
         assert self.route is not None and self.arranged.key is not None
         log.info("%s changed since its call was learned; it is learned again", name_of(self.model))
+        # A weight that changed its form in place is still the same object: the route itself cannot tell.
+        self.table.forget(self.route)
         self.table.prune()
         self.route = None
         grad, inference = self.arranged.key[:2]

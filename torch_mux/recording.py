@@ -45,8 +45,8 @@ class Frame:
         values: local and free variables by name when the graph was called.
         namespace: the globals of the frame.
         callers: (file, function) of every frame between the recorded call and this one, innermost first.
-        objection: why the frame has to run on every call, or None. It is found out while the graph's outputs are
-            on their way back, because afterwards the frame's writes have been made.
+        objection: why the frame has to run on every call, or None. It is found out while the graph's outputs
+            are on their way back, because afterwards the frame's writes have been made.
     """
 
     code: CodeType

@@ -167,6 +167,12 @@ class RouteTable:
             self.refusals.pop(next(iter(self.refusals)))
         self.refusals[key] = reason
 
+    def forget(self, route: Route) -> None:
+        """Drops one route, whatever it says of itself."""
+        for key, routes in list(self.routes.items()):
+            if route in routes:
+                self.routes[key] = [other for other in routes if other is not route]
+
     def prune(self) -> None:
         """Forgets the routes whose model changed: they would keep its former weights alive."""
         kept = {key: [route for route in routes if route.holds()] for key, routes in self.routes.items()}

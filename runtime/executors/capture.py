@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torch_mux import compat
 from torch_mux.runtime.compile_thread import CompileThread
 from torch_mux.runtime.executors.base import Stack
 from torch_mux.runtime.lanes import Executable, Lane, new_stream
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 #: Triton compiles integer arguments that are 1, or multiples of 16, on their own.
 _SPECIALISED = (1, 2, 16)
+_TRIES = 3
 
 
 class Move(Protocol):
@@ -118,22 +120,31 @@ class Capturer:
         with self._lock:
             if served not in self._wanted:
                 return
-        try:
-            with self._compile_lock, served.storage_lock:
-                executable = self._capture(lane, served, slots)
-        except Exception as error:
-            logger.exception(
-                "capturing %s for %d slots failed; it stays uncaptured", served.program.name, slots
-            )
-            with self._lock:
-                self._failures.setdefault(served, []).append(
-                    f"{slots} slots: {type(error).__name__}: {error}"
-                )
+        executable: Executable | None = None
+        for left in reversed(range(_TRIES)):
+            try:
+                with self._compile_lock, served.storage_lock:
+                    executable = self._capture(lane, served, slots)
+                break
+            except Exception as error:
+                self._failed(served, slots, error, left)
+        if executable is None:
             return
         with self._lock:
             if served in self._wanted:
                 lane.add(served.key, executable)
         logger.debug("captured %s for %d slots on lane %d", served.program.name, slots, lane.index)
+
+    def _failed(self, served: ServedProgram, slots: int, error: Exception, left: int) -> None:
+        """Another thread's use of the device can end a capture, so there are several tries."""
+        name = served.program.name
+        if left:
+            logger.info("capturing %s for %d slots failed and is tried again: %s", name, slots, error)
+            return
+        logger.error("capturing %s for %d slots failed; it stays uncaptured", name, slots, exc_info=error)
+        with self._lock:
+            reasons = self._failures.setdefault(served, [])
+            reasons.append(f"{slots} slots: {type(error).__name__}: {error}")
 
     def _capture(self, lane: Lane, served: ServedProgram, slots: int) -> Executable:
         device = served.program.device
@@ -145,11 +156,12 @@ class Capturer:
             self._rehearse(served, layout)
             side.synchronize()
             graph = torch.cuda.CUDAGraph()
-            _begin(graph, lane)
-            try:
-                self._steps.run(served, layout, lane.ring.table)
-            finally:
-                graph.capture_end()
+            with compat.capturing():
+                _begin(graph, lane)
+                try:
+                    self._steps.run(served, layout, lane.ring.table)
+                finally:
+                    graph.capture_end()
         return Executable(graph, slots, served.storage.generation)
 
     def _rehearse(self, served: ServedProgram, layout: TableLayout) -> None:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from torch_mux import compat
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.bundle import Bundle, cap_of
 from torch_mux.runtime.executors.base import (
@@ -59,6 +60,7 @@ class CudaExecutor:
         self._lanes: list[Lane] = []
         self._used = 1
         self._capture = True
+        compat.guard_synchronize()
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:

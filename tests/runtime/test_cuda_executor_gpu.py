@@ -206,6 +206,29 @@ def test_ends_are_seen_without_further_calls(lab: Any) -> None:
     assert engine.stats().tenants["default"].p50 < 1.0
 
 
+def test_the_device_can_be_synchronised_while_sizes_are_captured(lab: Any) -> None:
+    engine = lab.gpu_engine()
+    program, models = served(engine, lab, 16)
+    stop, errors = threading.Event(), []
+
+    def synchronize() -> None:
+        try:
+            while not stop.is_set():
+                torch.cuda.synchronize()
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=synchronize)
+    thread.start()
+    for size in range(1, 17):
+        bundle(engine, lab, program, models[:size])
+    assert engine.quiesce(60)
+    stop.set()
+    thread.join()
+    assert engine.plans()[0].capture_failures == ()
+    assert errors == []
+
+
 def test_only_the_guilty_request_fails(lab: Any) -> None:
     engine = lab.gpu_engine(capture=False)
     program, (model,) = served(engine, lab, 1)

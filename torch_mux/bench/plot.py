@@ -1,7 +1,8 @@
 """The figure and the table of a record: ``python -m torch_mux.bench.plot docs/benchmarks/models-h100.json``.
 
 Reads what ``python -m torch_mux.bench.models --json`` wrote, draws the figure beside it and, with
-``--readme``, writes figure and table between the two marks that the file must hold. Needs no plotting package.
+``--readme``, writes figure and table between the two marks that the file must hold. No plotting package
+is needed.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def svg(report: dict[str, Any]) -> str:
     y = 30.0
     for records in _panels(report):
         first = records[0]
-        parts.append(_text(10, y + 10, f"{first['model']}, {first['tenants']} tenants", ' font-weight="bold"'))
+        title = f"{first['model']}, {first['tenants']} tenants"
+        parts.append(_text(10, y + 10, title, ' font-weight="bold"'))
         y += _PANEL - 10
         scale = (_WIDTH - _LABELS - _VALUES) / max(_throughput(record, "low") for record in records)
         for record in records:
@@ -82,7 +84,8 @@ def _facts(report: dict[str, Any]) -> str:
     facts, options = report["environment"], report["options"]
     commit = (facts.get("commit") or "unknown")[:12]
     precision = options["dtype"].removeprefix("torch.")
-    return f"{facts['device']}, {precision}, torch {facts['torch']}, triton {facts['triton']}, commit {commit}"
+    versions = f"torch {facts['torch']}, triton {facts['triton']}, commit {commit}"
+    return f"{facts['device']}, {precision}, {versions}"
 
 
 def markdown(report: dict[str, Any]) -> str:

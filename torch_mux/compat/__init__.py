@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from .captures import (
+    capturing,
+    guard_synchronize,
+)
 from .dynamo import (
     active_modes,
     caller_files,
@@ -43,12 +47,14 @@ __all__ = [
     "aot_inference",
     "cache_entries",
     "caller_files",
+    "capturing",
     "compile_lock",
     "compile_whole",
     "compiled_backend",
     "frame_guards",
     "frame_name",
     "frame_owner",
+    "guard_synchronize",
     "has_graph_break",
     "inductor_compile",
     "install_first_call_guard",

@@ -136,7 +136,11 @@ def _root_translator() -> Any:
 def frame_owner() -> object:
     """The first argument of the outermost frame that Dynamo is compiling (``self`` of a method), or None."""
     root = _root_translator()
-    if root is None or not root.f_code.co_argcount:
+    if root is None:
+        return None
+    if root.f_code.co_filename == _external_utils.__file__:
+        return root.f_locals.get("fn")  # Dynamo's wrapper around torch's own modules (nn.Sequential)
+    if not root.f_code.co_argcount:
         return None
     return root.f_locals.get(root.f_code.co_varnames[0])
 

@@ -148,14 +148,19 @@ def _warm(model: Model, images: Tensor, mux: bool) -> None:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f}"
+    return f"{seconds * 1e3:.1f}"
 
 
 def _share(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-_COLUMNS = ("accuracy", "as eager", "p50 ms", "p99 ms", "coalesced")
+# With their values these just fit a terminal of 80 columns.
+_COLUMNS = ("correct", "as eager", "p50 ms", "p99 ms", "shared")
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _table(title: str, *names: str) -> Table:
@@ -172,7 +177,7 @@ def _tenant_table(customers: Sequence[Tenant], outcome: Outcome) -> Table:
         total = len(outcome.eager.predictions[tenant.name])
         table.add_row(
             tenant.name,
-            " ".join(f"{key}={value}" for key, value in tenant.quota.items()),
+            " ".join(f"{key}={_short(value)}" for key, value in tenant.quota.items()),
             f"{tenant.accuracy:.1%}",
             f"{total - outcome.different[tenant.name]}/{total}",
             _ms(outcome.mux.latency(0.5, tenant.name)),

@@ -93,10 +93,11 @@ _scaled_dot_product_flash_attention_for_cpu = aten._scaled_dot_product_flash_att
 getitem_6 = <built-in function getitem>(_scaled_dot_product_flash_attention_for_cpu, 0)
 transpose_3 = aten.transpose.int(getitem_6, 1, 2)
 view_5 = aten.view(transpose_3, [1, 5, 16])
-linear_default_8 = mux.linear(view_5, arg3_1, None, None, arg0_1, none)
-native_layer_norm_1 = aten.native_layer_norm(linear_default_8, [16], arg8_1, arg9_1, 1e-05)
+linear_default_5 = mux.linear(view_5, arg3_1, None, None, None, none)
+add = aten.add.Tensor(arg0_1, linear_default_5)
+native_layer_norm_1 = aten.native_layer_norm(add, [16], arg8_1, arg9_1, 1e-05)
 getitem_8 = <built-in function getitem>(native_layer_norm_1, 0)
-linear_default_9 = mux.linear(getitem_8, arg4_1, None, None, None, gelu)
-linear_default_10 = mux.linear(linear_default_9, arg5_1, None, None, linear_default_8, none)
-return linear_default_10""",
+linear_default_8 = mux.linear(getitem_8, arg4_1, None, None, None, gelu)
+linear_default_9 = mux.linear(linear_default_8, arg5_1, None, None, add, none)
+return linear_default_9""",
     )
