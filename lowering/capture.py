@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -115,6 +116,8 @@ def _fallback(module: GraphModule) -> FallbackReason | None:
     if aliased is not None:
         return FallbackReason(FallbackKind.ALIASED_OUTPUT, aliased)
     for node in call_nodes(module.graph):
+        if node.target is torch.ops.aten.as_strided.default:  # it reads memory, whose order a plan chooses
+            return FallbackReason(FallbackKind.SUBCLASS, str(node.target), "it depends on strides")
         if isinstance(node.target, torch._ops.OpOverload) and (
             torch.Tag.nondeterministic_seeded in node.target.tags and node.target.namespace == "aten"
         ):
@@ -130,6 +133,16 @@ def _fallback(module: GraphModule) -> FallbackReason | None:
     if len(devices) > 1:
         return FallbackReason(FallbackKind.SUBCLASS, "graph", f"spans {sorted(map(str, devices))}")
     return None
+
+
+def _writable(spec: TensorSpec | None) -> TensorSpec | None:
+    """``spec``, or a dense one where several elements of an expanded output would share memory."""
+    if spec is None or all(
+        stride or size == 1 for size, stride in zip(spec.shape, spec.strides, strict=True)
+    ):
+        return spec
+    strides = torch.empty(spec.shape, device="meta").stride()
+    return dataclasses.replace(spec, strides=tuple(strides))
 
 
 def capture(module: GraphModule, static_positions: Sequence[int], name: str) -> Program:
@@ -169,7 +182,7 @@ def capture(module: GraphModule, static_positions: Sequence[int], name: str) -> 
         device=device,
         inputs=tuple(specs[i] for i in inputs),
         parameters=tuple(item for i in parameters if (item := specs[i]) is not None),
-        outputs=tuple(spec(value) for value in outputs_of(module.graph)),
+        outputs=tuple(_writable(spec(value)) for value in outputs_of(module.graph)),
         input_positions=inputs,
         parameter_positions=parameters,
         mutates=_mutates(module) is not None,

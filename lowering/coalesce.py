@@ -210,7 +210,8 @@ def mark(
                 raise NoRule(f"it needs to know the slot count: {space.shapes.knowledge()}")
         except Exception as error:  # any failure of a rule is that operation's reason, never the program's
             kind = FallbackKind.RANDOM if _random(node) else FallbackKind.NO_RULE
-            reasons[node] = FallbackReason(kind, str(node.target), str(error).split("\n")[0])
+            name, detail = str(node.target), str(error).split("\n")[0]
+            reasons[node] = FallbackReason(kind, name, "" if detail == name else detail)
             if min(space.limits()) < _FEWEST_SLOTS:
                 space, context, values = _renewed(body, device, layout, allow_tf32, values)
             values[node] = _stand_in(space, node)

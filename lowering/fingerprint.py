@@ -28,6 +28,8 @@ def _constant(module: GraphModule, target: str) -> str:
     value: Any = module
     for name in target.split("."):
         value = getattr(value, name)
+    if isinstance(value, GraphModule):  # a branch or a loop's body: its repr says nothing of its operations
+        return fingerprint(value)
     if not isinstance(value, Tensor):
         return repr(value)
     with compat.unset_fake_temporarily(), torch.no_grad():

@@ -152,16 +152,34 @@ def compile_plan(program: Program, settings: Settings) -> CompiledPlan:
         return _coalesced(program, settings)
     except Exception as error:
         log.warning("%s does not coalesce: %s", program.name, error, exc_info=True)
-        detail = f"{type(error).__name__}: {error}".split("\n")[0]
-        return _whole(program, (FallbackReason(FallbackKind.COMPILE_FAILED, program.name, detail),))
+        return _whole(program, (_failed(program, error),))
+
+
+def _failed(program: Program, error: Exception, outcome: str = "") -> FallbackReason:
+    detail = f"{type(error).__name__}: {error}".split("\n")[0]
+    return FallbackReason(FallbackKind.COMPILE_FAILED, program.name, detail + outcome)
 
 
 def _whole(program: Program, reasons: tuple[FallbackReason, ...]) -> CompiledPlan:
-    artifact = program.artifact or _inductor_static(program.graph)
+    artifact = program.artifact
+    if artifact is None:
+        try:
+            artifact = _inductor_static(program.graph)
+        except Exception as error:
+            log.warning("%s does not compile: %s", program.name, error, exc_info=True)
+            reasons = (*reasons, _failed(program, error, "; it runs operation by operation"))
+            artifact = _by_operation(program.graph)
     empty = Prepare(GraphModule({}, torch.fx.Graph()), (), (), ())
     storage = Storage(program.fingerprint, program.device, empty, Layout((), {}, {}))
     report = PlanReport(alone=len(call_nodes(program.graph.graph)), segments=("per instance",))
     return CompiledPlan(program, reasons, report, storage, (), (), artifact)
+
+
+def _by_operation(module: GraphModule) -> Artifact:
+    def run(arguments: list[Any]) -> Any:
+        return module(*arguments)
+
+    return run
 
 
 def _inductor_static(module: GraphModule) -> Artifact:

@@ -107,6 +107,12 @@ def _covering(prepare: Prepare) -> list[int]:
     return sorted(found)
 
 
+def _moved(value: Tensor) -> Tensor:
+    """A copy at an aligned address with the very strides of ``value``, which compiled code counts on."""
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return copy.copy_(value)
+
+
 class Storage:
     """The tables of one plan on one device; safe to use from several threads."""
 
@@ -192,7 +198,7 @@ class Storage:
         moved = _covering(prepare)
         for index in layout.columns:
             if values[index].data_ptr() % ALIGNMENT:
-                values[index] = values[index].clone()
+                values[index] = _moved(values[index])
                 watched_positions = sorted({*watched_positions, *prepare.sources[index]})
                 versions = [] if untracked else [held[position]._version for position in watched_positions]
         self._copy_in(row, values)
@@ -211,9 +217,6 @@ class Storage:
         )
 
     def _copy_in(self, row: int, values: Sequence[Tensor]) -> None:
-        addresses = [values[index].data_ptr() for index in self.layout.columns]
-        if addresses:
-            self.table[row].copy_(torch.tensor(addresses, dtype=torch.int64))
         targets, sources = [], []
         for index, place in self.layout.fields.items():
             arena = self.arenas[place.dtype]
@@ -221,6 +224,11 @@ class Storage:
             sources.append(values[index].reshape(-1))
         if targets:
             torch._foreach_copy_(targets, sources)
+        addresses = [values[index].data_ptr() for index in self.layout.columns]
+        if addresses:
+            self.table[row].copy_(torch.tensor(addresses, dtype=torch.int64))
+        if self.device.type == "cuda":  # another lane may read the row next, and no event orders the two
+            torch.cuda.current_stream(self.device).synchronize()
 
     def stale(self, row: int) -> bool:
         """Whether a write in place, a moved pointer or an optimizer step made the row's contents old.

@@ -29,13 +29,13 @@ class Entry:
     """A compiled graph as Dynamo's code calls it: finds the instance by its parameters and asks the engine.
 
     Attributes:
-        guards: Dynamo's guards of the frame, for the learned path.
+        guards: what Dynamo guards in the frame, as source expressions, for the learned path.
         graph_break: whether the graph ends where the frame does not.
     """
 
     _boxed_call = True
 
-    def __init__(self, program: Program, guards: tuple[Any, ...], graph_break: bool) -> None:
+    def __init__(self, program: Program, guards: tuple[str, ...], graph_break: bool) -> None:
         self._captured = program
         self._engine: Engine | None = None
         self._program = program
@@ -120,7 +120,7 @@ def _report_training(name: str, owner: object) -> None:
 
 
 def _capture(
-    gm: GraphModule, example_inputs: Sequence[Any], name: str, guards: tuple[Any, ...], graph_break: bool
+    gm: GraphModule, example_inputs: Sequence[Any], name: str, guards: tuple[str, ...], graph_break: bool
 ) -> Callable[..., Any]:
     from torch_mux.lowering.capture import capture
 
@@ -152,9 +152,19 @@ def _dynamic_program(gm: GraphModule, example_inputs: Sequence[Any], name: str) 
         parameter_positions=static,
         mutates=True,
         fallback=FallbackReason(FallbackKind.DYNAMIC_SHAPE, name, "a size changed between calls"),
-        graph=gm,
+        graph=_bare(gm),
         artifact=lambda args: compiled(*args),
     )
+
+
+def _bare(gm: GraphModule) -> GraphModule:
+    """The operations of a Dynamo graph without what was known while it was traced."""
+    graph = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in gm.graph.nodes:
+        mapping[node] = graph.node_copy(node, lambda source: mapping[source])
+        mapping[node].meta = {}
+    return GraphModule(gm, graph)
 
 
 def _unboxed(entry: Entry) -> Callable[..., Any]:

@@ -104,7 +104,8 @@ class Route:
         """Whether the call has this route's signature; its key is equal already."""
         leaves = arranged.leaves
         return (
-            self.state()
+            not self.instance.dropped
+            and self.state()
             and self.check(*[leaves[position] for position in self.tensors])
             and not compat.active_modes()
             and (self.spec is arranged.spec or self.spec == arranged.spec)
@@ -113,7 +114,7 @@ class Route:
 
     def holds(self) -> bool:
         """Whether the model and what it was specialised on are as they were when this was learned."""
-        return self.structure.unchanged() and self.watches.unchanged()
+        return not self.instance.dropped and self.structure.unchanged() and self.watches.unchanged()
 
     def fill(self, leaves: Sequence[Any]) -> list[object]:
         """The program's inputs in order."""

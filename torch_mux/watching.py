@@ -163,11 +163,11 @@ class Reached:
     flags: list[dict[str, Any]]
 
 
-def watches(guards: Iterable[Any], frame: Frame, arguments: Sequence[object]) -> Reached:
-    """What to watch for ``guards`` (``torch._guards.Guard``) to stay true, and the modules they reach.
+def watches(guards: Iterable[str], frame: Frame, arguments: Sequence[object]) -> Reached:
+    """What to watch for ``guards`` to stay true, and the modules they reach.
 
     Args:
-        guards: the guards of the captured frame.
+        guards: what the captured frame is guarded on, as source expressions.
         frame: the frame that was rewritten, as one call saw it.
         arguments: containers and leaves of that call's arguments; its signature covers them.
 
@@ -175,7 +175,7 @@ def watches(guards: Iterable[Any], frame: Frame, arguments: Sequence[object]) ->
         Unwatchable: a guard on something that cannot be watched cheaply.
     """
     walk = _Walk(frame, {id(value) for value in arguments} | _variadic(frame))
-    for name in dict.fromkeys(guard.name for guard in guards):
+    for name in dict.fromkeys(guards):
         if name:
             walk.follow(name)
     if not walk.result.unchanged():

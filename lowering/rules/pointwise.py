@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,14 +35,40 @@ def _pointwise(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict
     if target._schema.is_mutable:
         raise NoRule(f"{target} writes its input")
     rank = len(shape_of_slot(node))
-    aligned = [context.aligned(arg, rank) for arg in args]
+    ranked = _ranked_dtype(node)
+
+    def aligned(value: Any) -> Any:
+        if not isinstance(value, (Slotted, Parameter)):
+            return value
+        tensor = context.lift(value)
+        if ranked is not None and tensor.dim() == 1 and _category(tensor.dtype) == _category(ranked):
+            tensor = tensor.to(ranked)
+        return context.aligned(Slotted(tensor), rank)
+
     named = {
-        key: value
+        key: aligned(value)
         for key, value in kwargs.items()
         if key not in ("memory_format", "device", "layout", "pin_memory")
     }
-    named = {key: context.aligned(value, rank) for key, value in named.items()}
-    return Slotted(target(*aligned, **named))
+    return Slotted(target(*map(aligned, args), **named))
+
+
+def _category(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    return dtype == torch.bool, dtype.is_floating_point, dtype.is_complex
+
+
+def _ranked_dtype(node: Node) -> torch.dtype | None:
+    """The dtype that a slot's operands with dimensions have together; None where all or none have some.
+
+    Operands of no dimension take it if they are of its kind, and the slot axis must not change that: a
+    float32 tensor is compared with a float64 scalar in float32.
+    """
+    operands = [source.meta["val"] for source in node.all_input_nodes]
+    tensors = [value for value in operands if isinstance(value, Tensor)]
+    dtypes = [tensor.dtype for tensor in tensors if tensor.dim() > 0]
+    if not dtypes or len(dtypes) == len(tensors):
+        return None
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 @rule(

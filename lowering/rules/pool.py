@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
+from ..ops.products import SLOT_BMM
 from .base import Context, NoRule, Parameter, Slotted, rule
 
 __all__: list[str] = []
@@ -42,26 +44,42 @@ def _images(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[st
     return context.unfold(result)
 
 
+def _product(context: Context, left: Tensor, right: Tensor) -> Tensor:
+    """[T, B, M, K] times [T, B, K, N]: slots fold into the batch on CUDA, each is a call on the CPU."""
+    if context.rows.device.type == "cpu":
+        product: Tensor = SLOT_BMM(left, right)
+        return product
+    return context.unfold(torch.bmm(context.fold(Slotted(left)), context.fold(Slotted(right)))).tensor
+
+
+def _matrices(context: Context, left: Any, right: Any) -> Tensor:
+    """[T, M, K] times [T, K, N]."""
+    return _product(context, context.lift(left).unsqueeze(1), context.lift(right).unsqueeze(1)).squeeze(1)
+
+
 @rule(aten.bmm.default)
 def _bmm(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return context.unfold(torch.bmm(context.fold(args[0]), context.fold(args[1])))
+    return Slotted(_product(context, context.lift(args[0]), context.lift(args[1])))
 
 
 @rule(aten.mm.default)
 def _mm(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return Slotted(torch.bmm(context.lift(args[0]), context.lift(args[1])))
+    return Slotted(_matrices(context, args[0], args[1]))
 
 
 @rule(aten.baddbmm.default)
 def _baddbmm(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    product = torch.bmm(context.fold(args[1]), context.fold(args[2]))
-    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
-    bias = context.aligned(args[0], 3)
-    return Slotted(context.unfold(product).tensor * alpha + bias * beta)
+    product = _product(context, context.lift(args[1]), context.lift(args[2]))
+    return _sum(context, product, args[0], 3, kwargs)
 
 
 @rule(aten.addmm.default)
 def _addmm(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    product = torch.bmm(context.lift(args[1]), context.lift(args[2]))
+    return _sum(context, _matrices(context, args[1], args[2]), args[0], 2, kwargs)
+
+
+def _sum(context: Context, product: Tensor, bias: Any, rank: int, kwargs: dict[str, Any]) -> Slotted:
+    """``alpha * product + beta * bias``; a ``beta`` of 0 ignores the bias, NaN and all."""
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
-    return Slotted(product * alpha + context.aligned(args[0], 2) * beta)
+    scaled = product * alpha
+    return Slotted(scaled if beta == 0 else scaled + context.aligned(bias, rank) * beta)

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 
+from torch_mux import compat
 from torch_mux.recording import Call, current
 from torch_mux.types import Quota
 
@@ -66,6 +67,7 @@ class FakeProgram:
 
     def __init__(self, graph: torch.fx.GraphModule, parameters: set[int], count: int) -> None:
         self.graph = graph
+        self.fallback = None
         self.parameter_positions = sorted(parameters)
         self.input_positions = [position for position in range(count) if position not in parameters]
         self.mutates = any(
@@ -87,7 +89,7 @@ class FakeEntry:
     _boxed_call = True
 
     def __init__(
-        self, engine: FakeEngine, program: FakeProgram, graph_break: bool, guards: tuple[Any, ...]
+        self, engine: FakeEngine, program: FakeProgram, graph_break: bool, guards: tuple[str, ...]
     ) -> None:
         self.engine, self.program, self.graph_break, self.guards = engine, program, graph_break, guards
         self.runs = 0
@@ -96,7 +98,7 @@ class FakeEntry:
         self.runs += 1
         kept = tuple(args)
         _, parameters = self.program.split(kept)
-        instance = SimpleNamespace(program=self.program, parameters=parameters)
+        instance = SimpleNamespace(program=self.program, parameters=parameters, dropped=False)
         outputs = list(self.program.graph(*kept))
         recorder = current()
         if recorder is not None:
@@ -112,7 +114,7 @@ class FakeMux:
         self.entries: list[FakeEntry] = []
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
-        guards = tuple(TracingContext.get().guards_context.dynamo_guards)
+        guards = compat.frame_guards()
         graph_break = bool(gm.compile_subgraph_reason.graph_break)
 
         def inner(graph: torch.fx.GraphModule, inputs: list[Any]) -> FakeEntry:

@@ -37,6 +37,7 @@ __all__ = [
 
 RECOMPILE_LIMIT = 256
 ACCUMULATED_RECOMPILE_LIMIT = 4096
+_RESUMED = "torch_dynamo_resume_in_"
 
 
 def raise_recompile_limits(
@@ -112,10 +113,16 @@ def caller_files() -> frozenset[str]:
     return frozenset(str(module.__file__) for module in modules)
 
 
-def frame_guards() -> tuple[Any, ...]:
-    """Dynamo's guards of the frame being compiled."""
+def frame_guards() -> tuple[str, ...]:
+    """What Dynamo guards in the frame being compiled, as source expressions.
+
+    Not the guards themselves: they hold captured tracebacks, and dropping one of those from the clean-up of
+    another deadlocks in torch.
+    """
     context = TracingContext.try_get()
-    return () if context is None else tuple(context.guards_context.dynamo_guards)
+    if context is None:
+        return ()
+    return tuple(dict.fromkeys(guard.name for guard in context.guards_context.dynamo_guards))
 
 
 def has_graph_break(gm: GraphModule) -> bool:
@@ -148,7 +155,15 @@ def frame_owner() -> object:
 def frame_name() -> str:
     """The name of the outermost function that Dynamo is compiling."""
     root = _root_translator()
-    return "function" if root is None else str(root.f_code.co_name)
+    if root is None:
+        return "function"
+    name = str(root.f_code.co_name)
+    if not name.startswith(_RESUMED):
+        return name
+    modules = (value for value in root.f_locals.values() if isinstance(value, torch.nn.Module))
+    owner = next(modules, None)
+    name = name[len(_RESUMED) :].rpartition("_at_")[0] if owner is None else type(owner).__name__
+    return f"{name} after a graph break"
 
 
 def unwrapped_by_dynamo(error: Exception) -> Exception:

@@ -14,6 +14,8 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.replace_random import replace_random_passes
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -102,6 +104,8 @@ def inductor_compile(
 ) -> Callable[[list[Any]], Any]:
     """Inductor's code for an inference graph; it takes its arguments as one list, which it empties."""
     with torch.no_grad(), tracing(TracingContext(mode)):
+        with V.set_fake_mode(mode):
+            replace_random_passes(graph)  # the inner compile has no code for random operations as they are
         return cast("Callable[[list[Any]], Any]", compile_fx_inner(graph, list(fakes), is_inference=True))
 
 

@@ -108,15 +108,16 @@ CASES = [
     Case("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), ((2, 4, 3, 3),)),
     Case("reflection", lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), ((2, 3, 4, 4),)),
     # Products of activations and attention.
-    Case("bmm", torch.bmm, ((2, 3, 4), (2, 4, 5)), targets=("aten.bmm.default",), exact=False),
-    Case("mm", torch.mm, ((3, 4), (4, 5)), targets=("aten.bmm.default",), exact=False),
+    Case("bmm", torch.bmm, ((2, 3, 4), (2, 4, 5)), targets=("mux.slot_bmm.default",), exact=False),
+    Case("mm", torch.mm, ((3, 4), (4, 5)), targets=("mux.slot_bmm.default",), exact=False),
+    Case("mm_odd", torch.mm, ((9, 32), (32, 9)), targets=("mux.slot_bmm.default",), exact=False),
     Case("baddbmm", torch.baddbmm, ((3, 5), (2, 3, 4), (2, 4, 5)), exact=False),
     Case("addmm_activations", torch.addmm, ((5,), (3, 4), (4, 5)), exact=False),
     Case(
         "attention",
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
         ((2, 2, 5, 8),) * 3,
-        targets=("aten._scaled_dot_product_flash_attention_for_cpu.default",),
+        targets=("mux.slot_attention.default",),
         exact=False,
     ),
     Case(
