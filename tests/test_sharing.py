@@ -132,7 +132,8 @@ def test_a_buffer_that_the_forward_writes(device: str) -> None:
         answers = torch_mux.gather(*[(model, x) for model in models for _ in range(3)])
     assert [model.calls.item() for model in models] == [9, 9]
     for index, answer in enumerate(answers):
-        close(answer.round(decimals=3) - models[index // 3].line(x), torch.full_like(answer, 7 + index % 3))
+        with torch.inference_mode():
+            close(answer, models[index // 3].line(x) + 7 + index % 3)
     (program,) = [program for program in torch_mux.explain().programs if program.name == "Counter"]
     assert not program.coalesced
     assert "mutates an input, parameter or buffer" in str(program)

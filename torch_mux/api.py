@@ -115,17 +115,27 @@ class _Round:
         return requests
 
     def _guarded(self, indices: Sequence[int]) -> None:
-        """Guarded calls, each on a thread, so that they are pending together; the last one on this thread."""
-        if not indices:
-            return
+        """Guarded calls, a thread for each model, so that they are pending together; the last on this thread.
+
+        Those of one model run in order: its answers may depend on it, and its Python runs in one thread.
+        """
         if compat.active_modes():  # torch function and dispatch modes belong to this thread alone
-            for index in indices:
-                self._keep(index, self.calls[index].call)
+            self._in_order(indices)
             return
-        futures = {index: carry.run(self.calls[index].call) for index in indices[:-1]}
-        self._keep(indices[-1], self.calls[indices[-1]].call)
-        for index, future in futures.items():
-            self._keep(index, future.result)
+        groups: dict[int, list[int]] = {}
+        for index in indices:
+            model = self.calls[index].model
+            module = compat.original_module(model)
+            groups.setdefault(id(model if module is None else module), []).append(index)
+        *others, last = groups.values() or [[]]
+        futures = [carry.run(partial(self._in_order, group)) for group in others]
+        self._in_order(last)
+        for future in futures:
+            future.result()
+
+    def _in_order(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            self._keep(index, self.calls[index].call)
 
 
 def submit(model: Any, *args: Any, **kwargs: Any) -> Future:
