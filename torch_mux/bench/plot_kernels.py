@@ -64,7 +64,7 @@ def _row(label: str, y: float, value: float, scale: float, colour: str) -> list[
 def _facts(content: dict[str, Any]) -> str:
     facts = content["environment"]
     versions = f"torch {facts['torch']}, triton {facts['triton']}"
-    return f"{facts['device']}, float16, batch 1 a tenant, {versions}, commit {facts['commit'][:7]}"
+    return f"{facts['device']}, float16, batch 1 a tenant, {versions}, commit {facts['commit']}"
 
 
 def svg(content: dict[str, Any]) -> str:
