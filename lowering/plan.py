@@ -146,6 +146,7 @@ class CompiledPlan:
 
 def compile_plan(program: Program, settings: Settings) -> CompiledPlan:
     """Lowers and compiles ``program``; takes seconds. The caller holds the compile lock."""
+    compat.native.build()
     if program.fallback is not None:
         return _whole(program, (program.fallback,))
     try:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from torch_mux import compat
 from torch_mux.errors import TooManyInstances
 
 from .prepare import Prepare
@@ -29,7 +30,6 @@ __all__ = ["Field", "Layout", "Storage", "storage_of"]
 ALIGNMENT: Final = 16
 _ROWS_AT_FIRST: Final = 32
 
-_version = attrgetter("_version")
 _numbers = itertools.count()
 _storages: weakref.WeakValueDictionary[str, Storage] = weakref.WeakValueDictionary()
 
@@ -85,10 +85,7 @@ class _Row:
     parameters: list[Tensor]
     values: tuple[Tensor, ...]
     weights: list[Tensor]
-    watched: list[Tensor]
-    versions: list[int]
-    pointed: list[weakref.ref[Tensor]]
-    pointers: list[int]
+    changed: Callable[[], bool]
     epoch: int
     copied: int
     untracked: bool = field(default=False)
@@ -105,6 +102,13 @@ def _covering(prepare: Prepare) -> list[int]:
         if sources and not found.intersection(sources):
             found.add(sources[0])
     return sorted(found)
+
+
+def _change(held: Sequence[Tensor], watched: Iterable[int], pointed: Sequence[Tensor]) -> Callable[[], bool]:
+    """Tells later whether the watched tensors were written or the pointed ones moved."""
+    checks = compat.native.checks()
+    known = checks.weights([held[position] for position in sorted(watched)], pointed)
+    return partial(checks.changed, known)
 
 
 def _moved(value: Tensor) -> Tensor:
@@ -185,32 +189,27 @@ class Storage:
         prepare, layout = self.prepare, self.layout
         untracked = any(parameter.is_inference() for parameter in parameters)
         held = [parameter.detach() for parameter in parameters]
-        watched_positions = sorted(
-            {
-                source
-                for index, sources in enumerate(prepare.sources)
-                for source in sources
-                if index in layout.fields or not prepare.direct[index]
-            }
-        )
-        versions = [] if untracked else [held[position]._version for position in watched_positions]
+        watched = {
+            source
+            for index, sources in enumerate(prepare.sources)
+            for source in sources
+            if index in layout.fields or not prepare.direct[index]
+        }
+        pointed = [parameters[position] for position in _covering(prepare)]
+        changed = _change(held, () if untracked else watched, pointed)
         values = list(prepare.run(held))
-        moved = _covering(prepare)
         for index in layout.columns:
             if values[index].data_ptr() % ALIGNMENT:
                 values[index] = _moved(values[index])
-                watched_positions = sorted({*watched_positions, *prepare.sources[index]})
-                versions = [] if untracked else [held[position]._version for position in watched_positions]
+                watched = {*watched, *prepare.sources[index]}
+                changed = _change(held, () if untracked else watched, pointed)
         self._copy_in(row, values)
         copies = [value for i, value in enumerate(values) if not prepare.direct[i] and i in layout.columns]
         self._rows[row] = _Row(
             parameters=held,
             values=tuple(values),
             weights=[values[index] for index in layout.columns],
-            watched=[held[position] for position in watched_positions],
-            versions=versions,
-            pointed=[weakref.ref(parameters[position]) for position in moved],
-            pointers=[parameters[position].data_ptr() for position in moved],
+            changed=changed,
             epoch=epoch,
             copied=sum(copy.untyped_storage().nbytes() for copy in copies),
             untracked=untracked,
@@ -233,21 +232,11 @@ class Storage:
     def stale(self, row: int) -> bool:
         """Whether a write in place, a moved pointer or an optimizer step made the row's contents old.
 
-        Costs one version read a copied parameter and about one ``data_ptr`` a value. Writes through
-        ``.data`` to a copied parameter bump no version: they need ``torch_mux.refresh``.
+        Compares one version counter a copied parameter and about one address a value. Writes through ``.data``
+        to a copied parameter bump no version: they need ``torch_mux.refresh``.
         """
         state = self._rows[row]
-        if state.untracked or state.epoch != _epoch.value:
-            return True
-        if list(map(_version, state.watched)) != state.versions:
-            return True
-        addresses = []
-        for reference in state.pointed:
-            parameter = reference()
-            if parameter is None:  # collected with its model: its storage is held here and stays where it is
-                return False
-            addresses.append(parameter.data_ptr())
-        return addresses != state.pointers
+        return state.untracked or state.epoch != _epoch.value or state.changed()
 
     def weights(self, rows: Sequence[int], column: int) -> list[Tensor]:
         """The weight tensors behind a pointer column, one a slot: what the CPU reads instead of addresses."""

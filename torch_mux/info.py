@@ -7,6 +7,7 @@ from importlib import metadata
 
 import torch
 
+from torch_mux import compat
 from torch_mux.state import settings
 
 __all__ = ["info"]
@@ -15,6 +16,7 @@ __all__ = ["info"]
 def info() -> dict[str, str]:
     """Versions, device, executor and settings, by name."""
     cuda = torch.cuda.is_available()
+    compat.native.build()
     return {
         "torch-mux": _version("torch-mux"),
         "python": platform.python_version(),
@@ -22,6 +24,7 @@ def info() -> dict[str, str]:
         "triton": _version("triton"),
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({torch.get_num_threads()} threads)",
         "executor": "captured CUDA graphs" if cuda else "CPU (sms is recorded, not enforced)",
+        "weight checks": compat.native.status(),
         "settings": str(settings()),
     }
 

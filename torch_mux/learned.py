@@ -92,8 +92,7 @@ def _route(
     call, frame = _single_call(model, module, recorder)
     reached = watches(call.entry.guards, frame, containers(args, kwargs))
     roots = reached.roots if module is None else [module, *reached.roots]
-    read = call.entry.program.split(call.args)[1]
-    structure = Structure.of(roots, read, reached.flags, _own_hooks(model, module))
+    structure = Structure.of(roots, reached.flags, _own_hooks(model, module))
     if not structure.unchanged():
         raise _Refused("a module has forward hooks")
     positions, same = flat_positions(arranged.leaves)

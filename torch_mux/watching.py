@@ -12,13 +12,13 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from torch_mux import compat
 from torch_mux.bytecode import CONSTANTS
 from torch_mux.recording import Frame
 
@@ -33,7 +33,6 @@ _STRUCTURE = frozenset(
     "__dict__ forward __class__ _non_persistent_buffers_set".split()
 )
 _END = object()
-_TRAINING = itemgetter("training")
 
 
 class Unwatchable(Exception):
@@ -45,17 +44,15 @@ class Structure:
     """The modules below one model as they were when a call was learned.
 
     Attributes:
-        slots: live value views of every ``_parameters``, ``_buffers`` and ``_modules`` dict.
-        values: what the slots held, in order.
-        scalars: (dict, key, value) of one-element parameters and buffers that the graph reads.
+        tables: every ``_parameters``, ``_buffers`` and ``_modules`` dict that is not empty.
+        values: what they held, in order.
         flags: ``__dict__`` of every module whose ``training`` flag the model looks at.
         training: those flags.
-        hooks: every forward hook dict; all must be empty.
+        hooks: every forward hook dict, and every table that was empty; all must be empty.
     """
 
-    slots: tuple[Iterable[object], ...]
+    tables: tuple[dict[Any, Any], ...]
     values: list[object]
-    scalars: tuple[tuple[dict[str, Any], str, object], ...]
     flags: tuple[dict[str, Any], ...]
     training: list[bool]
     hooks: tuple[dict[Any, Any], ...]
@@ -64,7 +61,6 @@ class Structure:
     def of(
         cls,
         roots: Sequence[nn.Module],
-        read: Iterable[torch.Tensor],
         flags: Sequence[dict[str, Any]],
         hooks: Sequence[dict[Any, Any]] = (),
     ) -> Structure:
@@ -72,42 +68,27 @@ class Structure:
 
         Args:
             roots: modules that the captured frame reaches.
-            read: parameters and buffers that the graph reads.
             flags: ``__dict__`` of modules whose ``training`` flag was looked at.
             hooks: further hook dicts that must stay empty.
         """
         modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
-        slots: list[Iterable[object]] = [
-            table.values() for m in modules for table in (m._parameters, m._buffers, m._modules) if table
+        tables: list[dict[Any, Any]] = [
+            table for m in modules for table in (m._parameters, m._buffers, m._modules)
         ]
-        slots.append((_END,))
-        small = {id(tensor) for tensor in read if tensor.numel() == 1}
-        tables = [table for m in modules for table in (m._parameters, m._buffers)]
+        own = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        full = tuple(table for table in tables if table)
         return cls(
-            tuple(slots),
-            list(chain.from_iterable(slots)),
-            tuple((t, name, value) for t in tables for name, value in t.items() if id(value) in small),
+            full,
+            list(chain.from_iterable(table.values() for table in full)),
             tuple(flags),
             [table["training"] for table in flags],
-            (*hooks, *(table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks))),
+            (*hooks, *own, *(table for table in tables if not table)),
         )
 
     def unchanged(self) -> bool:
-        """Whether every slot holds the same object, every flag its value, and no hook was added.
-
-        Comparing two lists asks for identity first, at a few ns an item, and for equality only where that
-        fails: of tensors that is an error, or false, unless they have one element; those of one element that
-        the graph reads are compared on their own. The last slot is a sentinel: a grown or shrunk dict shows.
-        """
-        try:
-            same = list(chain.from_iterable(self.slots)) == self.values
-        except (RuntimeError, TypeError, ValueError):
-            return False
-        return (
-            same
-            and not any(self.hooks)
-            and list(map(_TRAINING, self.flags)) == self.training
-            and all(table.get(name) is value for table, name, value in self.scalars)
+        """Whether every slot holds the same object, every flag its value, and nothing was added."""
+        return compat.native.checks().same(
+            self.tables, self.values, self.hooks, self.flags, "training", self.training
         )
 
 

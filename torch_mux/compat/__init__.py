@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import native
 from .captures import (
     capturing,
     guard_synchronize,
@@ -59,6 +60,7 @@ __all__ = [
     "inductor_compile",
     "install_first_call_guard",
     "is_symbolic",
+    "native",
     "original_module",
     "precision_state",
     "raise_recompile_limits",

@@ -1,0 +1,160 @@
+"""Checks of many tensors at once: both forms see the same changes; the C++ form is built, or says why not."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from torch_mux.compat import native
+
+
+def _forms() -> list[Any]:
+    return [native.PythonChecks(), native.build()]
+
+
+@pytest.fixture(params=["Python", "C++"])
+def checks(request: pytest.FixtureRequest) -> Any:
+    found = _forms()[request.param == "C++"]
+    if request.param == "C++":
+        assert not isinstance(found, native.PythonChecks), native.status()
+    return found
+
+
+def test_nothing_changed(checks: Any) -> None:
+    tensors = [torch.randn(3), torch.empty(0), torch.randn(4, 4)[1:, 1:]]
+    assert not checks.changed(checks.weights(tensors, tensors))
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_write_in_place_is_seen(checks: Any, position: int) -> None:
+    tensors = [torch.randn(3), nn.Parameter(torch.randn(2, 2))]
+    known = checks.weights([tensor.detach() for tensor in tensors], [])
+    with torch.no_grad():
+        tensors[position][0] = 1.0  # through a view
+    assert checks.changed(known)
+
+
+def test_a_moved_tensor_is_seen(checks: Any) -> None:
+    first, second = torch.randn(3), torch.randn(8)
+    known = checks.weights([], [first, second])
+    second.data = second.data[1:]
+    assert checks.changed(known)
+
+
+def test_a_collected_tensor_is_no_change(checks: Any) -> None:
+    first, second = torch.randn(3), torch.randn(3)
+    known = checks.weights([first.detach()], [first, second])
+    del first
+    gc.collect()
+    second.data = second.data.clone()
+    assert not checks.changed(known)
+
+
+def test_counters_outlive_their_tensors(checks: Any) -> None:
+    tensor = torch.randn(3)
+    view = tensor[1:]
+    known = checks.weights([view], [])
+    del view
+    tensor.add_(1)
+    assert checks.changed(known)
+
+
+def test_inference_tensors_have_no_counter(checks: Any) -> None:
+    with torch.inference_mode():
+        tensor = torch.ones(2)
+    with pytest.raises((ValueError, RuntimeError), match="version"):
+        checks.weights([tensor], [])
+
+
+def _same(checks: Any, model: nn.Module) -> Any:
+    modules = list(model.modules())
+    tables = tuple(t for m in modules for t in (m._parameters, m._buffers, m._modules))
+    values = [value for table in tables for value in table.values()]
+    empty = tuple(m._forward_hooks for m in modules)
+    flags = tuple(m.__dict__ for m in modules)
+    wanted = [flag["training"] for flag in flags]
+    return lambda: checks.same(tables, values, empty, flags, "training", wanted)
+
+
+def _replace(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def _grow(model: nn.Sequential) -> None:
+    model[1].register_buffer("extra", torch.ones(1))
+
+
+def _shrink(model: nn.Sequential) -> None:
+    model[0].bias = None  # an entry of another value
+    del model[0].bias
+
+
+def _retrain(model: nn.Sequential) -> None:
+    model[1].train(not model[1].training)
+
+
+def _hook(model: nn.Sequential) -> None:
+    model[1].register_forward_hook(lambda *_: None)
+
+
+def _equal_scalar(model: nn.Sequential) -> None:
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())  # equal, and yet another tensor
+
+
+@pytest.mark.parametrize("change", [_replace, _grow, _shrink, _retrain, _hook, _equal_scalar])
+def test_structure_changes_are_seen(checks: Any, change: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.PReLU(1))
+    same = _same(checks, model)
+    assert same()
+    change(model)
+    assert not same()
+
+
+def test_arguments_of_the_wrong_kind_are_errors() -> None:
+    module = native.build()
+    with pytest.raises((TypeError, ValueError)):
+        module.changed("no capsule")
+    with pytest.raises(TypeError):
+        module.same([], [], (), (), "training", [])  # type: ignore[arg-type]
+
+
+PROBE = """
+import sys, torch_mux.compat.native as native
+native.build()
+print(native.status())
+"""
+
+
+def _probe(tmp_path: Path, **environment: str) -> tuple[str, str]:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], env={**os.environ, "TORCH_MUX_CACHE_DIR": str(tmp_path), **environment},
+        capture_output=True, text=True, check=True, timeout=240,
+    )  # fmt: skip
+    return done.stdout.strip(), done.stderr
+
+
+def test_it_is_built_once_and_survives_damage(tmp_path: Path) -> None:
+    assert _probe(tmp_path)[0].startswith("C++")
+    (built,) = (tmp_path / "native").glob("*.so")
+    made = built.stat().st_mtime_ns
+    assert _probe(tmp_path)[0].startswith("C++")
+    assert built.stat().st_mtime_ns == made
+    built.write_bytes(built.read_bytes()[:100])
+    assert _probe(tmp_path)[0].startswith("C++")
+    assert built.stat().st_size > 100
+
+
+def test_without_a_compiler_python_does_it_and_says_so(tmp_path: Path) -> None:
+    said, warned = _probe(tmp_path, CXX="no-such-compiler")
+    assert said.startswith("Python (FileNotFoundError")
+    assert "checks of weights run in Python" in warned
+    assert _probe(tmp_path, TORCH_MUX_NATIVE="0")[0] == "Python (TORCH_MUX_NATIVE=0)"

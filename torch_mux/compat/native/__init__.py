@@ -1,0 +1,215 @@
+"""Checks of many tensors in one call: C++ where a compiler builds it, Python where none does.
+
+Whether the weights of 16 models are what they were is some 5,000 version counters, addresses and dict entries a
+round. At 50 to 100 ns each in Python that is as long as the device takes; in C++ it is a few ns each. The
+module is built once a machine and version of torch, as Triton builds its launchers, and kept on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Sequence
+from operator import attrgetter, itemgetter
+from pathlib import Path
+from typing import Any, Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+__all__ = ["Checks", "PythonChecks", "build", "checks", "status"]
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("checks.cpp")
+_TORCH = Path(torch.__file__).parent
+_NAME = "torch_mux_checks"
+_TIMEOUT = 300.0
+_version = attrgetter("_version")
+_cdata = attrgetter("_cdata")
+
+
+class Checks(Protocol):
+    """What both forms offer."""
+
+    def weights(self, counted: Sequence[Tensor], placed: Sequence[Tensor]) -> Any:
+        """Remembers the version counters of ``counted`` and the addresses of ``placed``.
+
+        Args:
+            counted: tensors with a version counter; only the counter is kept.
+            placed: tensors that are held weakly.
+        """
+        ...
+
+    def changed(self, known: Any) -> bool:
+        """Whether a counter or an address is another one now; a collected tensor answers no."""
+        ...
+
+    def same(
+        self,
+        tables: tuple[dict[Any, Any], ...],
+        values: list[Any],
+        empty: tuple[dict[Any, Any], ...],
+        flags: tuple[dict[str, Any], ...],
+        key: str,
+        wanted: list[Any],
+    ) -> bool:
+        """Whether dicts hold what they held.
+
+        Args:
+            tables: their values, one dict after another, must be the very objects of ``values``.
+            empty: must be empty.
+            flags: their entry ``key`` must be the very object in ``wanted``.
+        """
+        ...
+
+
+class PythonChecks:
+    """The same in Python."""
+
+    def weights(self, counted: Sequence[Tensor], placed: Sequence[Tensor]) -> Any:
+        """See :class:`Checks`."""
+        held = list(counted)
+        return held, list(map(_version, held)), [(ref(tensor), tensor.data_ptr()) for tensor in placed]
+
+    def changed(self, known: Any) -> bool:
+        """See :class:`Checks`."""
+        counted, versions, placed = known
+        if list(map(_version, counted)) != versions:
+            return True
+        moved = False
+        for reference, address in placed:
+            tensor = reference()
+            if tensor is None:
+                return False
+            moved = moved or tensor.data_ptr() != address
+        return moved
+
+    def same(
+        self,
+        tables: tuple[dict[Any, Any], ...],
+        values: list[Any],
+        empty: tuple[dict[Any, Any], ...],
+        flags: tuple[dict[str, Any], ...],
+        key: str,
+        wanted: list[Any],
+    ) -> bool:
+        """See :class:`Checks`."""
+        now = [id(value) for table in tables for value in table.values()]
+        return (
+            now == list(map(id, values))
+            and not any(empty)
+            and list(map(id, map(itemgetter(key), flags))) == list(map(id, wanted))
+        )
+
+
+class _NativeChecks:
+    """The module built from ``checks.cpp``."""
+
+    def __init__(self, module: Any) -> None:
+        self._weights = module.weights
+        self.changed = module.changed
+        self.same = module.same
+
+    def weights(self, counted: Sequence[Tensor], placed: Sequence[Tensor]) -> Any:
+        """See :class:`Checks`."""
+        return self._weights(list(map(_cdata, counted)), list(map(_cdata, placed)))
+
+
+_lock = threading.Lock()
+_state: dict[str, Any] = {"checks": PythonChecks(), "status": "Python (not built yet)", "tried": False}
+
+
+def checks() -> Checks:
+    """The fastest form there is now. What one form remembers, only that form can compare."""
+    found: Checks = _state["checks"]
+    return found
+
+
+def status() -> str:
+    """Which form is in use and why, as a phrase."""
+    return str(_state["status"])
+
+
+def build() -> Checks:
+    """Loads the C++ form, building it first where it was not built before: some seconds, once a machine.
+
+    A machine without a C++ compiler, or ``TORCH_MUX_NATIVE=0``, keeps the Python form: answers are the same, a
+    round of many models costs more host time. That is logged once and shown by ``torch-mux info``.
+    """
+    with _lock:
+        if not _state["tried"]:
+            _state["tried"] = True
+            _attempt()
+    return checks()
+
+
+def _attempt() -> None:
+    if os.environ.get("TORCH_MUX_NATIVE", "1") == "0":
+        _state["status"] = "Python (TORCH_MUX_NATIVE=0)"
+        return
+    try:
+        module = _load()
+    except (OSError, ImportError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        _state["status"] = f"Python ({type(error).__name__}: {str(detail).strip().splitlines()[0]})"
+        log.warning(
+            "the checks of weights run in Python, at more host time a round: building them failed: %s", detail
+        )
+        return
+    _state["checks"] = _NativeChecks(module)
+    _state["status"] = f"C++ ({module.__file__})"
+
+
+def _load() -> Any:
+    source = _SOURCE.read_bytes()
+    command = _command()
+    versions = f"{torch.__version__} {sys.version} {' '.join(command)}"
+    digest = hashlib.sha256(source + versions.encode()).hexdigest()[:20]
+    path = _folder() / f"{_NAME}-{digest}{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
+    if path.exists():
+        try:
+            return _imported(path)
+        except ImportError as error:
+            log.info("%s is damaged and is built again: %s", path, error)
+    # Under another name first: a second process never loads half a file.
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        subprocess.run(
+            [*command, str(_SOURCE), "-o", str(made), f"-L{_TORCH / 'lib'}", "-lc10"],
+            check=True, capture_output=True, text=True, timeout=_TIMEOUT,
+        )  # fmt: skip
+        os.replace(made, path)
+    return _imported(path)
+
+
+def _imported(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(_NAME, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no extension module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _folder() -> Path:
+    """Where it is kept: ``TORCH_MUX_CACHE_DIR``, or the user's cache folder; nobody else may write there."""
+    base = os.environ.get("TORCH_MUX_CACHE_DIR") or Path(os.path.expanduser("~")) / ".cache" / "torch-mux"
+    folder = Path(base) / "native"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _command() -> list[str]:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    includes = [_TORCH / "include", sysconfig.get_path("include")]
+    return [*compiler, "-O2", "-std=c++20", "-shared", "-fPIC", *(f"-I{path}" for path in includes)]

@@ -1,0 +1,137 @@
+// Checks that Python would make one tensor or dict at a time; see __init__.py beside this file.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <c10/core/TensorImpl.h>
+
+#include <memory>
+#include <vector>
+
+namespace {
+
+using c10::TensorImpl;
+using c10::VariableVersion;
+using c10::weak_intrusive_ptr;
+
+constexpr const char* kName = "torch_mux.Weights";
+
+struct Counted {
+  VariableVersion counter;  // shares the counter itself: the tensor may go
+  uint32_t seen;
+};
+
+struct Placed {
+  weak_intrusive_ptr<TensorImpl> tensor;
+  const void* seen;
+};
+
+struct Weights {
+  std::vector<Counted> counted;
+  std::vector<Placed> placed;
+};
+
+const void* address(const TensorImpl& tensor) {
+  if (!tensor.has_storage() || tensor.numel() == 0) return nullptr;
+  const auto* start = static_cast<const char*>(tensor.unsafe_storage().data());
+  return start + tensor.storage_offset() * static_cast<int64_t>(tensor.itemsize());
+}
+
+void destroy(PyObject* capsule) {
+  delete static_cast<Weights*>(PyCapsule_GetPointer(capsule, kName));
+}
+
+// Calls `use(impl)` with every tensor of a list of Tensor._cdata; false with an exception set where that fails.
+template <typename Use>
+bool each(PyObject* list, Use use) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    auto* impl = static_cast<TensorImpl*>(PyLong_AsVoidPtr(PyList_GET_ITEM(list, i)));
+    if (impl == nullptr) {
+      if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a tensor's address is null");
+      return false;
+    }
+    if (!use(impl)) {
+      PyErr_SetString(PyExc_ValueError, "a tensor of inference mode counts no versions");
+      return false;
+    }
+  }
+  return true;
+}
+
+// weights(counted: list[int], placed: list[int]) -> capsule
+PyObject* weights(PyObject*, PyObject* args) {
+  PyObject *counted, *placed;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &counted, &PyList_Type, &placed)) return nullptr;
+  auto found = std::make_unique<Weights>();
+  const bool good = each(counted, [&](TensorImpl* impl) {
+    const VariableVersion& counter = impl->version_counter();
+    if (counter.enabled()) found->counted.push_back({counter, counter.current_version()});
+    return counter.enabled();
+  }) && each(placed, [&](TensorImpl* impl) {
+    auto strong = c10::intrusive_ptr<TensorImpl>::unsafe_reclaim_from_nonowning(impl);
+    found->placed.push_back({weak_intrusive_ptr<TensorImpl>(strong), address(*impl)});
+    return true;
+  });
+  if (!good) return nullptr;
+  PyObject* capsule = PyCapsule_New(found.get(), kName, destroy);
+  if (capsule != nullptr) found.release();
+  return capsule;
+}
+
+// changed(capsule) -> bool
+PyObject* changed(PyObject*, PyObject* capsule) {
+  auto* known = static_cast<Weights*>(PyCapsule_GetPointer(capsule, kName));
+  if (known == nullptr) return nullptr;
+  for (const Counted& one : known->counted)
+    if (one.counter.current_version() != one.seen) Py_RETURN_TRUE;
+  bool moved = false;
+  for (const Placed& one : known->placed) {
+    const auto tensor = one.tensor.lock();
+    if (!tensor) Py_RETURN_FALSE;  // collected with its model
+    moved = moved || address(*tensor) != one.seen;
+  }
+  return PyBool_FromLong(moved);
+}
+
+// same(tables: tuple[dict, ...], values: list, empty: tuple[dict, ...], flags: tuple[dict, ...], key: str, wanted: list) -> bool
+PyObject* same(PyObject*, PyObject* args) {
+  PyObject *tables, *values, *empty, *flags, *key, *wanted;
+  if (!PyArg_ParseTuple(args, "O!O!O!O!UO!", &PyTuple_Type, &tables, &PyList_Type, &values, &PyTuple_Type, &empty,
+                        &PyTuple_Type, &flags, &key, &PyList_Type, &wanted))
+    return nullptr;
+  const Py_ssize_t count = PyList_GET_SIZE(values);
+  Py_ssize_t at = 0;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tables); ++i) {
+    PyObject *table = PyTuple_GET_ITEM(tables, i), *value = nullptr;
+    if (!PyDict_Check(table)) Py_RETURN_FALSE;
+    Py_ssize_t place = 0;
+    while (PyDict_Next(table, &place, nullptr, &value))
+      if (at >= count || PyList_GET_ITEM(values, at++) != value) Py_RETURN_FALSE;
+  }
+  if (at != count) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(empty); ++i) {
+    PyObject* table = PyTuple_GET_ITEM(empty, i);
+    if (!PyDict_Check(table) || PyDict_GET_SIZE(table) != 0) Py_RETURN_FALSE;
+  }
+  if (PyTuple_GET_SIZE(flags) != PyList_GET_SIZE(wanted)) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(flags); ++i) {
+    PyObject* table = PyTuple_GET_ITEM(flags, i);
+    if (!PyDict_Check(table)) Py_RETURN_FALSE;
+    PyObject* value = PyDict_GetItemWithError(table, key);
+    if (value == nullptr && PyErr_Occurred()) return nullptr;
+    if (value != PyList_GET_ITEM(wanted, i)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef methods[] = {
+    {"weights", weights, METH_VARARGS, "Remembers version counters and addresses of tensors given by _cdata."},
+    {"changed", changed, METH_O, "Whether a counter or an address is another one now."},
+    {"same", same, METH_VARARGS, "Whether dicts hold the very same objects, flags are as they were, and no hook is there."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "torch_mux_checks", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit_torch_mux_checks() { return PyModule_Create(&module); }
