@@ -232,8 +232,8 @@ class Storage:
     def stale(self, row: int) -> bool:
         """Whether a write in place, a moved pointer or an optimizer step made the row's contents old.
 
-        Compares one version counter a copied parameter and about one address a value. Writes through ``.data``
-        to a copied parameter bump no version: they need ``torch_mux.refresh``.
+        Compares one version counter a copied parameter and about one address a value. Writes through
+        ``.data`` to a copied parameter bump no version: they need ``torch_mux.refresh``.
         """
         state = self._rows[row]
         return state.untracked or state.epoch != _epoch.value or state.changed()

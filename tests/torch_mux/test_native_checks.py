@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,12 +134,10 @@ print(native.status())
 
 
 def _probe(tmp_path: Path, **environment: str) -> tuple[str, str]:
-    import os
-
+    variables = {**os.environ, "TORCH_MUX_CACHE_DIR": str(tmp_path), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE], env={**os.environ, "TORCH_MUX_CACHE_DIR": str(tmp_path), **environment},
-        capture_output=True, text=True, check=True, timeout=240,
-    )  # fmt: skip
+        [sys.executable, "-c", PROBE], env=variables, capture_output=True, text=True, check=True, timeout=240
+    )
     return done.stdout.strip(), done.stderr
 
 

@@ -112,8 +112,8 @@ class Encoder(nn.Module):
 def _bert() -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    model: nn.Module = BertModel(BertConfig(), add_pooling_layer=False)
-    return model.eval()
+    make: Callable[..., nn.Module] = BertModel
+    return make(BertConfig(), add_pooling_layer=False).eval()
 
 
 class TinyCNN(nn.Module):

@@ -1,8 +1,8 @@
 """Checks of many tensors in one call: C++ where a compiler builds it, Python where none does.
 
-Whether the weights of 16 models are what they were is some 5,000 version counters, addresses and dict entries a
-round. At 50 to 100 ns each in Python that is as long as the device takes; in C++ it is a few ns each. The
-module is built once a machine and version of torch, as Triton builds its launchers, and kept on disk.
+Whether the weights of 16 models are what they were is some 10,000 version counters, addresses and dict
+entries a round. At 50 to 100 ns each in Python that is as long as the device takes; in C++ it is a few ns
+each. The module is built once a machine and version of torch, as Triton builds its launchers, and kept on disk.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def status() -> str:
 def build() -> Checks:
     """Loads the C++ form, building it first where it was not built before: some seconds, once a machine.
 
-    A machine without a C++ compiler, or ``TORCH_MUX_NATIVE=0``, keeps the Python form: answers are the same, a
-    round of many models costs more host time. That is logged once and shown by ``torch-mux info``.
+    A machine without a C++ compiler, or ``TORCH_MUX_NATIVE=0``, keeps the Python form: answers are the same,
+    a round of many models costs more host time. That is logged once and shown by ``torch-mux info``.
     """
     with _lock:
         if not _state["tried"]:
