@@ -2,7 +2,8 @@
 
 Whether the weights of 16 models are what they were is some 10,000 version counters, addresses and dict
 entries a round. At 50 to 100 ns each in Python that is as long as the device takes; in C++ it is a few ns
-each. The module is built once a machine and version of torch, as Triton builds its launchers, and kept on disk.
+each. The module is built once a machine and version of torch, as Triton builds its launchers, and kept on
+disk.
 """
 
 from __future__ import annotations
