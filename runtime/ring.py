@@ -82,6 +82,7 @@ class RingEntry:
         self._words = (ctypes.c_int64 * words).from_address(self.host.data_ptr())
         self._halves = (ctypes.c_int32 * (2 * words)).from_address(self.host.data_ptr())
         self.read: torch.cuda.Event | None = None
+        self.copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fill(
         self,
@@ -134,3 +135,10 @@ class TableRing:
             entry.read.synchronize()
         entry.read = end
         return entry
+
+    def send(self, entry: RingEntry, words: int) -> None:
+        """Enqueues the copy of the first ``words`` words of an entry to the device, on the current stream."""
+        views = entry.copies.get(words)
+        if views is None:
+            views = entry.copies[words] = (self.table[:words], entry.host[:words])
+        views[0].copy_(views[1], non_blocking=True)

@@ -86,14 +86,14 @@ class CudaExecutor:
     def mark(self) -> object:
         """An event on the caller's current stream."""
         event = new_event()
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(compat.current_stream(self.device))
         return event
 
     def launch(self, bundle: Bundle) -> Flight | None:
         """Enqueues the bundle on its lane."""
         lane = self._lanes[bundle.lane]
         flight = CudaFlight(bundle, self._clock())
-        with torch.cuda.device(self.device), torch.cuda.stream(lane.stream), plain_context("cuda"):
+        with compat.on_stream(lane.stream), plain_context("cuda"):
             try:
                 self._enqueue_flight(lane, flight)
             except BaseException:
@@ -165,7 +165,7 @@ class CudaExecutor:
                 if spec
             ],
         )
-        lane.ring.table[: layout.words].copy_(entry.host[: layout.words], non_blocking=True)
+        lane.ring.send(entry, layout.words)
         if executable is None:
             self._steps.run(served, layout, lane.ring.table)
         else:
@@ -209,7 +209,7 @@ class CudaExecutor:
 
     def join(self, requests: Sequence[Request]) -> None:
         """The caller's current stream waits for the requests' bundles."""
-        stream = torch.cuda.current_stream(self.device)
+        stream = compat.current_stream(self.device)
         address = stream.cuda_stream
         waited: set[int] = set()
         for request in requests:

@@ -41,6 +41,10 @@ from .inductor import (
     trace_graph,
     unset_fake_temporarily,
 )
+from .streams import (
+    current_stream,
+    on_stream,
+)
 
 __all__ = [
     "SymbolicWorld",
@@ -52,6 +56,7 @@ __all__ = [
     "compile_lock",
     "compile_whole",
     "compiled_backend",
+    "current_stream",
     "frame_guards",
     "frame_name",
     "frame_owner",
@@ -61,6 +66,7 @@ __all__ = [
     "install_first_call_guard",
     "is_symbolic",
     "native",
+    "on_stream",
     "original_module",
     "precision_state",
     "raise_recompile_limits",
