@@ -1,4 +1,4 @@
-"""Current streams at little host cost: ``torch.cuda.stream`` and ``current_stream`` take 10 to 20 µs a use."""
+"""Current streams at little host cost: ``torch.cuda.stream`` and ``current_stream`` take 10 to 20 µs each."""
 
 from __future__ import annotations
 
