@@ -6,11 +6,12 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from torch_mux.bench import paper
+from torch_mux.bench import paper, plot_paper
 
 
 def _result(figure: str, tenants: int, **medians: float) -> dict[str, Any]:
@@ -54,3 +55,19 @@ def test_every_contender_is_right(tmp_path: Path) -> None:
     assert paper.main(["--json", str(record), "--tenants", "1,3", "--replays", "2"]) == 0
     figures = {result["figure"] for result in json.loads(record.read_text())["results"]}
     assert figures == {"coalescing", "blocks", "together"}
+
+
+def test_the_figure_holds_every_panel(tmp_path: Path) -> None:
+    results = [_result("coalescing", count, serial=8.0 * count, coalesced=2.0) for count in (1, 2, 4)]
+    results.append(_result("blocks", 1, **{"1": 90.0, "8": 20.0, "132": 9.0}))
+    results.append(_result("together", 8, **{"serial": 24.0, "coalesced": 5.0, "branches of 66": 8.0}))
+    facts = {"device": "a <GPU>", "torch": "2", "triton": "3", "commit": None}
+    record = tmp_path / "paper.json"
+    record.write_text(json.dumps({"environment": facts, "results": results}))
+    plot_paper.main([str(record)])
+    drawn = record.with_suffix(".svg").read_text()
+    ElementTree.fromstring(drawn)
+    assert "a &lt;GPU&gt;" in drawn
+    assert drawn.count("<polyline") == 1 + 1 + 3
+    ratios = next(chart for chart in plot_paper.charts({"results": results})).series[0]
+    assert [point[:2] for point in ratios.points] == [(1, 4.0), (2, 8.0), (4, 16.0)]
