@@ -17,7 +17,7 @@ from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 from .coalesce import MOST_SLOTS, dense_order, lay_out, mark
 from .graphs import ROLE, call_nodes, fake_of, outputs_of, placeholders
-from .ops.semantic import CONVOLUTION, LINEAR
+from .ops.semantic import CONVOLUTION, LINEAR, is_depthwise
 from .passes import run_passes
 from .prepare import INDEX, Prepare, split_prepare
 from .program import Program
@@ -274,7 +274,7 @@ def _report(
     calls = call_nodes(body.graph)
     kernels: dict[str, int] = {}
     for node in calls:
-        name = _KERNELS.get(node.target)
+        name = "depthwise" if node.target is CONVOLUTION and is_depthwise(node) else _KERNELS.get(node.target)
         if name is not None and node not in reasons:
             kernels[name] = kernels.get(name, 0) + 1
     rest = len(calls) - sum(kernels.values()) - len(reasons)

@@ -46,25 +46,47 @@ class Attentive(nn.Module):
         return x + self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
 
 
-class Grouped(nn.Module):
+class Mobile(nn.Module):
+    """An inverted residual with squeeze and excite, between a stem and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.wide, self.wide_norm = nn.Conv2d(8, 20, 1, bias=False), nn.BatchNorm2d(20)
+        self.each, self.each_norm = nn.Conv2d(20, 20, 5, padding=2, groups=20, bias=False), nn.BatchNorm2d(20)
+        self.squeeze, self.excite = nn.Conv2d(20, 4, 1), nn.Conv2d(4, 20, 1)
+        self.narrow = nn.Conv2d(20, 8, 1)
+        self.grouped, self.up = nn.Conv2d(8, 12, 3, groups=4), nn.ConvTranspose2d(12, 6, 4, 2, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.stem(x))
+        y = F.relu6(self.each_norm(self.each(F.silu(self.wide_norm(self.wide(x))))))
+        gate = F.hardsigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))))
+        x = x + self.narrow(y * gate)
+        return self.head(F.relu(self.up(self.grouped(x))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Mixed(nn.Module):
     """Has a segment that runs per instance."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3)
-        self.each = nn.Conv2d(8, 8, 3, groups=8)
-        self.last = nn.Linear(8, 5)
+        self.volume = nn.Conv3d(1, 1, 3)
+        self.last = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.hardswish(self.each(F.relu(self.first(x)))).mean((2, 3)))  # type: ignore[no-any-return]
+        x = self.volume(F.relu(self.first(x)).unsqueeze(1)).squeeze(1)
+        return self.last(F.hardswish(x).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 def _cases(device: str) -> list[tuple[Any, Tensor]]:
-    """(compiled model, input) for three programs, several instances and two batch sizes each."""
+    """(compiled model, input) for four programs, several instances and two batch sizes each."""
     torch.manual_seed(0)
     dtype = torch.float16 if device == "cuda" else torch.float32
     cases: list[tuple[Any, Tensor]] = []
-    for kind in (Convolutional, Attentive, Grouped):
+    for kind in (Convolutional, Attentive, Mobile, Mixed):
         for instance in range(4):
             model = kind().eval().to(device)
             model = model if kind is Attentive and device == "cpu" else model.to(dtype)

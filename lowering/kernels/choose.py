@@ -16,9 +16,19 @@ import torch
 
 from torch_mux.lowering.kernels import measured
 from torch_mux.lowering.kernels.data import BitClass, Family, Tile, family_of
-from torch_mux.lowering.kernels.estimate import kind_of, seconds
+from torch_mux.lowering.kernels.estimate import depthwise_seconds, kind_of, seconds
 
-__all__ = ["candidates", "check", "conv_class", "conv_tile", "linear_class", "tile", "tiles_of"]
+__all__ = [
+    "candidates",
+    "check",
+    "conv_class",
+    "conv_tile",
+    "depthwise_candidates",
+    "depthwise_tile",
+    "linear_class",
+    "tile",
+    "tiles_of",
+]
 
 Sizes = Sequence[tuple[int, int, int]]
 
@@ -112,11 +122,13 @@ _GATHER = (
     Tile(64, 64, 64, 4, 4, 3),
     Tile(128, 128, 32, 4, 3, 2),
     Tile(64, 32, 64, 4, 4, 4),
+    Tile(64, 16, 64, 4, 4, 4),
 )
 _NARROW = (
     Tile(64, 64, 32, 4, 3, 2),
     Tile(128, 64, 16, 4, 3, 2),
     Tile(64, 32, 32, 4, 3, 2),
+    Tile(64, 16, 32, 4, 3, 2),
 )
 
 
@@ -239,3 +251,47 @@ def conv_tile(
     """
     table = measured.shipped() if table is None else table
     return _best(tuple(sizes), tuple(channels), dtype, bit_class, sms, False, wide, table)
+
+
+# Pixels by channels of a depthwise convolution: at most as many channels as threads, or the weights of a tap
+# would go through shared memory. Narrow loads take twice the registers.
+_DEPTHWISE = (
+    Tile(32, 64, 16, 4, 1, 4),
+    Tile(64, 32, 16, 4, 1, 4),
+    Tile(128, 16, 16, 4, 1, 4),
+    Tile(16, 64, 16, 4, 1, 7),
+    Tile(32, 32, 16, 4, 1, 7),
+    Tile(64, 16, 16, 4, 1, 7),
+)
+
+
+def depthwise_candidates(wide: bool = True) -> tuple[Tile, ...]:
+    """Every tile of a depthwise convolution; all give the same bits.
+
+    Args:
+        wide: pixels are loaded 16 bytes at a time.
+    """
+    return _DEPTHWISE if wide else tuple(replace(each, programs_per_sm=4) for each in _DEPTHWISE[3:])
+
+
+@lru_cache(maxsize=4096)
+def depthwise_tile(
+    sizes: tuple[tuple[int, int, int], ...],
+    kernel: tuple[int, int],
+    dtype: torch.dtype,
+    sms: int,
+    wide: bool = True,
+) -> Tile:
+    """The tile of a depthwise convolution's launch; the first of equals.
+
+    Args:
+        sizes: (output pixels, output channels, anything) of every slot.
+        kernel: taps along H and along W.
+        sms: multiprocessors, of the device or of a cap.
+        wide: as for :func:`depthwise_candidates`.
+    """
+
+    def cost(each: Tile) -> float:
+        return depthwise_seconds(tiles_of(sizes, each), each, dtype, kernel, sms)
+
+    return min(depthwise_candidates(wide), key=cost)

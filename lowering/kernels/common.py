@@ -74,7 +74,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, scale, shift, residual, out, row, column, m, n, ACTIVATION: tl.constexpr):
+def finish(acc, scale, shift, residual, out, row, column, m, n, pitch, ACTIVATION: tl.constexpr):
     """Stores ``activate(acc * scale + shift + residual)`` for the channels ``column``."""
     inside = column < n
     if scale is not None:
@@ -86,7 +86,7 @@ def finish(acc, scale, shift, residual, out, row, column, m, n, ACTIVATION: tl.c
             acc = acc * factor
     elif shift is not None:
         acc = acc + tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    offsets = row[:, None] * n + column[None, :]
+    offsets = row[:, None] * pitch + column[None, :]
     mask = (row < m)[:, None] & inside[None, :]
     if residual is not None:
         acc = acc + tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -95,20 +95,21 @@ def finish(acc, scale, shift, residual, out, row, column, m, n, ACTIVATION: tl.c
 
 
 @triton.jit
-def epilogue(acc, scale, shift, residual, out, row, left, m, n, ACTIVATION: tl.constexpr):
+def epilogue(acc, scale, shift, residual, out, row, left, m, n, pitch, ACTIVATION: tl.constexpr):
     """Stores an fp32 tile [rows, columns] whose first channel is ``left``.
 
-    ``scale`` and ``shift`` point to one slot's vectors, ``residual`` and ``out`` to its dense [m, n]
-    matrices; each but ``out`` may be None. A wide tile goes out in halves: that halves its registers.
+    ``scale`` and ``shift`` point to one slot's vectors, ``residual`` and ``out`` to its [m, n] matrices with
+    rows ``pitch`` elements apart; each but ``out`` may be None. A wide tile goes out in halves: that halves
+    its registers.
     """
     WIDE: tl.constexpr = acc.shape[1]
     if acc.shape[0] * WIDE >= 8192:
         halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDE // 2)), (0, 2, 1))
         one, two = tl.split(halves)
-        epilogue(one, scale, shift, residual, out, row, left, m, n, ACTIVATION)
-        epilogue(two, scale, shift, residual, out, row, left + WIDE // 2, m, n, ACTIVATION)
+        epilogue(one, scale, shift, residual, out, row, left, m, n, pitch, ACTIVATION)
+        epilogue(two, scale, shift, residual, out, row, left + WIDE // 2, m, n, pitch, ACTIVATION)
     else:
-        finish(acc, scale, shift, residual, out, row, left + tl.arange(0, WIDE), m, n, ACTIVATION)
+        finish(acc, scale, shift, residual, out, row, left + tl.arange(0, WIDE), m, n, pitch, ACTIVATION)
 
 
 @triton.jit

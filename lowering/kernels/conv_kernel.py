@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,unused-ignore"
 """The device side of the convolution super-kernel: implicit GEMM, channels last.
 
-Rows are output pixels, columns output channels, K runs over taps and channels in one flat loop.
+Rows are output pixels, columns output channels, K runs over taps and channels in one flat loop. Every group
+of a grouped convolution is such a problem of its own: n and channels are always those of one group.
 """
 
 import triton
@@ -18,14 +19,14 @@ from torch_mux.lowering.kernels.common import (
 
 __all__ = ["conv_kernel"]
 
-# m, channels out, height, width, channels in, out height, out width, x offset, out offset
+# m, channels out and in of a group: m, n, height, width, channels, out height, out width, x and out offset
 FIELDS = tl.constexpr(9)
 
 
 @triton.jit
 def conv_sizes(slot, problems, m, n, height, width, out_height, out_width, C: tl.constexpr,
                C_DIV: tl.constexpr, N_DIV: tl.constexpr, DATA_DIV: tl.constexpr,
-               RAGGED: tl.constexpr):  # fmt: skip
+               GROUPS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
     """(m, n, height, width, out height, out width, channels, x offset, out offset) of a slot."""
     if RAGGED:
         record = problems + slot * FIELDS
@@ -42,15 +43,15 @@ def conv_sizes(slot, problems, m, n, height, width, out_height, out_width, C: tl
     else:
         channels = C
         n = (n // N_DIV) * N_DIV
-        x_offset = slot.to(tl.int64) * (m // (out_height * out_width)) * height * width * C
-        out_offset = slot.to(tl.int64) * m * n
+        x_offset = slot.to(tl.int64) * (m // (out_height * out_width)) * height * width * (C * GROUPS)
+        out_offset = slot.to(tl.int64) * m * n * GROUPS
     return m, n, height, width, out_height, out_width, channels, x_offset, out_offset
 
 
 @triton.jit
-def tap_step(x, weight_at, base, top, left, index, blocks, channels, height, width, BLOCK_K: tl.constexpr,
-             KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, PADDED: tl.constexpr,
-             EVEN_K: tl.constexpr):  # fmt: skip
+def tap_step(x, weight_at, base, top, left, index, blocks, channels, height, width, pitch,
+             BLOCK_K: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+             PADDED: tl.constexpr, EVEN_K: tl.constexpr):  # fmt: skip
     """Pixels and weights of step ``index``: one block of channels of one tap."""
     tap = index // blocks
     start = (index - tap * blocks) * BLOCK_K
@@ -63,13 +64,13 @@ def tap_step(x, weight_at, base, top, left, index, blocks, channels, height, wid
         y = top + down
         z = left + across
         inside = (y >= 0) & (y < height) & (z >= 0) & (z < width)
-        at = x + tl.where(inside, pixel, 0)[:, None] * channels + channel[None, :]
+        at = x + tl.where(inside, pixel, 0)[:, None] * pitch + channel[None, :]
         if EVEN_K:
             a = tl.load(at, mask=inside[:, None], other=0.0)
         else:
             a = tl.load(at, mask=inside[:, None] & some[None, :], other=0.0)
     else:
-        at = x + pixel[:, None] * channels + channel[None, :]
+        at = x + pixel[:, None] * pitch + channel[None, :]
         if EVEN_K:
             a = tl.load(at)
         else:
@@ -82,8 +83,9 @@ def tap_step(x, weight_at, base, top, left, index, blocks, channels, height, wid
 
 
 @triton.jit
-def flat_step(x, weight_at, base, top, left, index, length, channels, height, width, BLOCK_K: tl.constexpr,
-              KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, EVEN_K: tl.constexpr):  # fmt: skip
+def flat_step(x, weight_at, base, top, left, index, length, channels, height, width, pitch,
+              BLOCK_K: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+              EVEN_K: tl.constexpr):  # fmt: skip
     """Pixels and weights of step ``index`` where K is flattened over taps and channels."""
     k = index * BLOCK_K + tl.arange(0, BLOCK_K)
     tap = k // channels
@@ -95,7 +97,7 @@ def flat_step(x, weight_at, base, top, left, index, length, channels, height, wi
     if not EVEN_K:
         inside = inside & (k < length)[None, :]
     pixel = base[:, None] + (down * width + across)[None, :]
-    a = tl.load(x + tl.where(inside, pixel, 0) * channels + (k % channels)[None, :], mask=inside, other=0.0)
+    a = tl.load(x + tl.where(inside, pixel, 0) * pitch + (k % channels)[None, :], mask=inside, other=0.0)
     if EVEN_K:
         b = tl.load(weight_at + index * BLOCK_K)
     else:
@@ -104,7 +106,7 @@ def flat_step(x, weight_at, base, top, left, index, length, channels, height, wi
 
 
 @triton.jit
-def conv_tile(x, weight, row, column, m, n, height, width, out_height, out_width, channels,
+def conv_tile(x, weight, row, column, m, n, height, width, out_height, out_width, channels, pitch,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, KH: tl.constexpr,
               KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
               DH: tl.constexpr, DW: tl.constexpr, GATHER: tl.constexpr, EVEN_K: tl.constexpr,
@@ -132,11 +134,11 @@ def conv_tile(x, weight, row, column, m, n, height, width, out_height, out_width
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for index in range(steps):
         if GATHER:
-            a, b = flat_step(x, weight_at, base, top, left, index, length, channels, height, width, BLOCK_K,
-                             KW, DH, DW, EVEN_K)  # fmt: skip
+            a, b = flat_step(x, weight_at, base, top, left, index, length, channels, height, width, pitch,
+                             BLOCK_K, KW, DH, DW, EVEN_K)  # fmt: skip
         else:
-            a, b = tap_step(x, weight_at, base, top, left, index, blocks, channels, height, width, BLOCK_K,
-                            KW, DH, DW, PH > 0 or PW > 0, EVEN_K)  # fmt: skip
+            a, b = tap_step(x, weight_at, base, top, left, index, blocks, channels, height, width, pitch,
+                            BLOCK_K, KW, DH, DW, PH > 0 or PW > 0, EVEN_K)  # fmt: skip
         if SWAP:
             acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
         else:
@@ -154,8 +156,9 @@ SIZES = ["slots", "m", "n", "height", "width", "out_height", "out_width", "table
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
 def conv_kernel(x, table, rows, control, out, residual, problems, scale, shift, slots, m, n, height, width,
                 out_height, out_width, table_width, column, scale_width, scale_offset, shift_width,
-                shift_offset, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr,
-                SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+                shift_offset, C: tl.constexpr, GROUPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+                SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr,
+                DW: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
                 SLOTS: tl.constexpr, RAGGED: tl.constexpr, PROGRAMS_PER_SM: tl.constexpr,
                 GATHER: tl.constexpr, EVEN_K: tl.constexpr, C_DIV: tl.constexpr, N_DIV: tl.constexpr,
@@ -170,10 +173,10 @@ def conv_kernel(x, table, rows, control, out, residual, problems, scale, shift, 
         sizes = problems + index * FIELDS
         ends = tile_ends(
             tl.load(sizes, mask=index < active, other=0), tl.load(sizes + 1, mask=index < active, other=0),
-            BLOCK_M, BLOCK_N)  # fmt: skip
+            BLOCK_M, BLOCK_N) * GROUPS  # fmt: skip
         total = tl.max(ends, 0)
     else:
-        each = ((m + BLOCK_M - 1) // BLOCK_M) * ((n + BLOCK_N - 1) // BLOCK_N)
+        each = ((m + BLOCK_M - 1) // BLOCK_M) * ((n + BLOCK_N - 1) // BLOCK_N) * GROUPS
         total = active * each
     first = tl.program_id(0)
     total = tl.where(first < programs, total, 0)
@@ -185,17 +188,25 @@ def conv_kernel(x, table, rows, control, out, residual, problems, scale, shift, 
             local = tile - slot * each
         mm, nn, hh, ww, oh, ow, channels, x_offset, out_offset = conv_sizes(
             slot, problems, m, n, height, width, out_height, out_width, C, C_DIV, N_DIV, DATA_DIV,
-            RAGGED)  # fmt: skip
+            GROUPS, RAGGED)  # fmt: skip
         channels = channels if RAGGED else C
+        if GROUPS > 1:
+            tiles = ((mm + BLOCK_M - 1) // BLOCK_M) * ((nn + BLOCK_N - 1) // BLOCK_N)
+            group = local // tiles
+            local = local - group * tiles
+        else:
+            group = 0
         first_row, first_column = tile_origin(local, mm, nn, BLOCK_M, BLOCK_N, GROUP)
         line = tl.load(rows + slot)
         weight = weight_pointer(table, line, table_width, column, x, ALIGNED)
         row = first_row + tl.arange(0, BLOCK_M)
         channel = first_column + tl.arange(0, BLOCK_N)
-        acc = conv_tile(x + x_offset, weight, row, channel, mm, nn, hh, ww, oh, ow, channels, BLOCK_M,
-                        BLOCK_N, BLOCK_K, KH, KW, SH, SW, PH, PW, DH, DW, GATHER, EVEN_K, SWAP,
-                        PRECISION)  # fmt: skip
-        factors = None if scale is None else scale + line * scale_width + scale_offset
-        terms = None if shift is None else shift + line * shift_width + shift_offset
-        addend = None if residual is None else residual + out_offset
-        epilogue(acc, factors, terms, addend, out + out_offset, row, first_column, mm, nn, ACTIVATION)
+        before = group * nn
+        acc = conv_tile(x + x_offset + group * channels, weight + before * (KH * KW * channels), row, channel,
+                        mm, nn, hh, ww, oh, ow, channels, channels * GROUPS, BLOCK_M, BLOCK_N, BLOCK_K, KH,
+                        KW, SH, SW, PH, PW, DH, DW, GATHER, EVEN_K, SWAP, PRECISION)  # fmt: skip
+        factors = None if scale is None else scale + line * scale_width + scale_offset + before
+        terms = None if shift is None else shift + line * shift_width + shift_offset + before
+        addend = None if residual is None else residual + out_offset + before
+        epilogue(acc, factors, terms, addend, out + out_offset + before, row, first_column, mm, nn,
+                 nn * GROUPS, ACTIVATION)  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 
 from torch_mux.lowering.kernels.data import BitClass, Family, Tile
 
-__all__ = ["RATES", "Rates", "kind_of", "seconds"]
+__all__ = ["RATES", "Rates", "depthwise_seconds", "kind_of", "seconds"]
 
 Sizes = Sequence[tuple[int, int, int]]
 
@@ -148,3 +148,17 @@ def seconds(
         + traffic / rates.memory
         + rates.line * shared
     )
+
+
+def depthwise_seconds(tiles: int, tile: Tile, dtype: torch.dtype, kernel: tuple[int, int], sms: int) -> float:
+    """Estimated seconds of one depthwise launch, but for the traffic that is the same with every tile.
+
+    Args:
+        tiles: of all slots together.
+        kernel: taps along H, whose loads wait for each other, and along W.
+        sms: multiprocessors, of the device or of a cap.
+    """
+    rates, area = RATES["fma"], tile.block_m * tile.block_n * dtype.itemsize
+    rounds, busiest = -(-tiles // max(1, min(tiles, sms * tile.programs_per_sm))), -(-tiles // sms)
+    work = kernel[0] * kernel[1] * area / rates.load + area * rates.store
+    return rates.start + rounds * (rates.begin + kernel[0] * rates.latency) + busiest * work

@@ -149,7 +149,7 @@ def linear_kernel(x, table, rows, control, out, residual, problems, scale, shift
         factors = None if scale is None else scale + line * scale_width + scale_offset
         terms = None if shift is None else shift + line * shift_width + shift_offset
         addend = None if residual is None else residual + out_offset
-        epilogue(acc, factors, terms, addend, out + out_offset, row, left, mm, nn, ACTIVATION)
+        epilogue(acc, factors, terms, addend, out + out_offset, row, left, mm, nn, nn, ACTIVATION)
 
 
 def linear_problems(

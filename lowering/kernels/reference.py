@@ -79,6 +79,7 @@ def conv(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
     scales: Optional = None,
     shifts: Optional = None,
     residuals: Optional = None,
@@ -89,15 +90,15 @@ def conv(
 
     Args:
         xs: slot t's [N, H, W, C]; sizes may differ from slot to slot.
-        weights: slot t's [O, KH, KW, C].
+        weights: slot t's [O, KH, KW, C / groups].
         scales, shifts: slot t's [O].
         residuals: slot t's [N, OH, OW, O].
     """
     found = []
     for slot, (x, weight) in enumerate(zip(xs, weights, strict=True)):
         image, kernel = x.to(dtype).permute(0, 3, 1, 2), weight.to(dtype).permute(0, 3, 1, 2)
-        value = F.conv2d(image, kernel, stride=stride, padding=padding, dilation=dilation).permute(0, 2, 3, 1)
-        found.append(_finish(value, slot, scales, shifts, residuals, activation))
+        value = F.conv2d(image, kernel, None, stride, padding, dilation, groups)
+        found.append(_finish(value.permute(0, 2, 3, 1), slot, scales, shifts, residuals, activation))
     return found
 
 

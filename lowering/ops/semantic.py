@@ -7,13 +7,23 @@ PyTorch meaning of a super-kernel; the slot axis turns them into ``lowering.ops.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Node
 
-__all__ = ["ACTIVATIONS", "CONVOLUTION", "LIBRARY", "LINEAR", "apply_activation", "apply_epilogue"]
+__all__ = [
+    "ACTIVATIONS",
+    "CONVOLUTION",
+    "LIBRARY",
+    "LINEAR",
+    "Convolution",
+    "apply_activation",
+    "apply_epilogue",
+    "is_depthwise",
+]
 
 LIBRARY: Final = torch.library.Library("mux", "DEF")
 
@@ -87,6 +97,29 @@ def linear(
     return apply_epilogue(wide, scale, shift, residual, activation, -1).to(x.dtype).contiguous()
 
 
+class Convolution(NamedTuple):
+    """The arguments of a ``mux::convolution`` call, as :func:`convolution` takes them."""
+
+    x: Any
+    weight: Any
+    scale: Any
+    shift: Any
+    residual: Any
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+    activation: str
+
+    @classmethod
+    def of(cls, node: Node) -> Convolution:
+        """The arguments of ``node``."""
+        args: Any = node.args
+        return cls(*args)
+
+
 def convolution(
     x: Tensor,
     weight: Tensor,
@@ -96,22 +129,27 @@ def convolution(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
     activation: str,
 ) -> Tensor:
-    """``act(conv2d(x, weight) * scale + shift + residual)``, channels-last.
+    """``act(aten.convolution(x, weight) * scale + shift + residual)``, over one or two spatial dimensions.
 
     Args:
-        x: [B, C, H, W].
-        weight: [O, C, KH, KW].
+        x: [B, C, H, W] or [B, C, L].
+        weight: [O, C / groups, KH, KW] or without KH; transposed: [C, O / groups, KH, KW].
         scale, shift: [O] of any float dtype, or None.
         residual: the result's shape, or None.
+        stride, padding, dilation, output_padding: one number a spatial dimension.
 
     Returns:
-        [B, O, OH, OW] in the dtype of ``x`` and channels-last memory.
+        [B, O, OH, OW] or [B, O, OL] in the dtype of ``x``, channels-last in memory.
     """
-    wide = F.conv2d(_wide(x), _wide(weight), None, list(stride), list(padding), list(dilation))
+    geometry = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
+    wide = torch.convolution(_wide(x), _wide(weight), None, *geometry)
     result = apply_epilogue(wide, scale, shift, residual, activation, 1).to(x.dtype)
-    return result.contiguous(memory_format=torch.channels_last)
+    return result.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 LIBRARY.define(
@@ -120,7 +158,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "convolution(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
-    "int[] stride, int[] padding, int[] dilation, str activation) -> Tensor"
+    "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, "
+    "str activation) -> Tensor"
 )
 LIBRARY.impl("linear", linear, "CompositeExplicitAutograd")
 LIBRARY.impl("convolution", convolution, "CompositeExplicitAutograd")
@@ -146,16 +185,21 @@ def _convolution_fake(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
     activation: str,
 ) -> Tensor:
-    spatial = [
-        (x.shape[axis + 2] + 2 * padding[axis] - dilation[axis] * (weight.shape[axis + 2] - 1) - 1)
-        // stride[axis]
-        + 1
-        for axis in (0, 1)
-    ]
-    shape = (x.shape[0], weight.shape[0], *spatial)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    spatial = []
+    for axis, size in enumerate(x.shape[2:]):
+        reach = dilation[axis] * (weight.shape[axis + 2] - 1) + 1
+        if transposed:
+            whole = (size - 1) * stride[axis] - 2 * padding[axis] + reach + output_padding[axis]
+        else:
+            whole = (size + 2 * padding[axis] - reach) // stride[axis] + 1
+        spatial.append(whole)
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    return x.new_empty((x.shape[0], *spatial, channels)).movedim(-1, 1)
 
 
 torch.library.register_fake("mux::linear", _linear_fake, lib=LIBRARY)
@@ -163,3 +207,9 @@ torch.library.register_fake("mux::convolution", _convolution_fake, lib=LIBRARY)
 
 LINEAR: Final = torch.ops.mux.linear.default
 CONVOLUTION: Final = torch.ops.mux.convolution.default
+
+
+def is_depthwise(node: Node) -> bool:
+    """Whether ``node``, a call of ``mux::convolution``, has every input channel for itself."""
+    call = Convolution.of(node)
+    return not call.transposed and call.groups > 1 and call.weight.meta["val"].shape[1] == 1

@@ -30,7 +30,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "slot_convolution(Tensor x, Tensor table, Tensor rows, Tensor control, int column, int n, int[] kernel, "
-    f"int[] stride, int[] padding, int[] dilation, {_EPILOGUE}) -> Tensor"
+    f"int[] stride, int[] padding, int[] dilation, int groups, {_EPILOGUE}) -> Tensor"
 )
 LIBRARY.define(
     "slot_embedding(Tensor indices, Tensor table, Tensor rows, Tensor control, int column, int vocabulary, "
@@ -131,6 +131,7 @@ def _convolution_cpu(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
     scale: Tensor | None,
     scale_offset: int,
     shift: Tensor | None,
@@ -143,7 +144,7 @@ def _convolution_cpu(
     numbers = rows.tolist()
     weights = storage_of(program).weights(numbers, column)
     biases, shift = _biases(x, numbers, n, scale, shift, shift_offset)
-    steps = (list(stride), list(padding), list(dilation))
+    steps = (list(stride), list(padding), list(dilation), groups)
     slots = zip(x.permute(0, 1, 4, 2, 3).unbind(0), weights, biases, strict=True)
     images = [F.conv2d(_aligned(image), weight, bias, *steps) for image, weight, bias in slots]
     out = torch.stack([image.permute(0, 2, 3, 1) for image in images])
@@ -238,6 +239,7 @@ def _convolution_cuda(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
     scale: Tensor | None,
     scale_offset: int,
     shift: Tensor | None,
@@ -261,6 +263,7 @@ def _convolution_cuda(
         stride=(stride[0], stride[1]),
         padding=(padding[0], padding[1]),
         dilation=(dilation[0], dilation[1]),
+        groups=groups,
         scale=_vector(scale, scale_offset),
         shift=_vector(shift, shift_offset),
         residual=residual,

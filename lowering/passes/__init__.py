@@ -19,6 +19,7 @@ from . import (
     fold_batch_norm,
     fuse_epilogues,
     pad_channels,
+    plain_convolutions,
     reshape_patches,
     select_super_kernels,
 )
@@ -32,6 +33,7 @@ PASSES: Final[tuple[Pass, ...]] = (
     select_super_kernels.run,
     fold_batch_norm.run,
     fuse_epilogues.run,
+    plain_convolutions.run,
     reshape_patches.run,
     pad_channels.run,
     channels_last.run,

@@ -7,12 +7,12 @@ three; the zeros add nothing to any sum.
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from torch_mux.settings import Settings
 
 from ..graphs import call_nodes, emit, fake_of, fresh_meta, shape_of
-from ..ops.semantic import CONVOLUTION
+from ..ops.semantic import CONVOLUTION, Convolution
 
 __all__ = ["run"]
 
@@ -26,10 +26,10 @@ def run(module: GraphModule, settings: Settings) -> GraphModule:
     for node in call_nodes(module.graph):
         if node.target is not CONVOLUTION or fake_of(node).device.type != "cuda":
             continue
-        x, weight = node.args[0], node.args[1]
-        assert isinstance(x, Node) and isinstance(weight, Node)
+        call = Convolution.of(node)
+        x, weight = call.x, call.weight
         channels, taps = shape_of(x)[1], shape_of(weight)[2] * shape_of(weight)[3]
-        if channels >= _CHANNELS or taps == 1:
+        if channels >= _CHANNELS or taps == 1 or call.groups != 1:
             continue
         padding = [0, 0, 0, 0, 0, _CHANNELS - channels]
         with module.graph.inserting_before(node):

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from torch_mux.settings import Settings
 
 from ..graphs import call_nodes, emit, fake_of, fresh_meta, shape_of
-from ..ops.semantic import CONVOLUTION, LINEAR
+from ..ops.semantic import CONVOLUTION, LINEAR, Convolution
 
 __all__ = ["run"]
 
@@ -16,24 +16,24 @@ aten = torch.ops.aten
 
 
 def _is_patches(node: Node) -> bool:
-    x, weight, _, _, residual, stride, padding, dilation, _ = node.args
-    if not isinstance(x, Node) or not isinstance(weight, Node) or residual is not None:
+    call = Convolution.of(node)
+    if call.residual is not None or call.groups != 1:
         return False
-    _, _, height, width = shape_of(x)
-    kernel = list(shape_of(weight)[2:])
+    _, _, height, width = shape_of(call.x)
+    kernel = list(shape_of(call.weight)[2:])
     return (
-        kernel == stride
+        kernel == call.stride
         and kernel != [1, 1]
-        and padding == [0, 0]
-        and dilation == [1, 1]
+        and call.padding == [0, 0]
+        and call.dilation == [1, 1]
         and height % kernel[0] == 0
         and width % kernel[1] == 0
     )
 
 
 def _rewritten(node: Node) -> Node:
-    x, weight, scale, shift, _, _, _, _, activation = node.args
-    assert isinstance(x, Node) and isinstance(weight, Node)
+    call = Convolution.of(node)
+    x, weight = call.x, call.weight
     batch, channels, height, width = shape_of(x)
     kh, kw = shape_of(weight)[2:]
     rows, columns = height // kh, width // kw
@@ -46,7 +46,7 @@ def _rewritten(node: Node) -> Node:
         if not fake_of(weight).is_contiguous():
             weight = emit(graph, aten.clone.default, (weight,), {"memory_format": torch.contiguous_format})
         flat = emit(graph, aten.view.default, (weight, [shape_of(weight)[0], channels * kh * kw]))
-        result = emit(graph, LINEAR, (patches, flat, scale, shift, None, activation))
+        result = emit(graph, LINEAR, (patches, flat, call.scale, call.shift, None, call.activation))
         image = emit(graph, aten.view.default, (result, [batch, rows, columns, shape_of(weight)[0]]))
         return emit(graph, aten.permute.default, (image, [0, 3, 1, 2]))
 

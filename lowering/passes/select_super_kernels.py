@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch_mux.settings import Settings
 
 from ..graphs import call_nodes, emit, fake_of, fresh_meta, parameter_only, shape_of
-from ..ops.semantic import CONVOLUTION, LINEAR
+from ..ops.semantic import CONVOLUTION, LINEAR, Convolution
 
 __all__ = ["run"]
 
@@ -82,27 +82,32 @@ def _select_matmul(node: Node, weights: set[Node]) -> Node | None:
 
 
 def _select_convolution(node: Node, weights: set[Node]) -> Node | None:
-    """Two-dimensional, ungrouped, not transposed."""
+    """Over one or two spatial dimensions, grouped or not, transposed or not."""
     if node.target is not aten.convolution.default:
         return None
-    x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
     if not isinstance(x, Node) or not isinstance(weight, Node) or weight not in weights or x in weights:
         return None
-    if transposed or groups != 1 or len(shape_of(x)) != 4 or not _floating(x, weight):
+    rank = len(shape_of(x)) - 2
+    if rank not in (1, 2) or not _floating(x, weight):
         return None
     if isinstance(bias, Node) and bias not in weights:
         return None
 
-    def pair(value: Any) -> list[int]:
-        return [int(value[0]), int(value[-1])]
+    def each(value: Any) -> list[int]:
+        return [int(value[0]), int(value[-1])][-rank:]
 
     with node.graph.inserting_before(node):
-        args = (x, weight, None, bias, None, pair(stride), pair(padding), pair(dilation), "none")
-        return emit(node.graph, CONVOLUTION, args)
+        call = Convolution(
+            x=x, weight=weight, scale=None, shift=bias, residual=None, stride=each(stride),
+            padding=each(padding), dilation=each(dilation), transposed=bool(transposed),
+            output_padding=each(output_padding), groups=cast("int", groups), activation="none",
+        )  # fmt: skip
+        return emit(node.graph, CONVOLUTION, tuple(call))
 
 
 def run(module: GraphModule, settings: Settings) -> GraphModule:
-    """The bias becomes the epilogue's shift; grouped and transposed convolutions stay ATen's."""
+    """The bias becomes the epilogue's shift; three-dimensional convolutions stay ATen's."""
     weights = parameter_only(module.graph)
     for node in call_nodes(module.graph):
         chosen = _select_matmul(node, weights) or _select_convolution(node, weights)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from ..ops.semantic import CONVOLUTION, LINEAR
+from ..ops.semantic import CONVOLUTION, LINEAR, Convolution
 from ..ops.slots import SLOT_CONVOLUTION, SLOT_LINEAR
 from .base import Context, NoRule, Parameter, Slotted, rule
 
@@ -63,10 +63,12 @@ def _linear(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[st
 
 @rule(CONVOLUTION)
 def _convolution(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    value, weight, scale, shift, residual, stride, padding, dilation, activation = args
-    weight = _weight(weight)
+    call = Convolution(*args)
+    if call.transposed or len(call.stride) != 2:
+        raise NoRule("a convolution that is not plain and two-dimensional")
+    weight, residual = _weight(call.weight), call.residual
     to_last, to_first = (0, 1, 3, 4, 2), (0, 1, 4, 2, 3)
-    x = context.lift(value).permute(to_last).contiguous()
+    x = context.lift(call.x).permute(to_last).contiguous()
     added = None if residual is None else context.lift(residual).permute(to_last).contiguous()
     out = SLOT_CONVOLUTION(
         x,
@@ -76,12 +78,13 @@ def _convolution(context: Context, node: Node, args: tuple[Any, ...], kwargs: di
         context.columns[weight.index],
         weight.shape[0],
         list(weight.shape[2:]),
-        stride,
-        padding,
-        dilation,
-        *_epilogue(context, scale, shift),
+        call.stride,
+        call.padding,
+        call.dilation,
+        call.groups,
+        *_epilogue(context, call.scale, call.shift),
         added,
-        activation,
+        call.activation,
         context.allow_tf32[1],
         context.key,
     )

@@ -36,9 +36,25 @@ def _encoder(
     return x + F.linear(F.gelu(F.linear(x, up)), down)
 
 
-def _mixed(x: Tensor, w: Tensor, depthwise: Tensor, point: Tensor) -> Tensor:
-    y = F.conv2d(F.relu(F.conv2d(x, w)), depthwise, groups=4)
+def _mixed(x: Tensor, w: Tensor, volume: Tensor, point: Tensor) -> Tensor:
+    y = F.conv3d(F.relu(F.conv2d(x, w)).unsqueeze(1), volume, padding=(1, 0, 0)).squeeze(1)
     return F.hardswish(F.conv2d(y, point)).mean((2, 3))
+
+
+def _mobile(
+    x: Tensor, wide: Tensor, each: Tensor, down: Tensor, up: Tensor, narrow: Tensor, shift: Tensor
+) -> Tensor:
+    y = F.hardswish(F.conv2d(x, wide))
+    y = F.relu6(F.conv2d(y, each, shift, padding=1, groups=12))
+    gate = F.hardsigmoid(F.conv2d(F.relu(F.conv2d(y.mean((2, 3), keepdim=True), down)), up))
+    return (x + F.conv2d(y * gate, narrow)).mean((2, 3))
+
+
+def _u_net(x: Tensor, down: Tensor, grouped: Tensor, up: Tensor, wave: Tensor) -> Tensor:
+    y = F.relu(F.conv2d(x, down, stride=2))
+    y = F.relu(F.conv2d(y, grouped, padding=1, groups=3))
+    y = F.conv_transpose2d(y, up, stride=2) + x
+    return F.conv1d(y.flatten(2), wave, padding=2).mean(2)
 
 
 SHAPES: dict[str, tuple[Callable[..., Tensor], Any, list[tuple[int, ...]]]] = {
@@ -52,7 +68,17 @@ SHAPES: dict[str, tuple[Callable[..., Tensor], Any, list[tuple[int, ...]]]] = {
         lambda: torch.randint(0, 9, (2, 5)),
         [(9, 16), (5, 16), (48, 16), (32, 16), (16, 32), (16,), (16,)],
     ),
-    "mixed": (_mixed, lambda: torch.randn(1, 3, 8, 8), [(4, 3, 3, 3), (4, 1, 3, 3), (5, 4, 1, 1)]),
+    "mixed": (_mixed, lambda: torch.randn(1, 3, 8, 8), [(4, 3, 3, 3), (1, 1, 3, 3, 3), (5, 4, 1, 1)]),
+    "mobile": (
+        _mobile,
+        lambda: torch.randn(1, 4, 7, 7),
+        [(12, 4, 1, 1), (12, 1, 3, 3), (3, 12, 1, 1), (12, 3, 1, 1), (4, 12, 1, 1), (12,)],
+    ),
+    "u_net": (
+        _u_net,
+        lambda: torch.randn(2, 3, 6, 6),
+        [(9, 3, 2, 2), (6, 3, 3, 3), (6, 3, 2, 2), (5, 3, 5)],
+    ),
 }
 
 

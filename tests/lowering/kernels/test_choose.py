@@ -175,3 +175,19 @@ def test_steps_fit_the_channels_of_a_tap() -> None:
 def test_tiles_are_counted_per_slot() -> None:
     tile = Tile(64, 64, 64, 4, 3, 1)
     assert choose.tiles_of([(64, 64, 8), (65, 64, 8), (1, 129, 8), (0, 64, 8)], tile) == 1 + 2 + 3
+
+
+@given(m=SIZE, n=SIZE, slots=st.integers(1, 64), sms=st.sampled_from([1, 8, 132]), wide=st.booleans())
+def test_depthwise_tiles(m: int, n: int, slots: int, sms: int, wide: bool) -> None:
+    tile = choose.depthwise_tile(((m, n, 9),) * slots, (3, 3), HALF, sms, wide)
+    assert tile in choose.depthwise_candidates(wide)
+
+
+def test_depthwise_tiles_follow_the_shape() -> None:
+    def tile(slots: int, pixels: int, channels: int) -> Tile:
+        return choose.depthwise_tile(((pixels, channels, 9),) * slots, (3, 3), HALF, 132)
+
+    assert tile(16, 112 * 112, 16).block_n == 16  # wider tiles would be empty for the most part
+    assert tile(16, 49, 960).block_m <= 32  # few pixels: as many tiles as fill the device
+    small, large = tile(1, 196, 240), tile(64, 56 * 56, 192)
+    assert small.block_m * small.block_n < large.block_m * large.block_n

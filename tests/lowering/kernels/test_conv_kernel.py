@@ -11,24 +11,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_mux.lowering.kernels import reference
-from torch_mux.lowering.kernels.conv import conv, conv_problems, out_size
+from torch_mux.lowering.kernels.conv import conv
 from torch_mux.lowering.kernels.data import BitClass, Family, Tile, Vector
+from torch_mux.lowering.kernels.geometry import conv_problems, out_size
 
 pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")
 
-# channels in, channels out, kernel, stride, padding, dilation
+# channels in, channels out, kernel, stride, padding, dilation, groups
 GEOMETRIES = {
-    "stem": (3, 20, (7, 7), (2, 2), (3, 3), (1, 1)),
-    "stem of 4": (4, 16, (5, 5), (2, 2), (2, 2), (1, 1)),
-    "narrow": (16, 24, (3, 3), (1, 1), (1, 1), (1, 1)),
-    "wide": (64, 32, (3, 3), (1, 1), (1, 1), (1, 1)),
-    "wide, uneven": (72, 10, (3, 3), (2, 2), (1, 1), (1, 1)),
-    "oblong, dilated": (64, 48, (3, 2), (2, 1), (0, 0), (2, 1)),
-    "dilated, padded": (20, 8, (3, 3), (1, 1), (2, 2), (2, 2)),
-    "pointwise": (24, 16, (1, 1), (1, 1), (0, 0), (1, 1)),
-    "pointwise, strided": (24, 16, (1, 1), (2, 2), (0, 0), (1, 1)),
-    "pointwise, padded": (8, 16, (1, 1), (1, 1), (1, 1), (1, 1)),
+    "stem": (3, 20, (7, 7), (2, 2), (3, 3), (1, 1), 1),
+    "stem of 4": (4, 16, (5, 5), (2, 2), (2, 2), (1, 1), 1),
+    "narrow": (16, 24, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "wide": (64, 32, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "wide, uneven": (72, 10, (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "oblong, dilated": (64, 48, (3, 2), (2, 1), (0, 0), (2, 1), 1),
+    "dilated, padded": (20, 8, (3, 3), (1, 1), (2, 2), (2, 2), 1),
+    "pointwise": (24, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "pointwise, strided": (24, 16, (1, 1), (2, 2), (0, 0), (1, 1), 1),
+    "pointwise, padded": (8, 16, (1, 1), (1, 1), (1, 1), (1, 1), 1),
+    "groups of 8": (32, 32, (3, 3), (1, 1), (1, 1), (1, 1), 4),
+    "groups of 5, strided": (15, 6, (3, 3), (2, 2), (1, 1), (1, 1), 3),
+    "groups of 64, dilated": (128, 48, (3, 3), (1, 1), (2, 2), (2, 2), 2),
+    "groups, pointwise": (48, 96, (1, 1), (1, 1), (0, 0), (1, 1), 3),
 }
 
 
@@ -39,20 +44,21 @@ def operands(
     o: int,
     kernel: tuple[int, int],
     dtype: torch.dtype,
+    groups: int = 1,
 ) -> tuple[Tensor, list[Tensor]]:
-    x = tools.guarded(torch.randn(slots, *shape).to(dtype))
-    fan = shape[3] * kernel[0] * kernel[1]
-    return x, [tools.guarded((torch.randn(o, *kernel, shape[3]) / fan**0.5).to(dtype)) for _ in range(slots)]
+    x, c = tools.guarded(torch.randn(slots, *shape).to(dtype)), shape[3] // groups
+    fan = c * kernel[0] * kernel[1]
+    return x, [tools.guarded((torch.randn(o, *kernel, c) / fan**0.5).to(dtype)) for _ in range(slots)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", list(GEOMETRIES))
 def test_matches_float64(tools: Any, name: str, dtype: torch.dtype) -> None:
-    c, o, kernel, stride, padding, dilation = GEOMETRIES[name]
-    x, weights = operands(tools, 2, (2, 9, 8, c), o, kernel, dtype)
+    c, o, kernel, stride, padding, dilation, groups = GEOMETRIES[name]
+    x, weights = operands(tools, 2, (2, 9, 8, c), o, kernel, dtype, groups)
     rows = torch.tensor([1, 0])
     arena = torch.randn(2, 2 * o)
-    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+    geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     plain = reference.conv(list(x), [weights[row] for row in rows], **geometry)
     residual = torch.randn(2, *plain[0].shape).to(dtype)
     out = torch.empty(2, *plain[0].shape, dtype=dtype)
@@ -67,16 +73,16 @@ def test_matches_float64(tools: Any, name: str, dtype: torch.dtype) -> None:
     tools.close(out, torch.stack(want), dtype)
 
 
-@pytest.mark.parametrize("name", ["stem", "wide, uneven", "pointwise"])
+@pytest.mark.parametrize("name", ["stem", "wide, uneven", "pointwise", "groups of 8"])
 def test_bits_do_not_depend_on_bundle(tools: Any, filled: Any, name: str) -> None:
-    c, o, kernel, stride, padding, dilation = GEOMETRIES[name]
-    x, weights = operands(tools, 3, (1, 9, 8, c), o, kernel, torch.float16)
+    c, o, kernel, stride, padding, _, groups = GEOMETRIES[name]
+    x, weights = operands(tools, 3, (1, 9, 8, c), o, kernel, torch.float16, groups)
     table = tools.table(weights)
     size = (
         out_size(9, kernel[0], stride[0], padding[0], 1),
         out_size(8, kernel[1], stride[1], padding[1], 1),
     )
-    named: dict[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    named: dict[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding, "groups": groups}
     whole = filled(3, 1, *size, o, dtype=torch.float16)
     conv(x, table, 1, torch.arange(3), tools.control(3, 132), whole, sms=3, **named)
     for slot in range(3):
@@ -111,19 +117,26 @@ SHAPE = st.tuples(
 @given(
     shapes=st.lists(SHAPE, min_size=1, max_size=4),
     stride=st.sampled_from([(1, 1), (1, 2)]),
+    groups=st.sampled_from([1, 2, 3]),
     cap=st.integers(1, 3),
     data=st.data(),
 )
 def test_slots_of_unequal_sizes(
-    shapes: list[tuple[int, int, int, int, int]], stride: tuple[int, int], cap: int, data: st.DataObject
+    shapes: list[tuple[int, int, int, int, int]],
+    stride: tuple[int, int],
+    groups: int,
+    cap: int,
+    data: st.DataObject,
 ) -> None:
     active = data.draw(st.integers(0, len(shapes)))
     torch.manual_seed(len(shapes))
+    shapes = [(n, h, w, c * groups, o * groups) for n, h, w, c, o in shapes]
     xs = [torch.randn(n, h, w, c) for n, h, w, c, _ in shapes]
-    weights = [torch.randn(o, 3, 3, c) / (9 * c) ** 0.5 for *_, c, o in shapes]
-    arena = torch.randn(len(shapes), 40)
+    weights = [torch.randn(o, 3, 3, c // groups) / (9 * c) ** 0.5 for *_, c, o in shapes]
+    arena = torch.randn(len(shapes), 120)
     shifts = [arena[slot, : shape[4]] for slot, shape in enumerate(shapes)]
-    want = reference.conv(xs, weights, stride=stride, padding=(1, 1), shifts=shifts, activation="hardswish")
+    geometry: dict[str, Any] = {"stride": stride, "padding": (1, 1), "groups": groups}
+    want = reference.conv(xs, weights, shifts=shifts, activation="hardswish", **geometry)
     x_offsets, out_offsets, x_end, out_end = [], [], 0, 0
     for each, result in zip(xs, want, strict=True):
         x_offsets.append(x_end)
@@ -133,7 +146,7 @@ def test_slots_of_unequal_sizes(
     x, out = torch.full((x_end,), float("nan")), torch.full((out_end,), 7.0)
     for offset, each in zip(x_offsets, xs, strict=True):
         x[offset : offset + each.numel()] = each.flatten()
-    geometry: dict[str, Any] = {"kernel": (3, 3), "stride": stride, "padding": (1, 1)}
+    geometry["kernel"] = (3, 3)
     conv(
         x, torch.tensor([[weight.data_ptr()] for weight in weights]), 0, torch.arange(len(shapes)),
         torch.tensor([active, cap], dtype=torch.int32), out, shift=Vector(arena, 0), activation="hardswish",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_mux.lowering.kernels import choose, reference
 from torch_mux.lowering.kernels.conv import conv, conv_launch, conv_problems
 from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Vector
+from torch_mux.lowering.kernels.depthwise import depthwise
 from torch_mux.lowering.kernels.embedding import embedding
 from torch_mux.lowering.kernels.linear import linear, linear_launch, linear_problems
 from torch_mux.lowering.kernels.transport import gather, scatter
@@ -20,16 +21,27 @@ CUDA = torch.device("cuda")
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 
 LINEAR = [(1, 256, 1024), (8, 70, 72), (17, 48, 64), (197, 768, 768), (128, 3072, 100), (130, 33, 256)]
-# channels in, height and width, channels out, kernel, stride, padding, dilation
+# channels in, height and width, channels out, kernel, stride, padding, dilation, groups (1 if not given)
 CONV = [(3, 40, 64, 7, 2, 3, 1), (4, 40, 64, 7, 2, 3, 1), (16, 14, 24, 3, 1, 1, 1), (64, 14, 64, 3, 1, 1, 1),
         (96, 14, 96, 3, 2, 1, 1), (64, 15, 40, 3, 1, 2, 2), (128, 14, 256, 1, 2, 0, 1),
-        (64, 4, 128, 3, 1, 1, 1), (20, 9, 10, 5, 1, 2, 1)]  # fmt: skip
+        (64, 4, 128, 3, 1, 1, 1), (20, 9, 10, 5, 1, 2, 1), (256, 14, 256, 3, 1, 1, 1, 32),
+        (48, 15, 72, 3, 2, 1, 1, 3), (128, 9, 192, 3, 1, 2, 2, 2), (15, 9, 6, 3, 1, 1, 1, 3),
+        (64, 9, 32, 1, 1, 0, 1, 4)]  # fmt: skip
+DEPTHWISE = [
+    (96, 28, 96, 3, 1, 1, 1, 96),
+    (144, 15, 144, 5, 2, 2, 1, 144),
+    (70, 9, 70, 7, 1, 3, 1, 70),
+    (33, 12, 33, 3, 1, 2, 2, 33),
+    (24, 9, 72, 3, 1, 1, 1, 24),
+    (16, 20, 16, 11, 1, 5, 1, 16),
+]
 PRECISIONS = [(HALF, False), (BRAIN, False), (FULL, False), (FULL, True)]
 BUNDLED = [(HALF, False), (FULL, True)]
 LINEAR_TILES = [((8, 70, 72), HALF, False), ((197, 768, 768), HALF, False), ((130, 33, 256), BRAIN, False),
                 ((8, 70, 72), FULL, False), ((197, 768, 768), FULL, True)]  # fmt: skip
 CONV_TILES = [(CONV[0], HALF, False), (CONV[2], HALF, False), (CONV[3], HALF, False), (CONV[4], BRAIN, False),
-              (CONV[7], HALF, False), (CONV[3], FULL, False), (CONV[3], FULL, True)]  # fmt: skip
+              (CONV[7], HALF, False), (CONV[3], FULL, False), (CONV[3], FULL, True),
+              (CONV[9], HALF, False), (CONV[11], HALF, False)]  # fmt: skip
 
 
 def linear_case(tools: Any, slots: int, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
@@ -58,14 +70,20 @@ def run_linear(
 
 
 def conv_case(tools: Any, slots: int, layer: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    c, size, o, kernel, stride, padding, dilation = layer
+    c, size, o, kernel, stride, padding, dilation, groups = (*layer, 1)[:8]
     x = tools.guarded(torch.randn(slots, 1, size, size, c).to(dtype))
-    weights = [
-        tools.guarded((torch.randn(o, kernel, kernel, c) / (c * kernel**2) ** 0.5).to(dtype))
-        for _ in range(slots)
-    ]
+    fan = c // groups * kernel**2
+    shape = (kernel, kernel, o, 1) if 1 < groups == c else (o, kernel, kernel, c // groups)
+    weights = [tools.guarded((torch.randn(shape) / fan**0.5).to(dtype)) for _ in range(slots)]
+    if 1 < groups == c:
+        weights = [weight.permute(2, 0, 1, 3) for weight in weights]
     geometry = {"stride": (stride,) * 2, "padding": (padding,) * 2, "dilation": (dilation,) * 2}
-    return {"x": x, "weights": weights, "arena": torch.randn(slots, o, device=CUDA), "geometry": geometry}
+    return {
+        "x": x,
+        "weights": weights,
+        "arena": torch.randn(slots, o, device=CUDA),
+        "geometry": geometry | {"groups": groups},
+    }
 
 
 def run_conv(
@@ -98,7 +116,7 @@ def test_linear_matches_float64(
 
 
 @pytest.mark.parametrize(("dtype", "tf32"), PRECISIONS)
-@pytest.mark.parametrize("layer", CONV)
+@pytest.mark.parametrize("layer", CONV + DEPTHWISE)
 def test_conv_matches_float64(gpu_tools: Any, layer: tuple[int, ...], dtype: torch.dtype, tf32: bool) -> None:
     case = conv_case(gpu_tools, 3, layer, dtype)
     out = run_conv(gpu_tools, case, [0, 1, 2], 3, 132, allow_tf32=tf32)
@@ -158,7 +176,7 @@ def test_linear_bits_do_not_depend_on_bundle(
 
 
 @pytest.mark.parametrize(("dtype", "tf32"), BUNDLED)
-@pytest.mark.parametrize("layer", CONV)
+@pytest.mark.parametrize("layer", CONV + DEPTHWISE)
 def test_conv_bits_do_not_depend_on_bundle(
     gpu_tools: Any, layer: tuple[int, ...], dtype: torch.dtype, tf32: bool
 ) -> None:
@@ -184,7 +202,8 @@ def test_conv_bits_do_not_depend_on_tile(
     gpu_tools: Any, layer: tuple[int, ...], dtype: torch.dtype, tf32: bool
 ) -> None:
     case = conv_case(gpu_tools, 3, layer, dtype)
-    c, _, o, kernel = layer[:4]
+    groups = case["geometry"]["groups"]
+    c, o, kernel = layer[0] // groups, layer[2] // groups, layer[3]
     shape = run_conv(gpu_tools, case, [0], 1, 1, allow_tf32=tf32).shape
     sizes = [(shape[1] * shape[2] * shape[3], o, kernel**2 * c)]
     bit_class = choose.conv_class(sizes, [c], kernel**2, dtype, tf32)
@@ -194,6 +213,17 @@ def test_conv_bits_do_not_depend_on_tile(
         assert torch.equal(run_conv(gpu_tools, case, [0, 1, 2], 3, 132, allow_tf32=tf32, tile=tile), first), (
             tile
         )
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL])
+@pytest.mark.parametrize("layer", DEPTHWISE)
+def test_depthwise_bits_do_not_depend_on_tile(
+    gpu_tools: Any, layer: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    case = conv_case(gpu_tools, 3, layer, dtype)
+    first = run_conv(gpu_tools, case, [0, 1, 2], 3, 132)
+    for tile in choose.depthwise_candidates():
+        assert torch.equal(run_conv(gpu_tools, case, [0, 1, 2], 3, 132, tile=tile), first), tile
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL])
@@ -224,11 +254,17 @@ def test_ragged_linear_gives_the_bits_of_each_slot_alone(gpu_tools: Any, dtype: 
 
 
 @pytest.mark.parametrize("dtype", [HALF, FULL])
-def test_ragged_conv_gives_the_bits_of_each_slot_alone(gpu_tools: Any, dtype: torch.dtype) -> None:
-    shapes = [(1, 14, 14, 64, 64), (2, 7, 9, 128, 40), (1, 28, 20, 96, 128)]
-    geometry: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1)}
+@pytest.mark.parametrize("groups", [1, 4])
+def test_ragged_conv_gives_the_bits_of_each_slot_alone(
+    gpu_tools: Any, dtype: torch.dtype, groups: int
+) -> None:
+    shapes = [(1, 14, 14, 64 * groups, 64), (2, 7, 9, 128 * groups, 40), (1, 28, 20, 96 * groups, 128)]
+    geometry: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1), "groups": groups}
     xs = [torch.randn(n, h, w, c).to(dtype) for n, h, w, c, _ in shapes]
-    weights = [gpu_tools.guarded((torch.randn(o, 3, 3, c) / (9 * c) ** 0.5).to(dtype)) for *_, c, o in shapes]
+    weights = [
+        gpu_tools.guarded((torch.randn(o, 3, 3, c // groups) / (9 * c / groups) ** 0.5).to(dtype))
+        for *_, c, o in shapes
+    ]
     x, x_offsets = gpu_tools.pack(xs, dtype)
     like = [torch.full((n, h, w, o), 7.0) for n, h, w, _, o in shapes]
     out, out_offsets = gpu_tools.pack(like, dtype)
@@ -246,6 +282,24 @@ def test_ragged_conv_gives_the_bits_of_each_slot_alone(gpu_tools: Any, dtype: to
             alone,
             **geometry,
         )
+        assert torch.equal(got, alone[0])
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+def test_ragged_depthwise_gives_the_bits_of_each_slot_alone(gpu_tools: Any, dtype: torch.dtype) -> None:
+    shapes = [(1, 14, 14, 64, 64), (2, 7, 9, 40, 40), (1, 28, 20, 99, 99)]
+    geometry: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1)}
+    xs = [torch.randn(shape[:4]).to(dtype) for shape in shapes]
+    weights = [gpu_tools.guarded(torch.randn(3, 3, shape[4]).to(dtype)) for shape in shapes]
+    x, x_offsets = gpu_tools.pack(xs, dtype)
+    out, out_offsets = gpu_tools.pack([torch.full(each.shape, 7.0) for each in xs], dtype)
+    table, rows = gpu_tools.table(weights), torch.arange(3, device=CUDA)
+    problems = conv_problems(shapes, x_offsets, out_offsets, CUDA, **geometry)
+    depthwise(x, table, 1, rows, gpu_tools.control(3, 5), out, problems=problems, **geometry)
+    for slot, got in enumerate(gpu_tools.unpack(out, out_offsets, xs)):
+        alone = torch.empty(1, *xs[slot].shape, dtype=dtype, device=CUDA)
+        control = gpu_tools.control(1, 132)
+        depthwise(xs[slot][None].to(CUDA), table, 1, rows[slot : slot + 1], control, alone, **geometry)
         assert torch.equal(got, alone[0])
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from torch_mux.lowering.kernels import choose
 from torch_mux.lowering.kernels.common import Launch
 from torch_mux.lowering.kernels.conv import conv_launch, conv_problems
 from torch_mux.lowering.kernels.data import Tile, Vector
+from torch_mux.lowering.kernels.depthwise import depthwise_launch
 from torch_mux.lowering.kernels.embedding import embedding_launch
 from torch_mux.lowering.kernels.inspection import compile_launch
 from torch_mux.lowering.kernels.linear import linear_launch, linear_problems
@@ -33,6 +35,7 @@ def linear_of(slots: int, m: int, n: int, k: int, dtype: torch.dtype, **named: A
 def conv_of(
     slots: int, c: int, size: int, o: int, kernel: int, stride: int, dtype: torch.dtype, **named: Any
 ) -> Launch:
+    """Grouped with ``groups`` among ``named``."""
     out_size = (size - 1) // stride + 1
     x = torch.empty(slots, 1, size, size, c, dtype=dtype)
     out = torch.empty(slots, 1, out_size, out_size, o, dtype=dtype)
@@ -82,6 +85,9 @@ WGMMA = {
     "conv 1x1 strided": lambda: conv_of(16, 256, 56, 512, 1, 2, HALF),
     "conv 3x3 of 16 channels": lambda: conv_of(16, 16, 32, 32, 3, 1, HALF),
     "conv, ragged": ragged_conv,
+    "conv 3x3, 32 groups of 8": lambda: conv_of(16, 256, 28, 256, 3, 1, HALF, groups=32),
+    "conv 3x3, 7 groups of 24": lambda: conv_of(4, 168, 28, 168, 3, 2, BRAIN, groups=7),
+    "conv 3x3, 2 groups of 64": lambda: conv_of(16, 128, 28, 128, 3, 1, HALF, groups=2),
 }
 
 
@@ -93,7 +99,9 @@ def test_tensor_cores_fed_asynchronously(name: str) -> None:
     assert found.registers <= 255
     assert found.wgmma > 0
     assert found.cp_async >= 2 * launch.tile.stages
-    assert found.cp_async_bytes == 16
+    narrowest = launch.tile.block_k * min(launch.tile.block_m, launch.tile.block_n)
+    itemsize = launch.arguments["out"].dtype.itemsize
+    assert found.cp_async_bytes == min(16, narrowest * itemsize // (32 * launch.tile.warps))
     assert found.programs_per_sm >= launch.tile.programs_per_sm
     assert ("griddepcontrol.wait" in found.ptx) == launch.pdl
 
@@ -126,6 +134,46 @@ def test_stem(channels: int, width: int) -> None:
     assert found.wgmma > 0
     assert found.cp_async_bytes == width
     assert found.programs_per_sm >= launch.tile.programs_per_sm
+
+
+def depthwise_of(c: int, kernel: int, dtype: torch.dtype, multiplier: int = 1, **named: Any) -> Launch:
+    x = torch.empty(16, 1, 28, 28, c, dtype=dtype)
+    out = torch.empty(16, 1, 28, 28, c * multiplier, dtype=dtype)
+    return depthwise_launch(
+        x, TABLE, 1, ROWS, CONTROL, out, kernel=(kernel, kernel), padding=(kernel // 2, kernel // 2),
+        scale=Vector(ARENA, 0), shift=Vector(ARENA, 4096), residual=out, sms=132,
+        **{"activation": "gelu_tanh", **named},
+    )  # fmt: skip
+
+
+WIDE, SMALL = choose.depthwise_candidates()[0], choose.depthwise_candidates()[3]
+DEPTHWISE = {
+    "3x3": lambda: depthwise_of(96, 3, HALF, tile=WIDE),
+    "7x7": lambda: depthwise_of(96, 7, BRAIN, tile=WIDE, activation="gelu"),
+    "7x7, small tile": lambda: depthwise_of(96, 7, HALF, tile=SMALL),
+    "31x31, small tile": lambda: depthwise_of(96, 31, HALF, tile=SMALL),
+    "fp32": lambda: depthwise_of(96, 5, FULL, tile=WIDE),
+    "fp32, small tile": lambda: depthwise_of(96, 5, FULL, tile=SMALL, pdl=True),
+}
+
+
+@pytest.mark.parametrize("name", list(DEPTHWISE))
+def test_depthwise_loads_whole_words_and_exchanges_nothing(name: str) -> None:
+    launch = DEPTHWISE[name]()
+    found = compile_launch(launch)
+    assert (found.stack, found.shared, found.mma, found.wgmma) == (0, 0, 0, 0)
+    assert found.ptx.count("bar.sync") == 0
+    assert "ld.global.v4" in found.ptx and "st.global.v4" in found.ptx
+    assert found.programs_per_sm >= launch.tile.programs_per_sm
+    assert ("griddepcontrol.wait" in found.ptx) == launch.pdl
+
+
+@pytest.mark.parametrize(("channels", "multiplier"), [(98, 1), (99, 1), (96, 2)])
+def test_depthwise_of_narrow_loads_fits(channels: int, multiplier: int) -> None:
+    launch = depthwise_of(channels, 3, HALF, multiplier)
+    found = compile_launch(launch)
+    assert found.stack == 0
+    assert found.programs_per_sm >= launch.tile.programs_per_sm == 4
 
 
 def test_few_rows_use_the_tensor_cores_of_a_warp() -> None:

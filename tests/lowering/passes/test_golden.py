@@ -40,21 +40,23 @@ def test_residual_block(program_of: Callable[..., Any], lowered: Callable[[Any],
     assert_expected_inline(
         _text(module),
         """\
-clone_default = aten.clone(arg2_1)
+permute_default = aten.permute(arg2_1, [0, 2, 3, 1])
+clone_default = aten.clone(permute_default)
+permute_default_1 = aten.permute(clone_default, [0, 3, 1, 2])
 add_scalar = aten.add.Scalar(arg6_1, 1e-05)
 rsqrt_default = aten.rsqrt(add_scalar)
 mul_tensor = aten.mul.Tensor(rsqrt_default, arg3_1)
 neg_default = aten.neg(arg5_1)
 mul_tensor_1 = aten.mul.Tensor(neg_default, mul_tensor)
 add_tensor = aten.add.Tensor(mul_tensor_1, arg4_1)
-convolution_default_4 = mux.convolution(arg0_1, arg1_1, mul_tensor, add_tensor, None, [1, 1], [0, 0], [1, 1], relu)
+convolution_default_4 = mux.convolution(arg0_1, arg1_1, mul_tensor, add_tensor, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, relu)
 add_scalar_1 = aten.add.Scalar(arg10_1, 1e-05)
 rsqrt_default_1 = aten.rsqrt(add_scalar_1)
 mul_tensor_2 = aten.mul.Tensor(rsqrt_default_1, arg7_1)
 neg_default_1 = aten.neg(arg9_1)
 mul_tensor_3 = aten.mul.Tensor(neg_default_1, mul_tensor_2)
 add_tensor_1 = aten.add.Tensor(mul_tensor_3, arg8_1)
-convolution_default_6 = mux.convolution(convolution_default_4, clone_default, mul_tensor_2, add_tensor_1, arg0_1, [1, 1], [1, 1], [1, 1], relu)
+convolution_default_6 = mux.convolution(convolution_default_4, permute_default_1, mul_tensor_2, add_tensor_1, arg0_1, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, relu)
 return convolution_default_6""",
     )
 

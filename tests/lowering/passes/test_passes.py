@@ -40,6 +40,9 @@ def _batch_norm(x: Tensor, w: Tensor, b: Tensor, m: Tensor, v: Tensor) -> Tensor
     return F.batch_norm(x, m, v.abs(), w, b)
 
 
+#: A weight copied to another memory order.
+RELAID = ["aten.permute.default", "aten.clone.default", "aten.permute.default"]
+
 CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[tuple[int, ...]], list[str]]] = {
     "canonicalise_drops_copies": (
         lambda x: F.dropout(x, 0.5, False).detach().clone() + 1,
@@ -61,7 +64,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[tuple[int
         lambda x, w, b: F.conv2d(x, w, b, padding=1),
         [(2, 3, 5, 5)],
         [(4, 3, 3, 3), (4,)],
-        ["aten.clone.default", "mux.convolution.default"],
+        [*RELAID, "mux.convolution.default"],
     ),
     "pointwise_convolution_needs_no_copy": (
         lambda x, w: F.conv2d(x, w),
@@ -69,11 +72,53 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[tuple[int
         [(4, 3, 1, 1)],
         ["mux.convolution.default"],
     ),
-    "grouped_convolution_stays": (
+    "grouped_convolution": (
         lambda x, w: F.conv2d(x, w, groups=2),
         [(2, 4, 5, 5)],
         [(4, 2, 3, 3)],
+        [*RELAID, "mux.convolution.default"],
+    ),
+    "depthwise_convolution": (
+        lambda x, w: F.conv2d(x, w, groups=4),
+        [(2, 4, 5, 5)],
+        [(8, 1, 3, 3)],
+        [*RELAID, "mux.convolution.default"],
+    ),
+    "three_dimensional_convolution_stays": (
+        lambda x, w: F.conv3d(x, w),
+        [(2, 4, 5, 5, 5)],
+        [(4, 4, 3, 3, 3)],
         ["aten.convolution.default"],
+    ),
+    "one_dimension_becomes_two": (
+        lambda x, w, b: F.relu(F.conv1d(x, w, b)),
+        [(2, 4, 7)],
+        [(4, 4, 3), (4,)],
+        [
+            "aten.unsqueeze.default",
+            "aten.unsqueeze.default",
+            *RELAID,
+            "mux.convolution.default",
+            "aten.squeeze.dim",
+        ],
+    ),
+    "transposed_over_whole_pixels_becomes_pointwise": (
+        lambda x, w, b: F.relu(F.conv_transpose2d(x, w, b, stride=2)),
+        [(2, 4, 3, 5)],
+        [(4, 3, 2, 2), (3,)],
+        [
+            "aten.reshape.default",
+            "aten.permute.default",
+            "aten.reshape.default",
+            *RELAID,
+            "aten.unsqueeze.default",
+            "aten.expand.default",
+            "aten.reshape.default",
+            "mux.convolution.default",
+            "aten.reshape.default",
+            "aten.permute.default",
+            "aten.reshape.default",
+        ],
     ),
     "bias_after_product": (lambda x, w, b: x @ w.t() + b, [(3, 4)], [(5, 4), (5,)], ["mux.linear.default"]),
     "residual_and_activation": (
@@ -119,7 +164,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[tuple[int
         lambda x, w: F.conv2d(x, w, stride=3),
         [(2, 3, 8, 12)],
         [(5, 3, 4, 4)],
-        ["aten.clone.default", "mux.convolution.default"],
+        [*RELAID, "mux.convolution.default"],
     ),
     "kernel_read_twice_is_not_fused": (
         lambda x, w: (lambda y: F.relu(y) + y)(F.linear(x, w)),

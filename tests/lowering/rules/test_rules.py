@@ -26,6 +26,31 @@ class Case:
     exact: bool = field(default=True)
 
 
+# name, function, input, weights
+TRANSPOSED: tuple[tuple[Any, ...], ...] = (
+    ("up", lambda x, w, b: F.conv_transpose2d(x, w, b, 2), (2, 3, 4, 5), (3, 4, 2, 2), (4,)),
+    ("up_overlapping", lambda x, w, b: F.conv_transpose2d(x, w, b, 2, 1), (2, 3, 4, 5), (3, 4, 4, 4), (4,)),
+    ("up_odd", lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 1), (2, 3, 4, 5), (3, 4, 3, 3)),
+    (
+        "up_oblong",
+        lambda x, w: F.conv_transpose2d(x, w, None, (3, 2), (4, 0), (2, 1), 1, (1, 2)),
+        (2, 3, 4, 5),
+        (3, 4, 5, 2),
+    ),
+    ("up_sparse", lambda x, w: F.conv_transpose2d(x, w, None, 3), (2, 3, 4, 5), (3, 4, 2, 1)),
+    ("up_by_one", lambda x, w: F.conv_transpose2d(x, w, None, 1, 1), (2, 3, 4, 5), (3, 4, 3, 3)),
+    ("up_grouped", lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 0, 2), (2, 6, 4, 5), (6, 2, 4, 4)),
+    ("up_depthwise", lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 0, 6), (2, 6, 4, 5), (6, 1, 4, 4)),
+    ("up_1d", lambda x, w, b: F.conv_transpose1d(x, w, b, 4, 2), (2, 3, 9), (3, 4, 8), (4,)),
+    (
+        "up_residual",
+        lambda x, w, b: F.relu(F.conv_transpose2d(x, w, b, 2, 1, 1) + x.repeat(1, 1, 2, 2).flip(2)),
+        (2, 3, 4, 5),
+        (3, 3, 3, 3),
+        (3,),
+    ),
+)
+
 CASES = [
     # Element-wise.
     Case("add_rank", lambda x, y: x + y, ((2, 3, 4), (4,)), targets=("aten.add.Tensor",)),
@@ -161,6 +186,17 @@ CASES = [
         ((4, 3, 3, 3),),
         ("mux.slot_convolution.default",),
         False,
+    ),
+    *(
+        Case(name, function, (x,), weights, ("mux.slot_convolution.default",), False)
+        for name, function, x, *weights in (
+            ("depthwise", lambda x, w, b: F.conv2d(x, w, b, 2, 1, 1, 6), (2, 6, 7, 5), (6, 1, 3, 3), (6,)),
+            ("multiplier", lambda x, w: F.conv2d(x, w, None, 1, 2, 2, 6), (2, 6, 7, 5), (12, 1, 3, 3)),
+            ("grouped", lambda x, w, b: F.conv2d(x, w, b, 1, 1, 1, 2), (2, 6, 7, 5), (4, 3, 3, 3), (4,)),
+            ("conv1d", lambda x, w, b: F.conv1d(x, w, b, 2, 3, 2), (2, 6, 19), (4, 6, 3), (4,)),
+            ("conv1d_depthwise", lambda x, w: F.conv1d(x, w, None, 1, 3, 1, 6), (2, 6, 9), (6, 1, 7)),
+            *TRANSPOSED,
+        )
     ),
 ]
 
