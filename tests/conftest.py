@@ -20,6 +20,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
+def full_precision() -> Iterator[None]:
+    """Convolutions in true float32, as products are: answers are compared more closely than TF32 allows."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     """No compiled code, no instances and no settings are left over from another test."""
     yield

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from torch_mux.lowering.kernels import measured
-from torch_mux.lowering.kernels.data import BitClass, Family, Tile, family_of
+from torch_mux.lowering.kernels.data import BitClass, Family, Tile, family_of, precision_of
 from torch_mux.lowering.kernels.estimate import depthwise_seconds, kind_of, seconds
 
 __all__ = [
@@ -42,18 +42,24 @@ def _one(values: set[BitClass]) -> BitClass:
     return next(iter(values))
 
 
-def _class(size: tuple[int, int, int], dtype: torch.dtype, allow_tf32: bool, gather: bool) -> BitClass:
+def _class(
+    size: tuple[int, int, int], dtype: torch.dtype, allow_tf32: bool, channels: int | None, taps: int = 1
+) -> BitClass:
     """Few rows fill only a warp's instructions. Some more rows of a long reduction take them as well: one
     slot has too few wide tiles for the device, and with narrow ones it wins more (10 instead of 21 µs at 49
     pixels, 512 channels, K = 4608) than 16 slots lose (42 instead of 36 µs). With more columns or a shorter
     reduction it is the other way round.
     """
     m, n, k = size
-    if dtype == torch.float32 and not allow_tf32:
-        return BitClass(Family.FMA, gather=gather)
     few = m <= 16 or (m <= 64 and k >= max(2048, 4 * n))
-    precision = "tf32" if dtype == torch.float32 else "ieee"
-    return BitClass(Family.MMA if few else Family.WGMMA, gather=gather, precision=precision)
+    family, precision = Family.MMA if few else Family.WGMMA, precision_of(dtype, allow_tf32)
+    gather = channels is not None and taps > 1 and channels < 64
+    if precision != "tf32x3":
+        return BitClass(family, gather=gather, precision=precision)
+    step = _SPLIT[family][0].block_k
+    if channels is not None:
+        step = _step(step, [k if gather else channels])
+    return BitClass(family, gather=gather, precision=precision, step=step)
 
 
 def linear_class(sizes: Sizes, dtype: torch.dtype, allow_tf32: bool = False) -> BitClass:
@@ -65,7 +71,7 @@ def linear_class(sizes: Sizes, dtype: torch.dtype, allow_tf32: bool = False) -> 
     Raises:
         ValueError: slots of different classes.
     """
-    return _one({_class(size, dtype, allow_tf32, False) for size in set(sizes)})
+    return _one({_class(size, dtype, allow_tf32, None) for size in set(sizes)})
 
 
 def conv_class(
@@ -82,7 +88,7 @@ def conv_class(
         ValueError: slots of different classes.
     """
     pairs = set(zip(sizes, channels, strict=True))
-    return _one({_class(size, dtype, allow_tf32, taps > 1 and count < 64) for size, count in pairs})
+    return _one({_class(size, dtype, allow_tf32, count, taps) for size, count in pairs})
 
 
 # Programs a multiprocessor are those that fit, so that a cap in multiprocessors is kept. What is not lean
@@ -108,15 +114,21 @@ _MMA = (
     Tile(16, 64, 128, 4, 4, 2),
     Tile(16, 128, 64, 4, 4, 2),
 )
-_FMA = (
-    Tile(64, 64, 16, 8, 3, 2),
-    Tile(32, 64, 16, 4, 3, 4),
-    Tile(32, 32, 16, 4, 3, 4),
-    Tile(16, 32, 32, 4, 3, 4),
-    Tile(16, 16, 64, 4, 3, 4),
-)
-
-
+#: Of true float32. All of a family step alike: what a step adds up is rounded before the next one.
+_SPLIT = {
+    Family.WGMMA: (
+        Tile(64, 64, 32, 4, 3, 2),
+        Tile(64, 32, 32, 4, 3, 2),
+        Tile(128, 64, 32, 8, 3, 1),
+        Tile(128, 128, 32, 8, 3, 1),
+    ),
+    Family.MMA: (
+        Tile(16, 16, 64, 4, 3, 2),
+        Tile(16, 32, 64, 4, 3, 2),
+        Tile(16, 32, 64, 4, 4, 2),
+        Tile(16, 64, 64, 4, 3, 2),
+    ),
+}
 _GATHER = (
     Tile(128, 64, 32, 4, 3, 3),
     Tile(64, 64, 64, 4, 4, 3),
@@ -143,16 +155,18 @@ def candidates(
         wide: loads are of 16 bytes, but for gathered pixels. If not, a thread may need all of the 255
             registers that it can have: eight warps of such threads fit.
     """
-    base: tuple[Tile, ...] = {Family.WGMMA: _WGMMA, Family.MMA: _MMA, Family.FMA: _FMA}[bit_class.family]
+    base: tuple[Tile, ...] = _WGMMA if bit_class.family is Family.WGMMA else _MMA
     if bit_class.family is Family.WGMMA and lean:
         base += _LEAN
     if bit_class.gather and bit_class.family is Family.WGMMA:
         base = _NARROW if narrow else _GATHER
+    if bit_class.step:
+        base = tuple(replace(each, block_k=bit_class.step) for each in _SPLIT[bit_class.family])
+    elif dtype == torch.float32:
+        base = tuple(replace(each, block_k=max(16, each.block_k // 2)) for each in base)
     if bit_class.swap:
         base = tuple(replace(each, block_m=each.block_n, block_n=each.block_m) for each in base)
-    if dtype == torch.float32 and bit_class.family is not Family.FMA:
-        base = tuple(replace(each, block_k=max(16, each.block_k // 2)) for each in base)
-        wide = False
+    wide = wide and dtype != torch.float32
     if not wide:
         base = tuple(
             replace(each, programs_per_sm=min(each.programs_per_sm, 8 // each.warps))
@@ -162,10 +176,11 @@ def candidates(
     return tuple(dict.fromkeys(base))
 
 
-def check(chosen: Tile, bit_class: BitClass, dtype: torch.dtype) -> None:
+def check(chosen: Tile, bit_class: BitClass) -> None:
     """Raises ValueError where ``chosen`` would give other bits than ``bit_class`` promises."""
-    family = family_of(chosen, dtype, bit_class.swap, bit_class.precision)
-    if family is not bit_class.family or chosen.block_k % 16:
+    family = family_of(chosen, bit_class.swap)
+    steps = chosen.block_k % 16 == 0 and bit_class.step in (0, chosen.block_k)
+    if family is not bit_class.family or not steps:
         raise ValueError(f"{chosen} multiplies with {family.value}, outside {bit_class}")
 
 
@@ -174,11 +189,10 @@ def tiles_of(sizes: Sizes, chosen: Tile) -> int:
     return sum(-(-m // chosen.block_m) * -(-n // chosen.block_n) for m, n, _ in sizes)
 
 
-def _fitting(tile: Tile, reduction: Sequence[int]) -> Tile:
-    """``tile`` with steps that do not reach far beyond the channels of a tap."""
-    steps = (step for step in (tile.block_k, tile.block_k // 2, tile.block_k // 4) if step >= 16)
-    best = min(steps, key=lambda step: max(-(-c // step) * (step + _STEP_EXTRA) for c in reduction))
-    return replace(tile, block_k=best)
+def _step(longest: int, reduction: Sequence[int]) -> int:
+    """``longest``, its half or its quarter: what reaches least far beyond the channels of a tap."""
+    steps = (step for step in (longest, longest // 2, longest // 4) if step >= 16)
+    return min(steps, key=lambda step: max(-(-c // step) * (step + _STEP_EXTRA) for c in reduction))
 
 
 @lru_cache(maxsize=4096)
@@ -193,9 +207,10 @@ def _best(
     table: measured.Table,
 ) -> Tile:
     found = candidates(bit_class, dtype, kind_of(bit_class, channels) == "narrow", lean, wide)
-    if channels:
+    if channels and not bit_class.step:
         reduction = [k for _, _, k in sizes] if bit_class.gather else channels
-        found = tuple(dict.fromkeys(_fitting(each, reduction) for each in found))
+        fitting = (replace(each, block_k=_step(each.block_k, reduction)) for each in found)
+        found = tuple(dict.fromkeys(fitting))
     entry = None
     if len(set(sizes)) == 1 and dtype.itemsize == 2 and wide:
         entry = table.nearest(bit_class, sizes[0], channels[0] if channels else None, len(sizes), sms)

@@ -27,7 +27,6 @@ __all__ = [
     "epilogue",
     "find_slot",
     "multiprocessors",
-    "precision_of",
     "tile_ends",
     "tile_origin",
     "vector_arguments",
@@ -191,11 +190,6 @@ def multiprocessors(device: torch.device) -> int:
 def divisor(*sizes: int) -> int:
     """The largest power of two up to 16 that divides all ``sizes``."""
     return math.gcd(16, *sizes)
-
-
-def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:
-    """What operands of ``dtype`` are multiplied in: ``"tf32"`` only for fp32 and where allowed."""
-    return "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
 
 
 def vector_arguments(name: str, vector: Vector | None) -> dict[str, Any]:

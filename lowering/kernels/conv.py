@@ -12,7 +12,6 @@ from torch_mux.lowering.kernels.common import (
     Launch,
     check_operands,
     multiprocessors,
-    precision_of,
     vector_arguments,
 )
 from torch_mux.lowering.kernels.conv_kernel import conv_kernel
@@ -76,7 +75,7 @@ def conv_launch(
         divided = min(16 if bit_class.gather else named["C_DIV"], named["DATA_DIV"] if problems else 16)
         wide = aligned and divided * x.dtype.itemsize >= 16
         tile = choose.conv_tile(sizes, channels, x.dtype, bit_class, sms, wide=wide)
-    choose.check(tile, bit_class, x.dtype)
+    choose.check(tile, bit_class)
     reduction = [taps * c for c in channels] if bit_class.gather else channels
     arguments = {
         "x": x, "table": table, "rows": rows, "control": control, "out": out, "residual": residual,
@@ -88,7 +87,7 @@ def conv_launch(
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": 8,
         "PROGRAMS_PER_SM": tile.programs_per_sm, "GATHER": bit_class.gather, "ALIGNED": aligned,
         "EVEN_K": all(c % tile.block_k == 0 for c in reduction),
-        "SWAP": bit_class.swap, "PRECISION": precision_of(x.dtype, allow_tf32),
+        "SWAP": bit_class.swap, "PRECISION": bit_class.precision,
         "ACTIVATION": Activation(activation).value, "PDL": pdl,
     }  # fmt: skip
     grid = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)

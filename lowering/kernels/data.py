@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-__all__ = ["Activation", "BitClass", "Family", "Problems", "Tile", "Vector", "family_of"]
+__all__ = ["Activation", "BitClass", "Family", "Problems", "Tile", "Vector", "family_of", "precision_of"]
 
 
 class Activation(str, Enum):
@@ -26,11 +26,10 @@ class Activation(str, Enum):
 
 
 class Family(str, Enum):
-    """The instructions that multiply: asynchronous tensor cores, tensor cores of a warp, or plain FMA."""
+    """The instructions that multiply: asynchronous tensor cores, or tensor cores of a warp."""
 
     WGMMA = "wgmma"
     MMA = "mma"
-    FMA = "fma"
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,16 @@ class BitClass:
         family: the multiplying instructions.
         swap: weights on the M side of the instruction and pixels on the N side.
         gather: the K axis of a convolution is flattened over taps and channels instead of tap by tap.
-        precision: ``"ieee"`` or ``"tf32"``, what fp32 operands are multiplied in.
+        precision: see :func:`precision_of`.
+        step: elements of the reduction that are summed before the sum is rounded, 0 where any number gives
+            the same bits.
     """
 
     family: Family
     swap: bool = False
     gather: bool = False
     precision: str = "ieee"
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,21 @@ class Tile:
     programs_per_sm: int
 
 
-def family_of(tile: Tile, dtype: torch.dtype, swap: bool, precision: str) -> Family:
-    """The instructions that Triton picks on compute capability 9 for ``tile`` and operands of ``dtype``."""
-    if dtype == torch.float32 and precision != "tf32":
-        return Family.FMA
+def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:
+    """How Triton is to multiply operands of ``dtype``.
+
+    True fp32 is ``"tf32x3"``: an operand is split into two TF32 numbers, three products make up for the
+    rounding of one, and every step's sum is added in fp32, since tensor cores truncate. The error is that of
+    fp32 arithmetic (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while
+    surpassing the FP32 theoretical peak performance", 2022); plain FMA took 4 to 7 times as long.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if allow_tf32 else "tf32x3"
+
+
+def family_of(tile: Tile, swap: bool) -> Family:
+    """The instructions that Triton picks on compute capability 9 for ``tile``."""
     tall, wide = (tile.block_n, tile.block_m) if swap else (tile.block_m, tile.block_n)
     if tall % 64 == 0 and wide % 8 == 0 and tile.warps % 4 == 0:
         return Family.WGMMA

@@ -8,7 +8,6 @@ over ``docs/benchmarks/kernels-h100.json``; ``python -m torch_mux.bench.table`` 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +58,7 @@ _MMA = Rates(
     start=2.1e-6, latency=0.4e-6, begin=1.63e-6, load=170e9, store=7.7e-12, memory=4.4e12,
     line=0.031e-9, flops=2.2e12,
 )  # fmt: skip
-#: By what :func:`kind_of` says. FMA was never measured: it has the arithmetic of plain cores.
+#: By what :func:`kind_of` says. Plain cores (``"fma"``) multiply depthwise convolutions; not fitted.
 RATES = {
     "wgmma": _WGMMA,
     "mma": _MMA,
@@ -86,12 +85,10 @@ def _steps(k: int, channels: int | None, gather: bool, block_k: int) -> int:
     return k // channels * -(-channels // block_k)
 
 
-def _math(tile: Tile, dtype: torch.dtype, family: Family, rates: Rates) -> float:
-    """Seconds of one step's arithmetic."""
+def _math(tile: Tile, precision: str, rates: Rates) -> float:
+    """Seconds of one step's arithmetic: TF32 has half the rate, and true fp32 takes three products."""
     whole = 2.0 * tile.block_m * tile.block_n * tile.block_k / rates.flops
-    if family is Family.FMA:  # a thread with a square of a sums reads 2 √a operands for a operations
-        return whole * (1.0 + 2.0 / math.sqrt(tile.block_m * tile.block_n / (32 * tile.warps)))
-    return whole * (2.0 if dtype == torch.float32 else 1.0)
+    return whole * {"ieee": 1.0, "tf32": 2.0, "tf32x3": 6.0}[precision]
 
 
 def seconds(
@@ -117,7 +114,7 @@ def seconds(
     width = dtype.itemsize
     depth = 1 if kind == "narrow" else max(1, tile.stages - 1)
     loads = (tile.block_m + tile.block_n) * tile.block_k * width / rates.load
-    step = max(loads, _math(tile, dtype, bit_class.family, rates))
+    step = max(loads, _math(tile, bit_class.precision, rates))
     step += rates.address * tile.block_m * tile.block_k
     store = rates.store * tile.block_m * tile.block_n * width
     widths: Sequence[int | None] = channels if channels else [None] * len(sizes)

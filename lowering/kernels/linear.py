@@ -22,7 +22,6 @@ from torch_mux.lowering.kernels.common import (
     epilogue,
     find_slot,
     multiprocessors,
-    precision_of,
     tile_ends,
     tile_origin,
     vector_arguments,
@@ -257,7 +256,7 @@ def linear_launch(
         divided = min(named["K_DIV"], named["STRIDE_DIV"], 16 if problems is None else named["DATA_DIV"])
         wide = aligned and divided * x.dtype.itemsize >= 16
         tile = choose.tile(sizes, x.dtype, bit_class, sms, lean=k_major, wide=wide)
-    choose.check(tile, bit_class, x.dtype)
+    choose.check(tile, bit_class)
     tiles = choose.tiles_of(sizes, tile)
     arguments = {
         "x": x, "table": table, "rows": rows, "control": control, "out": out, "residual": residual,
@@ -267,7 +266,7 @@ def linear_launch(
         "PROGRAMS_PER_SM": tile.programs_per_sm, "K_MAJOR": k_major, "ALIGNED": aligned,
         "EVEN_N": all(nn % tile.block_n == 0 for _, nn, _ in sizes),
         "EVEN_K": all(kk % tile.block_k == 0 for _, _, kk in sizes),
-        "SWAP": bit_class.swap, "PRECISION": precision_of(x.dtype, allow_tf32),
+        "SWAP": bit_class.swap, "PRECISION": bit_class.precision,
         "ACTIVATION": Activation(activation).value, "PDL": pdl,
     }  # fmt: skip
     return Launch(linear_kernel, min(tiles, sms * tile.programs_per_sm), arguments, tile, x.device, pdl)

@@ -28,7 +28,7 @@ def test_every_candidate_is_of_its_class_and_the_chosen_one_is_timed() -> None:
             found = kernels.candidates(layer, bit_class, chosen)
             assert 1 <= len(found) <= 16
             for tile in found:
-                choose.check(tile, bit_class, torch.float16)
+                choose.check(tile, bit_class)
 
 
 def test_few_rows_are_timed_in_every_class() -> None:

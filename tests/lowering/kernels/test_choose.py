@@ -33,8 +33,8 @@ def test_no_number_of_slots_changes_the_class(m: int, n: int, k: int, slots: int
             alone = choose.linear_class([(m, n, k)], dtype, tf32)
             assert choose.linear_class([(m, n, k)] * slots, dtype, tf32) == alone
             tile = choose.tile([(m, n, k)] * slots, dtype, alone, sms)
-            choose.check(tile, alone, dtype)
-            assert family_of(tile, dtype, alone.swap, alone.precision) is alone.family
+            choose.check(tile, alone)
+            assert family_of(tile, alone.swap) is alone.family
 
 
 @given(
@@ -46,14 +46,20 @@ def test_convolutions_as_well(m: int, channels: int, taps: int, slots: int) -> N
     assert choose.conv_class(sizes * slots, [channels] * slots, taps, HALF, False) == alone
     assert alone.gather == (taps > 1 and channels < 64)
     tile = choose.conv_tile(sizes * slots, [channels] * slots, HALF, alone, 132)
-    choose.check(tile, alone, HALF)
+    choose.check(tile, alone)
     assert tile.block_k % 16 == 0
 
 
 def test_classes() -> None:
     assert choose.linear_class([(16, 64, 64)], HALF).family is Family.MMA
     assert choose.linear_class([(17, 64, 64)], HALF).family is Family.WGMMA
-    assert choose.linear_class([(17, 64, 64)], torch.float32) == BitClass(Family.FMA)
+    assert choose.linear_class([(17, 64, 64)], torch.float32) == BitClass(
+        Family.WGMMA, precision="tf32x3", step=32
+    )
+    assert choose.conv_class([(784, 64, 144)], [16], 9, torch.float32, False).step == 32
+    assert choose.conv_class([(784, 64, 16)], [16], 1, torch.float32, False).step == 16
+    with pytest.raises(ValueError, match="share a bit class"):
+        choose.conv_class([(784, 64, 16), (784, 64, 64)], [16, 64], 1, torch.float32, False)
     assert choose.linear_class([(17, 64, 64)], torch.float32, True) == BitClass(
         Family.WGMMA, precision="tf32"
     )
@@ -65,34 +71,37 @@ def test_classes() -> None:
 
 
 def test_family_follows_the_tall_side() -> None:
-    assert family_of(Tile(64, 32, 64, 4, 3, 1), HALF, False, "ieee") is Family.WGMMA
-    assert family_of(Tile(32, 64, 64, 4, 3, 1), HALF, False, "ieee") is Family.MMA
-    assert family_of(Tile(32, 64, 64, 4, 3, 1), HALF, True, "ieee") is Family.WGMMA
-    assert family_of(Tile(64, 64, 64, 2, 3, 1), HALF, False, "ieee") is Family.MMA
-    assert family_of(Tile(64, 64, 16, 4, 3, 1), torch.float32, False, "ieee") is Family.FMA
+    assert family_of(Tile(64, 32, 64, 4, 3, 1), False) is Family.WGMMA
+    assert family_of(Tile(32, 64, 64, 4, 3, 1), False) is Family.MMA
+    assert family_of(Tile(32, 64, 64, 4, 3, 1), True) is Family.WGMMA
+    assert family_of(Tile(64, 64, 64, 2, 3, 1), False) is Family.MMA
 
 
 def test_a_tile_outside_the_class_is_refused() -> None:
     wgmma = BitClass(Family.WGMMA)
     with pytest.raises(ValueError, match="outside"):
-        choose.check(Tile(32, 64, 64, 4, 3, 1), wgmma, HALF)
+        choose.check(Tile(32, 64, 64, 4, 3, 1), wgmma)
     with pytest.raises(ValueError, match="outside"):
-        choose.check(Tile(64, 64, 24, 4, 3, 1), wgmma, HALF)
+        choose.check(Tile(64, 64, 24, 4, 3, 1), wgmma)
+    with pytest.raises(ValueError, match="outside"):  # another step rounds at other places
+        choose.check(Tile(64, 64, 64, 4, 3, 1), replace(wgmma, precision="tf32x3", step=32))
+
+
+CLASSES = [(HALF, "ieee", 0), (torch.float32, "tf32", 0), (torch.float32, "tf32x3", 32)]
 
 
 @pytest.mark.parametrize("family", list(Family))
 @pytest.mark.parametrize("swap", [False, True])
-@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize(("dtype", "precision", "step"), CLASSES)
 @pytest.mark.parametrize("lean", [False, True])
-def test_every_candidate_is_of_its_class(family: Family, swap: bool, dtype: torch.dtype, lean: bool) -> None:
-    precision = "tf32" if dtype == torch.float32 and family is not Family.FMA else "ieee"
-    if family is Family.FMA:
-        dtype = torch.float32
-    bit_class = BitClass(family, swap, precision=precision)
+def test_every_candidate_is_of_its_class(
+    family: Family, swap: bool, dtype: torch.dtype, precision: str, step: int, lean: bool
+) -> None:
+    bit_class = BitClass(family, swap, precision=precision, step=step)
     found = choose.candidates(bit_class, dtype, lean=lean)
     assert len(set(found)) == len(found) >= 4
     for tile in found:
-        choose.check(tile, bit_class, dtype)
+        choose.check(tile, bit_class)
 
 
 def test_one_slot_spreads_and_many_slots_use_large_tiles() -> None:
@@ -154,8 +163,9 @@ def test_fewer_programs_where_registers_may_run_out() -> None:
     lean, other = choose.candidates(own, HALF), choose.candidates(own, HALF, lean=False)
     assert set(other) < set(lean)
     assert max(each.programs_per_sm for each in other) == 4
-    for family, dtype in ((Family.WGMMA, HALF), (Family.MMA, HALF), (Family.FMA, torch.float32)):
-        for tile in choose.candidates(BitClass(family), dtype, wide=False):
+    split = BitClass(Family.WGMMA, precision="tf32x3", step=32)
+    for bit_class, dtype in ((own, HALF), (BitClass(Family.MMA), HALF), (split, torch.float32)):
+        for tile in choose.candidates(bit_class, dtype, wide=False):
             assert tile.programs_per_sm * tile.warps * 32 * 255 <= 65536
 
 

@@ -151,7 +151,7 @@ def test_slots_of_unequal_sizes(
         x, torch.tensor([[weight.data_ptr()] for weight in weights]), 0, torch.arange(len(shapes)),
         torch.tensor([active, cap], dtype=torch.int32), out, shift=Vector(arena, 0), activation="hardswish",
         problems=conv_problems(shapes, x_offsets, out_offsets, CPU, **geometry), sms=2,
-        bit_class=BitClass(Family.FMA, gather=True), **geometry,
+        bit_class=BitClass(Family.WGMMA, gather=True, precision="tf32x3", step=32), **geometry,
     )  # fmt: skip
     written = torch.zeros(out_end, dtype=torch.bool)
     for at, result in zip(out_offsets[:active], want, strict=False):

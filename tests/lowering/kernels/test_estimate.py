@@ -52,7 +52,7 @@ def test_kinds() -> None:
     gather = BitClass(Family.WGMMA, gather=True)
     assert kind_of(WGMMA) == kind_of(WGMMA, [3]) == "wgmma"
     assert (kind_of(gather, [4, 8]), kind_of(gather, [4, 3])) == ("gather", "narrow")
-    assert (kind_of(BitClass(Family.MMA)), kind_of(BitClass(Family.FMA, gather=True), [3])) == ("mma", "fma")
+    assert kind_of(BitClass(Family.MMA)) == kind_of(BitClass(Family.MMA, gather=True), [3]) == "mma"
 
 
 def test_unequal_slots_lie_between_equal_ones() -> None:
@@ -70,6 +70,8 @@ def test_nothing_to_do_costs_a_launch() -> None:
 
 def test_fp32_takes_longer() -> None:
     sizes = [(512, 512, 512)] * 16
-    half, full = (seconds(sizes, TILE, dtype, WGMMA, 132) for dtype in (HALF, torch.float32))
-    plain = seconds(sizes, TILE, torch.float32, BitClass(Family.FMA), 132)
-    assert half < full < plain
+    half, *full = (
+        seconds(sizes, TILE, dtype, BitClass(Family.WGMMA, precision=precision), 132)
+        for dtype, precision in ((HALF, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"))
+    )
+    assert half < full[0] < full[1]

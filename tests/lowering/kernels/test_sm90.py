@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch_mux.lowering.kernels import choose
 from torch_mux.lowering.kernels.common import Launch
 from torch_mux.lowering.kernels.conv import conv_launch, conv_problems
-from torch_mux.lowering.kernels.data import Tile, Vector
+from torch_mux.lowering.kernels.data import BitClass, Family, Tile, Vector
 from torch_mux.lowering.kernels.depthwise import depthwise_launch
 from torch_mux.lowering.kernels.embedding import embedding_launch
 from torch_mux.lowering.kernels.inspection import compile_launch
@@ -184,12 +185,28 @@ def test_few_rows_use_the_tensor_cores_of_a_warp() -> None:
     assert found.programs_per_sm >= launch.tile.programs_per_sm
 
 
-@pytest.mark.parametrize("convolution", [False, True])
-def test_true_fp32_uses_no_tensor_core(convolution: bool) -> None:
-    launch = conv_of(16, 128, 28, 128, 3, 1, FULL) if convolution else linear_of(16, 197, 768, 768, FULL)
-    found = compile_launch(launch)
-    assert (found.stack, found.wgmma, found.mma, found.cp_async_bytes) == (0, 0, 0, 16)
-    assert found.programs_per_sm >= launch.tile.programs_per_sm
+SPLIT = [(False, 197, family) for family in Family] + [(True, 28, Family.WGMMA), (True, 4, Family.MMA)]
+
+
+@pytest.mark.parametrize(("convolution", "size", "family"), SPLIT)
+def test_true_fp32_adds_every_step_outside_the_tensor_cores(
+    convolution: bool, size: int, family: Family
+) -> None:
+    step = 32 if family is Family.WGMMA else 64
+    bit_class = BitClass(family, precision="tf32x3", step=step)
+    for tile in choose.candidates(bit_class, FULL, lean=not convolution):
+        named: dict[str, Any] = {"tile": tile, "bit_class": bit_class}
+        if convolution:
+            launch = conv_of(16, 128, size, 128, 3, 1, FULL, **named)
+        else:
+            launch = linear_of(16, size, 768, 768, FULL, **named)
+        found = compile_launch(launch)
+        assert (found.stack, found.cp_async_bytes) == (0, 16), tile
+        assert (found.wgmma if family is Family.WGMMA else found.mma) % 3 == 0
+        assert (found.wgmma > 0) == (family is Family.WGMMA)
+        added = len(re.findall(r"add(?:\.rn)?(?:\.ftz)?\.f32", found.ptx))
+        assert added >= tile.block_m * tile.block_n // (32 * tile.warps), tile
+        assert found.programs_per_sm >= tile.programs_per_sm, tile
 
 
 def test_copies_are_wide() -> None:
