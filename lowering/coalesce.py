@@ -15,7 +15,7 @@ from torch_mux import compat
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 from .graphs import ROLE, call_nodes, placeholders, tensors_in
-from .ops.semantic import CONVOLUTION, LINEAR
+from .ops.semantic import CONVOLUTION, LINEAR, LINEARS
 from .prepare import INDEX, Prepare
 from .rules import Context, NoRule, Parameter, Slotted, rule_for
 from .storage import ALIGNMENT, Field, Layout
@@ -24,8 +24,8 @@ __all__ = ["SlotSpace", "dense_order", "evaluate", "lay_out", "mark"]
 
 aten = torch.ops.aten
 
-#: Operation → position of the operand that is read through the pointer table.
-_POINTED = {LINEAR: 1, CONVOLUTION: 1, aten.embedding.default: 0}
+#: Operation → position of the operand, or of several, that is read through the pointer table.
+_POINTED: dict[Any, int] = {LINEAR: 1, LINEARS: 1, CONVOLUTION: 1, aten.embedding.default: 0}
 #: Elements of an arena row start on whole cache lines.
 _LINE = 128
 _SLOTS_HINT, _CAPACITY_HINT = 16, 64
@@ -45,12 +45,10 @@ def lay_out(body: GraphModule, prepare: Prepare, nodes: Sequence[Node]) -> Layou
         if value.meta[ROLE] != "value":
             continue
         index, users = value.meta[INDEX], [user for user in value.users if user in reading]
-        pointed = [
-            user for user in users if user.target in _POINTED and user.args[_POINTED[user.target]] is value
-        ]
-        if pointed:
+        pointed = {user: _pointed(user).count(value) for user in users}
+        if any(pointed.values()):
             columns.append(index)
-        if any(list(_operands(user)).count(value) > (user in pointed) for user in users):
+        if any(list(_operands(user)).count(value) > pointed[user] for user in users):
             spec = prepare.specs[index]
             step = max(1, ALIGNMENT // spec.dtype.itemsize)
             offset = -(-widths.get(spec.dtype, 0) // step) * step
@@ -61,6 +59,12 @@ def lay_out(body: GraphModule, prepare: Prepare, nodes: Sequence[Node]) -> Layou
         for dtype, width in widths.items()
     }
     return Layout(tuple(columns), fields, whole)
+
+
+def _pointed(node: Node) -> list[Node]:
+    """The operands that ``node`` reads through the pointer table."""
+    position = _POINTED.get(node.target)
+    return [] if position is None else list(tensors_in((node.args[position],)))
 
 
 def _operands(node: Node) -> list[Node]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "call_nodes",
@@ -75,11 +76,8 @@ def emit(
     kwargs = dict(kwargs or {})
     fake_args = torch.fx.map_arg(args, _fake_value)
     fake_kwargs = torch.fx.map_arg(kwargs, _fake_value)
-    mode = next(
-        node.meta["val"].fake_mode
-        for node in tensors_in((args, tuple(kwargs.values())))
-        if isinstance(node.meta["val"], FakeTensor)
-    )
+    values = [node.meta["val"] for node in tensors_in((args, tuple(kwargs.values())))]
+    mode = next(each.fake_mode for each in tree_leaves(values) if isinstance(each, FakeTensor))
     node = graph.call_function(target, args, kwargs)
     with mode, torch.no_grad():
         node.meta["val"] = target(*fake_args, **fake_kwargs)

@@ -17,7 +17,7 @@ from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 from .coalesce import MOST_SLOTS, dense_order, lay_out, mark
 from .graphs import ROLE, call_nodes, fake_of, outputs_of, placeholders
-from .ops.semantic import CONVOLUTION, LINEAR, is_depthwise
+from .ops.semantic import CONVOLUTION, LINEAR, LINEARS, is_depthwise
 from .passes import run_passes
 from .prepare import INDEX, Prepare, split_prepare
 from .program import Program
@@ -29,6 +29,7 @@ __all__ = ["CompiledPlan", "PlanReport", "compile_plan", "stack_buffer"]
 log = logging.getLogger(__name__)
 _KERNELS: dict[Any, str] = {
     LINEAR: "linear",
+    LINEARS: "joined linear",
     CONVOLUTION: "conv",
     torch.ops.aten.embedding.default: "embedding",
 }

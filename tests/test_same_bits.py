@@ -36,6 +36,8 @@ class Attentive(nn.Module):
         self.embed = nn.Embedding(31, 32)
         self.norm = nn.LayerNorm(32)
         self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.query, self.key, self.value = nn.Linear(32, 36), nn.Linear(32, 36), nn.Linear(32, 36)
+        self.mixed = nn.Linear(36, 32)
         self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -43,6 +45,8 @@ class Attentive(nn.Module):
         b, n, _ = x.shape
         q, k, v = (t.view(b, n, 4, 8).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, 32))
+        q, k, v = (each(x).view(b, n, 3, 12).transpose(1, 2) for each in (self.query, self.key, self.value))
+        x = x + self.mixed(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, 36))
         return x + self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
 
 

@@ -8,7 +8,17 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-__all__ = ["Activation", "BitClass", "Family", "Problems", "Tile", "Vector", "family_of", "precision_of"]
+__all__ = [
+    "Activation",
+    "BitClass",
+    "Family",
+    "Part",
+    "Problems",
+    "Tile",
+    "Vector",
+    "family_of",
+    "precision_of",
+]
 
 
 class Activation(str, Enum):
@@ -123,3 +133,21 @@ class Problems:
     records: Tensor
     sizes: tuple[tuple[int, int, int], ...]
     divisors: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several weights of a slot that share an input; their outputs lie side by side.
+
+    Attributes:
+        column: of the pointer table.
+        n: output channels.
+        stride: the weight's leading stride in elements.
+        scale_offset, shift_offset: first columns of its vectors in their arenas.
+    """
+
+    column: int
+    n: int
+    stride: int
+    scale_offset: int = 0
+    shift_offset: int = 0

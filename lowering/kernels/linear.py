@@ -6,6 +6,8 @@ coalesced super-kernels of arXiv 1901.10008), weights reached through a table of
 """
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,11 +30,12 @@ from torch_mux.lowering.kernels.common import (
     weight_pointer,
     working_set,
 )
-from torch_mux.lowering.kernels.data import BitClass, Problems, Tile, Vector
+from torch_mux.lowering.kernels.data import BitClass, Part, Problems, Tile, Vector
 
 __all__ = ["linear", "linear_launch", "linear_problems"]
 
 FIELDS = tl.constexpr(6)  # m, n, k, x offset, out offset, weight stride
+PART_FIELDS = tl.constexpr(6)  # n, first output column, weight column, weight stride, scale and shift offset
 
 
 @triton.jit
@@ -100,18 +103,19 @@ def linear_tile(x, weight, row, column, m, n, k, stride, BLOCK_M: tl.constexpr, 
     return acc
 
 
-TABLES = ["table", "rows", "control", "problems"]
+TABLES = ["table", "rows", "control", "problems", "parts"]
 SIZES = ["slots", "m", "n", "k", "stride", "width", "column", "scale_width", "scale_offset", "shift_width",
          "shift_offset"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
-def linear_kernel(x, table, rows, control, out, residual, problems, scale, shift, slots, m, n, k, stride,
-                  width, column, scale_width, scale_offset, shift_width, shift_offset, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr,
-                  RAGGED: tl.constexpr, PROGRAMS_PER_SM: tl.constexpr, K_MAJOR: tl.constexpr,
-                  EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, K_DIV: tl.constexpr, N_DIV: tl.constexpr,
-                  DATA_DIV: tl.constexpr, STRIDE_DIV: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
+def linear_kernel(x, table, rows, control, out, residual, problems, parts, scale, shift, slots, m, n, k,
+                  stride, width, column, scale_width, scale_offset, shift_width, shift_offset,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+                  SLOTS: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
+                  PROGRAMS_PER_SM: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_N: tl.constexpr,
+                  EVEN_K: tl.constexpr, K_DIV: tl.constexpr, N_DIV: tl.constexpr, DATA_DIV: tl.constexpr,
+                  STRIDE_DIV: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
                   PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Programs take tiles in slot order until those of the active slots are done."""
     if PDL:
@@ -124,6 +128,11 @@ def linear_kernel(x, table, rows, control, out, residual, problems, scale, shift
             tl.load(sizes, mask=index < active, other=0), tl.load(sizes + 1, mask=index < active, other=0),
             BLOCK_M, BLOCK_N)  # fmt: skip
         total = tl.max(ends, 0)
+    elif PARTS > 1:
+        widths = tl.load(parts + tl.arange(0, PARTS) * PART_FIELDS).to(tl.int32)
+        part_ends = tile_ends(m, widths, BLOCK_M, BLOCK_N)
+        each = tl.max(part_ends, 0)
+        total = active * each
     else:
         each = ((m + BLOCK_M - 1) // BLOCK_M) * ((n + BLOCK_N - 1) // BLOCK_N)
         total = active * each
@@ -137,18 +146,32 @@ def linear_kernel(x, table, rows, control, out, residual, problems, scale, shift
             local = tile - slot * each
         mm, nn, kk, x_offset, out_offset, leading = linear_sizes(
             slot, problems, m, n, k, stride, K_DIV, N_DIV, DATA_DIV, RAGGED)  # fmt: skip
+        pitch = nn
+        if PARTS > 1:
+            part, local = find_slot(local, part_ends)
+            record = parts + part * PART_FIELDS
+            nn = (tl.load(record).to(tl.int32) // N_DIV) * N_DIV
+            out_offset += (tl.load(record + 1) // N_DIV) * N_DIV
+            weight_column = tl.load(record + 2)
+            leading = tl.load(record + 3).to(tl.int32)
+            scale_at = tl.load(record + 4)
+            shift_at = tl.load(record + 5)
+        else:
+            weight_column = column
+            scale_at = scale_offset
+            shift_at = shift_offset
         leading = (leading // STRIDE_DIV) * STRIDE_DIV
         top, left = tile_origin(local, mm, nn, BLOCK_M, BLOCK_N, GROUP)
         line = tl.load(rows + slot)
-        weight = weight_pointer(table, line, width, column, x, ALIGNED)
+        weight = weight_pointer(table, line, width, weight_column, x, ALIGNED)
         row = top + tl.arange(0, BLOCK_M)
         channel = left + tl.arange(0, BLOCK_N)
         acc = linear_tile(x + x_offset, weight, row, channel, mm, nn, kk, leading, BLOCK_M, BLOCK_N, BLOCK_K,
                           K_MAJOR, EVEN_N, EVEN_K, SWAP, PRECISION)  # fmt: skip
-        factors = None if scale is None else scale + line * scale_width + scale_offset
-        terms = None if shift is None else shift + line * shift_width + shift_offset
+        factors = None if scale is None else scale + line * scale_width + scale_at
+        terms = None if shift is None else shift + line * shift_width + shift_at
         addend = None if residual is None else residual + out_offset
-        epilogue(acc, factors, terms, addend, out + out_offset, row, left, mm, nn, nn, ACTIVATION)
+        epilogue(acc, factors, terms, addend, out + out_offset, row, left, mm, nn, pitch, ACTIVATION)
 
 
 def linear_problems(
@@ -185,15 +208,37 @@ def linear_problems(
     return Problems(torch.tensor(records, dtype=torch.int64).to(device), tuple(sizes), divisors)
 
 
+@cache
+def part_records(parts: tuple[Part, ...], device: torch.device) -> Tensor:
+    """``parts`` as int64 [a power of two, fields] on the device, kept for good: captured graphs read it."""
+    ends = list(accumulate(part.n for part in parts))
+    records = [
+        (part.n, end - part.n, part.column, part.stride, part.scale_offset, part.shift_offset)
+        for part, end in zip(parts, ends, strict=True)
+    ]
+    records += [(0,) * 6] * (triton.next_power_of_2(len(parts)) - len(parts))
+    with torch.inference_mode(False):
+        found = torch.tensor(records, dtype=torch.int64).to(device)
+    if device.type == "cuda":  # the next stream that reads it is not ordered behind this one
+        torch.cuda.current_stream(device).synchronize()
+    return found
+
+
 def _geometry(
-    x: Tensor, out: Tensor, n: int, k: int, leading: int, problems: Problems | None
+    x: Tensor,
+    out: Tensor,
+    n: int,
+    k: int,
+    leading: int,
+    parts: tuple[Part, ...],
+    problems: Problems | None,
 ) -> tuple[dict[str, Any], tuple[tuple[int, int, int], ...]]:
     """The kernel's size arguments and the (m, n, k) of every slot."""
     if problems is not None:
         divisors = problems.divisors
         sizes = problems.sizes
         named = {"slots": len(sizes), "m": 0, "n": 0, "k": 0, "stride": 0, "problems": problems.records}
-        named |= {"RAGGED": True, "SLOTS": triton.next_power_of_2(len(sizes))}
+        named |= {"RAGGED": True, "SLOTS": triton.next_power_of_2(len(sizes)), "PARTS": 1, "parts": None}
         named |= {
             "K_DIV": divisors[0],
             "N_DIV": divisors[1],
@@ -214,8 +259,14 @@ def _geometry(
         "RAGGED": False,
         "SLOTS": 1,
     }
-    named |= {"K_DIV": divisor(k), "N_DIV": divisor(n), "DATA_DIV": 1, "STRIDE_DIV": divisor(leading)}
-    return named, ((m, n, k),) * slots
+    widths, strides = [n], [leading]
+    named |= {"PARTS": 1, "parts": None}
+    if parts:  # each is a problem to the chooser
+        widths, strides = [part.n for part in parts], [part.stride for part in parts]
+        records = part_records(parts, x.device)
+        named |= {"PARTS": len(records), "parts": records}
+    named |= {"K_DIV": divisor(k), "N_DIV": divisor(*widths), "DATA_DIV": 1, "STRIDE_DIV": divisor(*strides)}
+    return named, tuple((m, width, k) for width in widths) * slots
 
 
 def linear_launch(
@@ -235,6 +286,7 @@ def linear_launch(
     activation: Activation | str = Activation.NONE,
     allow_tf32: bool = False,
     aligned: bool = True,
+    parts: Sequence[Part] = (),
     problems: Problems | None = None,
     tile: Tile | None = None,
     bit_class: BitClass | None = None,
@@ -242,13 +294,16 @@ def linear_launch(
     pdl: bool = False,
 ) -> Launch:
     """What :func:`linear` runs; same arguments and errors."""
+    if parts and (problems is not None or len(parts) == 1 or sum(part.n for part in parts) != n):
+        raise ValueError(f"two or more parts must fill the {n} output channels, of slots of one size")
     check_operands(x, out, residual, table, rows, control)
     stride_n, stride_k = (k, 1) if weight_strides is None else weight_strides
     if 1 not in (stride_n, stride_k):
         raise ValueError(f"one stride of the weight must be 1, not {(stride_n, stride_k)}")
     k_major = stride_k == 1
-    named, sizes = _geometry(x, out, n, k, stride_n if k_major else stride_k, problems)
-    if any(max(m * kk, m * nn, nn * kk) >= 2**31 for m, nn, kk in set(sizes)):
+    named, sizes = _geometry(x, out, n, k, stride_n if k_major else stride_k, tuple(parts), problems)
+    total = n if parts else 0
+    if any(max(m * kk, m * max(nn, total), nn * kk) >= 2**31 for m, nn, kk in set(sizes)):
         raise ValueError("a slot's matrices must have less than 2**31 elements each")
     sms = multiprocessors(x.device) if sms is None else sms
     bit_class = choose.linear_class(sizes, x.dtype, allow_tf32) if bit_class is None else bit_class
@@ -303,6 +358,10 @@ def linear(
         activation: an :class:`Activation` or its value.
         allow_tf32: fp32 operands are rounded to tf32 for the tensor cores.
         aligned: every address in the column is a multiple of 16 bytes.
+        parts: several weights of a slot instead of one, all with the dense dimension that ``weight_strides``
+            names: their outputs lie side by side in ``out``, with the bits that a launch each would give.
+            They must share a bit class; ``column``, ``n`` and the offsets of ``scale`` and ``shift`` are
+            theirs then, and ``n`` is their sum.
         problems: a ragged list from :func:`linear_problems`.
         tile, bit_class, sms: instead of what :mod:`choose` and the device say.
         pdl: programmatic dependent launch: waits for the kernel before it on the device.

@@ -12,23 +12,17 @@ import torch
 from torch import Tensor
 
 from .semantic import LIBRARY
+from .vendor import aligned
 
 __all__ = ["SLOT_BMM"]
 
-#: Vendor GEMMs on the CPU choose code by the alignment of their operands, in bytes.
-_ALIGNMENT: Final = 64
-
 LIBRARY.define("slot_bmm(Tensor left, Tensor right) -> Tensor")
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _bmm(left: Tensor, right: Tensor) -> Tensor:
     """[T, B, M, K] times [T, B, K, N]."""
     slots = zip(left.unbind(0), right.unbind(0), strict=True)
-    return torch.stack([torch.bmm(_aligned(one), _aligned(other)) for one, other in slots])
+    return torch.stack([torch.bmm(aligned(one), aligned(other)) for one, other in slots])
 
 
 def _bmm_fake(left: Tensor, right: Tensor) -> Tensor:

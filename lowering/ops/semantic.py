@@ -1,4 +1,4 @@
-"""``mux::linear`` and ``mux::convolution``: one slot's GEMM or convolution with its epilogue.
+"""``mux::linear``, ``mux::linears``, ``mux::convolution``: one slot's GEMM or convolution with its epilogue.
 
 They are what passes write into a graph in place of ATen's operations. Run as they stand they are the plain
 PyTorch meaning of a super-kernel; the slot axis turns them into ``lowering.ops.slots``.
@@ -19,6 +19,7 @@ __all__ = [
     "CONVOLUTION",
     "LIBRARY",
     "LINEAR",
+    "LINEARS",
     "Convolution",
     "apply_activation",
     "apply_epilogue",
@@ -97,6 +98,22 @@ def linear(
     return apply_epilogue(wide, scale, shift, residual, activation, -1).to(x.dtype).contiguous()
 
 
+def linears(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], activation: str) -> list[Tensor]:
+    """``linear`` of one input by several weights.
+
+    Args:
+        x: [..., K].
+        weights: each [N, K] with an N of its own.
+        shifts: one a weight, or none at all.
+
+    Returns:
+        [..., N] for each weight.
+    """
+    terms: Sequence[Tensor | None] = shifts or [None] * len(weights)
+    pairs = zip(weights, terms, strict=True)
+    return [linear(x, weight, None, shift, None, activation) for weight, shift in pairs]
+
+
 class Convolution(NamedTuple):
     """The arguments of a ``mux::convolution`` call, as :func:`convolution` takes them."""
 
@@ -161,6 +178,8 @@ LIBRARY.define(
     "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, "
     "str activation) -> Tensor"
 )
+LIBRARY.define("linears(Tensor x, Tensor[] weights, Tensor[] shifts, str activation) -> Tensor[]")
+LIBRARY.impl("linears", linears, "CompositeExplicitAutograd")
 LIBRARY.impl("linear", linear, "CompositeExplicitAutograd")
 LIBRARY.impl("convolution", convolution, "CompositeExplicitAutograd")
 
@@ -174,6 +193,12 @@ def _linear_fake(
     activation: str,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linears_fake(
+    x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], activation: str
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
 
 
 def _convolution_fake(
@@ -203,9 +228,11 @@ def _convolution_fake(
 
 
 torch.library.register_fake("mux::linear", _linear_fake, lib=LIBRARY)
+torch.library.register_fake("mux::linears", _linears_fake, lib=LIBRARY)
 torch.library.register_fake("mux::convolution", _convolution_fake, lib=LIBRARY)
 
 LINEAR: Final = torch.ops.mux.linear.default
+LINEARS: Final = torch.ops.mux.linears.default
 CONVOLUTION: Final = torch.ops.mux.convolution.default
 
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.data import Vector
+from ..kernels.data import Part, Vector
 from ..storage import storage_of
 from .semantic import LIBRARY, apply_activation
+from .vendor import aligned
 
 __all__ = ["SLOT_ATTENTION", "SLOT_CONVOLUTION", "SLOT_EMBEDDING", "SLOT_LINEAR"]
 
@@ -25,8 +26,9 @@ _EPILOGUE = (
     "bool allow_tf32, str program"
 )
 LIBRARY.define(
-    "slot_linear(Tensor x, Tensor table, Tensor rows, Tensor control, int column, int n, "
-    f"int[] weight_strides, {_EPILOGUE}) -> Tensor"
+    "slot_linear(Tensor x, Tensor table, Tensor rows, Tensor control, int[] columns, int[] widths, "
+    "int[] weight_strides, Tensor? scale, int[] scale_offsets, Tensor? shift, int[] shift_offsets, "
+    "Tensor? residual, str activation, bool allow_tf32, str program) -> Tensor"
 )
 LIBRARY.define(
     "slot_convolution(Tensor x, Tensor table, Tensor rows, Tensor control, int column, int n, int[] kernel, "
@@ -41,13 +43,6 @@ LIBRARY.define(
     "slot_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, "
     "float? scale) -> Tensor"
 )
-
-#: Vendor GEMMs on the CPU choose code by the alignment of their operands.
-_ALIGNMENT = 64
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _vectors(arena: Tensor, offset: int, rows: Tensor, out: Tensor) -> Tensor:
@@ -100,24 +95,31 @@ def _linear_cpu(
     table: Tensor,
     rows: Tensor,
     control: Tensor,
-    column: int,
-    n: int,
+    columns: Sequence[int],
+    widths: Sequence[int],
     weight_strides: Sequence[int],
     scale: Tensor | None,
-    scale_offset: int,
+    scale_offsets: Sequence[int],
     shift: Tensor | None,
-    shift_offset: int,
+    shift_offsets: Sequence[int],
     residual: Tensor | None,
     activation: str,
     allow_tf32: bool,
     program: str,
 ) -> Tensor:
-    numbers = rows.tolist()
-    weights = storage_of(program).weights(numbers, column)
-    biases, shift = _biases(x, numbers, n, scale, shift, shift_offset)
-    slots = zip(x.unbind(0), weights, biases, strict=True)
-    out = torch.stack([F.linear(_aligned(rows_in), weight, bias) for rows_in, weight, bias in slots])
-    return _epilogue_(out, rows, scale, scale_offset, shift, shift_offset, residual, activation)
+    numbers, storage = rows.tolist(), storage_of(program)
+    operands = [aligned(rows_in) for rows_in in x.unbind(0)]
+    addends: Sequence[Tensor | None] = [None] * len(widths)
+    if residual is not None:
+        addends = torch.split(residual, list(widths), -1)
+    outs = []
+    parts = zip(columns, widths, scale_offsets, shift_offsets, addends, strict=True)
+    for column, n, scale_offset, shift_offset, addend in parts:
+        biases, left = _biases(x, numbers, n, scale, shift, shift_offset)
+        slots = zip(operands, storage.weights(numbers, column), biases, strict=True)
+        out = torch.stack([F.linear(*slot) for slot in slots])
+        outs.append(_epilogue_(out, rows, scale, scale_offset, left, shift_offset, addend, activation))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
 
 
 def _convolution_cpu(
@@ -146,7 +148,7 @@ def _convolution_cpu(
     biases, shift = _biases(x, numbers, n, scale, shift, shift_offset)
     steps = (list(stride), list(padding), list(dilation), groups)
     slots = zip(x.permute(0, 1, 4, 2, 3).unbind(0), weights, biases, strict=True)
-    images = [F.conv2d(_aligned(image), weight, bias, *steps) for image, weight, bias in slots]
+    images = [F.conv2d(aligned(image), weight, bias, *steps) for image, weight, bias in slots]
     out = torch.stack([image.permute(0, 2, 3, 1) for image in images])
     return _epilogue_(out, rows, scale, scale_offset, shift, shift_offset, residual, activation)
 
@@ -175,8 +177,8 @@ def _attention_cpu(
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out = _attention_fake(query, key, value)
     for slot in range(query.shape[0]):
-        operands = [_aligned(each[slot]) for each in (query, key, value)]
-        own = None if mask is None else _aligned(mask[slot])
+        operands = [aligned(each[slot]) for each in (query, key, value)]
+        own = None if mask is None else aligned(mask[slot])
         out[slot].copy_(attend(*operands, 0.0, is_causal, attn_mask=own, scale=scale)[0])
     return out
 
@@ -194,13 +196,13 @@ def _linear_cuda(
     table: Tensor,
     rows: Tensor,
     control: Tensor,
-    column: int,
-    n: int,
+    columns: Sequence[int],
+    widths: Sequence[int],
     weight_strides: Sequence[int],
     scale: Tensor | None,
-    scale_offset: int,
+    scale_offsets: Sequence[int],
     shift: Tensor | None,
-    shift_offset: int,
+    shift_offsets: Sequence[int],
     residual: Tensor | None,
     activation: str,
     allow_tf32: bool,
@@ -208,22 +210,31 @@ def _linear_cuda(
 ) -> Tensor:
     from ..kernels.linear import linear
 
+    n = sum(widths)
     out = x.new_empty((x.shape[0], x.shape[1], n))
+    pairs = list(zip(weight_strides[::2], weight_strides[1::2], strict=True))
+    parts = [
+        Part(column, width, max(pair), *offsets)
+        for column, width, pair, *offsets in zip(
+            columns, widths, pairs, scale_offsets, shift_offsets, strict=True
+        )
+    ]
     linear(
         x,
         table,
-        column,
+        columns[0],
         rows,
         control,
         out,
         n=n,
         k=x.shape[2],
-        weight_strides=(weight_strides[0], weight_strides[1]),
-        scale=_vector(scale, scale_offset),
-        shift=_vector(shift, shift_offset),
+        weight_strides=pairs[0],
+        scale=_vector(scale, scale_offsets[0]),
+        shift=_vector(shift, shift_offsets[0]),
         residual=residual,
         activation=activation,
         allow_tf32=allow_tf32,
+        parts=parts if len(parts) > 1 else (),
     )
     return out
 
@@ -307,9 +318,15 @@ def _convolution_shape(
 
 
 def _linear_fake(
-    x: Tensor, table: Tensor, rows: Tensor, control: Tensor, column: int, n: int, *rest: object
+    x: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    control: Tensor,
+    columns: Sequence[int],
+    widths: Sequence[int],
+    *rest: object,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], n))
+    return x.new_empty((x.shape[0], x.shape[1], sum(widths)))
 
 
 def _convolution_fake(

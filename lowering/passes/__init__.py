@@ -18,6 +18,7 @@ from . import (
     channels_last,
     fold_batch_norm,
     fuse_epilogues,
+    join_siblings,
     pad_channels,
     plain_convolutions,
     reshape_patches,
@@ -37,6 +38,7 @@ PASSES: Final[tuple[Pass, ...]] = (
     reshape_patches.run,
     pad_channels.run,
     channels_last.run,
+    join_siblings.run,
 )
 
 

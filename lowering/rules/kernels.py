@@ -1,13 +1,15 @@
-"""``mux::linear`` and ``mux::convolution`` become one super-kernel call over all slots."""
+"""``mux::linear``, ``mux::linears`` and ``mux::convolution`` become one super-kernel call over all slots."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ops.semantic import CONVOLUTION, LINEAR, Convolution
+from ..ops.semantic import CONVOLUTION, LINEAR, LINEARS, Convolution
 from ..ops.slots import SLOT_CONVOLUTION, SLOT_LINEAR
 from .base import Context, NoRule, Parameter, Slotted, rule
 
@@ -34,31 +36,50 @@ def _epilogue(context: Context, scale: Any, shift: Any) -> tuple[Any, ...]:
     return (*_vector(context, scale), *_vector(context, shift))
 
 
-@rule(LINEAR)
-def _linear(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    value, weight, scale, shift, residual, activation = args
-    weight = _weight(weight)
-    x = context.lift(value)
+def _products(
+    context: Context, x: Any, weights: Sequence[Any], scale: Any, shifts: Sequence[Any], *rest: Any
+) -> Tensor:
+    """[T, ..., sum of widths]: ``x`` by each of the weights, one call."""
+    residual, activation = rest
+    x, known = context.lift(x), [_weight(weight) for weight in weights]
     flat = x.reshape(context.slots, -1, x.shape[-1]).contiguous()
-    n = weight.shape[0]
+    widths = [weight.shape[0] for weight in known]
     added = None
     if residual is not None:
-        added = context.lift(residual).reshape(context.slots, -1, n).contiguous()
-    out = SLOT_LINEAR(
+        added = context.lift(residual).reshape(context.slots, -1, sum(widths)).contiguous()
+    scale, scale_offset = _vector(context, scale)
+    vectors = [_vector(context, shift) for shift in shifts]
+    out: Tensor = SLOT_LINEAR(
         flat,
         context.table,
         context.rows,
         context.control,
-        context.columns[weight.index],
-        n,
-        list(weight.strides),
-        *_epilogue(context, scale, shift),
+        [context.columns[weight.index] for weight in known],
+        widths,
+        [stride for weight in known for stride in weight.strides],
+        scale,
+        [scale_offset] * len(known),
+        vectors[0][0],
+        [offset for _, offset in vectors],
         added,
         activation,
         context.allow_tf32[0],
         context.key,
     )
-    return Slotted(out.view(context.slots, *x.shape[1:-1], n))
+    return out.view(context.slots, *x.shape[1:-1], sum(widths))
+
+
+@rule(LINEAR)
+def _linear(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weight, scale, shift, residual, activation = args
+    return Slotted(_products(context, x, [weight], scale, [shift], residual, activation))
+
+
+@rule(LINEARS)
+def _linears(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weights, shifts, activation = args
+    out = _products(context, x, weights, None, shifts or [None] * len(weights), None, activation)
+    return tuple(map(Slotted, torch.split(out, [weight.shape[0] for weight in weights], -1)))
 
 
 @rule(CONVOLUTION)

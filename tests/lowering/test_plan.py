@@ -116,6 +116,40 @@ def test_plan(name: str, program_of: Callable[..., Program]) -> None:
         assert all(torch.equal(together[slot], alone[k]) for slot, k in enumerate(chosen))
 
 
+@pytest.mark.parametrize("width", [16, 20])
+def test_joined_linears_give_the_bits_of_each_alone(
+    width: int, program_of: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch_mux.lowering import passes
+
+    def layer(x: Tensor, q: Tensor, qb: Tensor, k: Tensor, kb: Tensor, v: Tensor, vb: Tensor) -> Tensor:
+        heads = (F.linear(x, w, b).view(2, 5, 2, -1).transpose(1, 2) for w, b in ((q, qb), (k, kb), (v, vb)))
+        return F.scaled_dot_product_attention(*heads)
+
+    torch.manual_seed(0)
+    shapes = [(width, 12), (width,)] * 3
+    instances = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
+    requests = [torch.randn(2, 5, 12) for _ in range(3)]
+    program, plans = program_of(layer, [requests[0]], instances[0]), []
+    joins = {"joined linear": 1}
+    for kernels in (joins, {"linear": 3}):
+        if kernels is not joins:
+            kept = tuple(step for step in passes.PASSES if step is not passes.join_siblings.run)
+            monkeypatch.setattr(passes, "PASSES", kept)
+        plans.append(compile_plan(program, Settings()))
+        assert plans[-1].report.kernels == kernels and plans[-1].capturable
+    results = []
+    for plan in plans:
+        rows = [plan.storage.bind(instance) for instance in instances]
+        together = _run(plan, requests, rows)
+        for request, row, result in zip(requests, rows, together, strict=True):
+            assert torch.equal(_run(plan, [request], [row])[0], result)
+        results.append(together)
+    assert torch.equal(*results)
+    for request, instance, result in zip(requests, instances, results[0], strict=True):
+        torch.testing.assert_close(result, layer(request, *instance), rtol=1e-4, atol=1e-5)
+
+
 def test_whole_program_runs_alone(program_of: Callable[..., Program]) -> None:
     program = program_of(lambda x, w: (x.view(4), x @ w), [torch.randn(2, 2)], [torch.randn(2, 3)])
     plan = compile_plan(program, Settings())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_mux.lowering.kernels import choose, reference
 from torch_mux.lowering.kernels.conv import conv, conv_launch, conv_problems
-from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Vector
+from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Part, Vector
 from torch_mux.lowering.kernels.depthwise import depthwise
 from torch_mux.lowering.kernels.embedding import embedding
 from torch_mux.lowering.kernels.linear import linear, linear_launch, linear_problems
@@ -136,6 +136,31 @@ def test_activations(gpu_tools: Any, activation: Activation, dtype: torch.dtype)
         x, gpu_tools.table([weight]), 1, rows, gpu_tools.control(1, 1), out, n=64, k=64, activation=activation
     )
     gpu_tools.close(out, reference.activate(x.double(), activation), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), PRECISIONS)
+@pytest.mark.parametrize(("m", "widths"), [(197, (768, 768, 768)), (8, (768, 256, 256)), (40, (72, 33))])
+def test_several_weights_of_one_input_give_the_bits_of_each(
+    gpu_tools: Any, dtype: torch.dtype, tf32: bool, m: int, widths: tuple[int, ...]
+) -> None:
+    slots, k, total = 4, 256, sum(widths)
+    x = gpu_tools.guarded(torch.randn(slots, m, k).to(dtype))
+    weights = [[gpu_tools.guarded(torch.randn(n, k).to(dtype)) for n in widths] for _ in range(slots)]
+    table = torch.tensor([[weight.data_ptr() for weight in own] for own in weights], device=CUDA)
+    lefts = [sum(widths[:index]) for index in range(len(widths))]
+    parts = [Part(c, n, k, shift_offset=left) for c, (n, left) in enumerate(zip(widths, lefts, strict=True))]
+    arena = torch.randn(slots, total, device=CUDA)
+    named: dict[str, Any] = {"k": k, "activation": "gelu", "allow_tf32": tf32}
+    rows = torch.tensor([2, 0, 3, 1], device=CUDA)
+    for active, cap in [(4, 132), (3, 1)]:
+        control = gpu_tools.control(active, cap)
+        out = torch.full((slots, m, total), 7.0, dtype=dtype, device=CUDA)
+        linear(x, table, 0, rows, control, out, n=total, shift=Vector(arena, 0), parts=parts, **named)
+        for part, left in zip(parts, lefts, strict=True):
+            alone = torch.full((slots, m, part.n), 7.0, dtype=dtype, device=CUDA)
+            shift = Vector(arena, left)
+            linear(x, table, part.column, rows, control, alone, n=part.n, shift=shift, **named)
+            assert torch.equal(out[..., left : left + part.n], alone)
 
 
 @pytest.mark.parametrize("dtype", [HALF, FULL])

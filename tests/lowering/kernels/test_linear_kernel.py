@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_mux.lowering.kernels import reference
-from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Tile, Vector
+from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Part, Tile, Vector
 from torch_mux.lowering.kernels.linear import linear, linear_problems
 
 pytestmark = pytest.mark.interpreter
@@ -174,6 +174,58 @@ def check_ragged(sizes: list[tuple[int, int, int]], active: int, cap: int) -> No
     assert bool((out[~written] == 7.0).all())
 
 
+def joint(weights: list[list[Tensor]], k_major: bool) -> tuple[Tensor, list[Part]]:
+    """A table of each slot's weights, in columns that are not in order, and the parts that read them."""
+    columns = [3, 0, 2][: len(weights[0])]
+    table = torch.zeros(len(weights), 4, dtype=torch.int64)
+    for slot, own in enumerate(weights):
+        for column, weight in zip(columns, own, strict=True):
+            table[slot, column] = weight.data_ptr()
+    parts, offset = [], 2
+    for column, weight in zip(columns, weights[0], strict=True):
+        n, k = weight.shape if k_major else weight.shape[::-1]
+        parts.append(Part(column, n, k if k_major else n, scale_offset=offset + 100, shift_offset=offset))
+        offset += n + 1
+    return table, parts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("widths", "k_major"), [((40, 40, 40), True), ((70, 8, 33), True), ((48, 16), False)]
+)
+def test_several_weights_of_one_input_give_the_bits_of_each(
+    tools: Any, filled: Any, dtype: torch.dtype, widths: tuple[int, ...], k_major: bool
+) -> None:
+    slots, m, k, total = 3, 19, 72, sum(widths)
+    x, _ = operands(tools, slots, m, 1, k, dtype)
+    weights = [
+        [tools.guarded(torch.randn((n, k) if k_major else (k, n)).to(dtype)) for n in widths] for _ in x
+    ]
+    table, parts = joint(weights, k_major)
+    arena, residual = torch.randn(slots, 300), torch.randn(slots, m, total).to(dtype)
+    rows = torch.tensor([2, 0, 1])
+    strides = (k, 1) if k_major else (1, parts[0].n)
+    for active, cap in [(3, 132), (2, 1)]:
+        out = filled(slots, m, total, dtype=dtype)
+        linear(
+            x, table, 1, rows, tools.control(active, cap), out, n=total, k=k, weight_strides=strides,
+            scale=Vector(arena, 0), shift=Vector(arena, 0), residual=residual, activation="relu",
+            parts=parts, sms=2,
+        )  # fmt: skip
+        left = 0
+        for part in parts:
+            alone = filled(slots, m, part.n, dtype=dtype)
+            linear(
+                x, table, part.column, rows, tools.control(active, cap), alone, n=part.n, k=k,
+                weight_strides=(k, 1) if k_major else (1, part.n), scale=Vector(arena, part.scale_offset),
+                shift=Vector(arena, part.shift_offset),
+                residual=residual[..., left : left + part.n].contiguous(), activation="relu", sms=1,
+            )  # fmt: skip
+            assert torch.equal(out[..., left : left + part.n], alone)
+            left += part.n
+        assert bool((out[active:] == 7.0).all())
+
+
 def test_refuses_what_it_cannot_read(tools: Any) -> None:
     x, weights = operands(tools, 1, 4, 8, 8, torch.float16)
     common = (tools.table(weights), 1, torch.arange(1), tools.control(1, 1))
@@ -186,6 +238,8 @@ def test_refuses_what_it_cannot_read(tools: Any) -> None:
         linear(x.transpose(1, 2), *common, out, n=8, k=4)
     with pytest.raises(ValueError, match="do not fit"):
         linear(x, *common, out, n=9, k=8)
+    with pytest.raises(ValueError, match="two or more parts must fill the 8"):
+        linear(x, *common, out, n=8, k=8, parts=[Part(0, 4, 8), Part(1, 5, 8)])
     with pytest.raises(ValueError, match="outside"):
         linear(x, *common, out, n=8, k=8, tile=Tile(64, 64, 64, 4, 2, 1))
     with pytest.raises(ValueError, match="residual must be contiguous"):

@@ -11,7 +11,7 @@ import torch
 from torch_mux.lowering.kernels import choose
 from torch_mux.lowering.kernels.common import Launch
 from torch_mux.lowering.kernels.conv import conv_launch, conv_problems
-from torch_mux.lowering.kernels.data import BitClass, Family, Tile, Vector
+from torch_mux.lowering.kernels.data import BitClass, Family, Part, Tile, Vector
 from torch_mux.lowering.kernels.depthwise import depthwise_launch
 from torch_mux.lowering.kernels.embedding import embedding_launch
 from torch_mux.lowering.kernels.inspection import compile_launch
@@ -80,6 +80,12 @@ WGMMA = {
     "linear tf32": lambda: linear_of(4, 197, 768, 768, FULL, allow_tf32=True),
     "linear, dependent launch": lambda: linear_of(16, 128, 768, 768, HALF, pdl=True),
     "linear, ragged": ragged_linear,
+    "three linears of one input": lambda: linear_of(
+        16, 197, 768 * 3, 768, HALF, parts=[Part(column, 768, 768) for column in range(3)], tile=BIG
+    ),
+    "two linears of one input, unequal": lambda: linear_of(
+        16, 197, 768 + 256, 768, BRAIN, parts=[Part(0, 768, 768), Part(2, 256, 768)]
+    ),
     "conv 3x3 64 @56": lambda: conv_of(16, 64, 56, 64, 3, 1, HALF),
     "conv 3x3 128 @28, largest tile": lambda: conv_of(16, 128, 28, 128, 3, 1, BRAIN, tile=BIG),
     "conv 3x3 96 @28": lambda: conv_of(4, 96, 28, 96, 3, 1, HALF),

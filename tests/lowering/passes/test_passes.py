@@ -43,6 +43,10 @@ def _batch_norm(x: Tensor, w: Tensor, b: Tensor, m: Tensor, v: Tensor) -> Tensor
 #: A weight copied to another memory order.
 RELAID = ["aten.permute.default", "aten.clone.default", "aten.permute.default"]
 
+#: A linear layer with no bias does not join those that have one.
+LONE = ["aten.mul.Tensor", "mux.linear.default"]
+SUMS = ["aten.sum.dim_IntList", "aten.sum.dim_IntList", "aten.mul.Tensor"]
+
 CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[tuple[int, ...]], list[str]]] = {
     "canonicalise_drops_copies": (
         lambda x: F.dropout(x, 0.5, False).detach().clone() + 1,
@@ -165,6 +169,41 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[tuple[int
         [(2, 3, 8, 12)],
         [(5, 3, 4, 4)],
         [*RELAID, "mux.convolution.default"],
+    ),
+    "linears_of_one_input_join": (
+        lambda x, q, a, k, b, v: F.linear(x, q, a) * F.linear(x, k, b) + F.linear(x, v),
+        [(2, 3, 4)],
+        [(6, 4), (6,), (6, 4), (6,), (6, 4)],
+        ["mux.linears.default", *["<built-in function getitem>"] * 2, *LONE],
+    ),
+    "weights_of_unequal_sizes_join": (
+        lambda x, q, k: F.linear(x, q).sum(-1) * F.linear(x, k).sum(-1),
+        [(3, 4)],
+        [(6, 4), (9, 4)],
+        ["mux.linears.default", *["<built-in function getitem>"] * 2, *SUMS],
+    ),
+    "plain_weights_join": (
+        lambda x, q, k: (x @ q) * (x @ k),
+        [(3, 4)],
+        [(4, 6), (4, 6)],
+        [
+            *["aten.t.default"] * 2,
+            "mux.linears.default",
+            *["<built-in function getitem>"] * 2,
+            "aten.mul.Tensor",
+        ],
+    ),
+    "different_activations_do_not_join": (
+        lambda x, gate, up: F.silu(F.linear(x, gate)) * F.linear(x, up),
+        [(3, 4)],
+        [(6, 4), (6, 4)],
+        ["mux.linear.default", "mux.linear.default", "aten.mul.Tensor"],
+    ),
+    "what_a_kernel_reads_does_not_join": (
+        lambda x, one, two, last: F.linear(F.linear(x, one), last) * F.linear(x, two),
+        [(3, 4)],
+        [(6, 4), (6, 4), (6, 6)],
+        ["mux.linear.default", "mux.linear.default", "mux.linear.default", "aten.mul.Tensor"],
     ),
     "kernel_read_twice_is_not_fused": (
         lambda x, w: (lambda y: F.relu(y) + y)(F.linear(x, w)),

@@ -172,6 +172,14 @@ CASES = [
     ),
     Case("mm_weight", lambda x, w: x @ w, ((3, 4),), ((4, 5),), ("mux.slot_linear.default",), False),
     Case(
+        "linears",
+        lambda x, q, a, k, b: F.linear(x, q, a).sum(-1) * F.linear(x, k, b).sum(-1),
+        ((2, 3, 5),),
+        ((7, 5), (7,), (3, 5), (3,)),
+        ("mux.slot_linear.default", "aten.split_with_sizes.default"),
+        False,
+    ),
+    Case(
         "conv",
         lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
         ((2, 3, 6, 6),),
