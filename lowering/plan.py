@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,17 @@ from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 from .coalesce import MOST_SLOTS, dense_order, lay_out, mark
 from .graphs import ROLE, call_nodes, fake_of, outputs_of, placeholders
+from .kernels import ahead
+from .launches import KernelCalls
 from .ops.semantic import CONVOLUTION, LINEAR
 from .passes import run_passes
 from .prepare import INDEX, Prepare, split_prepare
 from .program import Program
 from .segments import Segment, cut, single_slot, trace
 from .storage import Layout, Storage
+
+if TYPE_CHECKING:
+    from .kernels.common import Launch
 
 __all__ = ["CompiledPlan", "PlanReport", "compile_plan", "stack_buffer"]
 
@@ -74,6 +79,7 @@ class _Step:
     results: tuple[int, ...]
     specs: tuple[TensorSpec, ...]
     slots: int
+    kernels: KernelCalls | None = None
 
 
 class CompiledPlan:
@@ -127,6 +133,11 @@ class CompiledPlan:
                 results = self._run_slots(step, rows, gathered)
             environment.update(zip(step.results, results, strict=True))
         return [environment[index] for index in self._outputs]
+
+    def launches(self, slots: int) -> list[Launch]:
+        """The super-kernels that :meth:`run` launches for a bundle of ``slots`` slots."""
+        kernels = [step.kernels for step in self._steps if step.kernels is not None]
+        return [launch for each in kernels for launch in each.launches(slots)]
 
     def _run_slots(self, step: _Step, rows: Tensor, gathered: Sequence[Tensor]) -> list[Tensor]:
         stacked = [stack_buffer(spec, rows.shape[0]) for spec in step.specs]
@@ -243,8 +254,14 @@ def _step(
     allow_tf32: tuple[bool, bool],
     numbers: dict[Node, int],
 ) -> _Step:
+    kernels: KernelCalls | None = None
     if segment.coalesced:
         graph, space, fakes = trace(body, segment, storage.layout, device, storage.key, allow_tf32)
+        kernels = KernelCalls.of(graph, space)
+        if device.type == "cuda":
+            # They compile on other threads while Inductor compiles the rest.
+            for size in ahead.FIRST_SIZES:
+                ahead.builder.begin(kernels.launches(size))
         artifact = compat.inductor_compile(graph, fakes, space.shapes.mode)
         slots, rows = space.limits()
         if min(slots, rows) < 1:
@@ -260,6 +277,7 @@ def _step(
         tuple(numbers[node] for node in segment.results),
         tuple(TensorSpec.of(fake_of(node)) for node in segment.results),
         slots,
+        kernels,
     )
 
 

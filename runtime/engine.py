@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from torch_mux.errors import ClosedError, ModelRemoved
+from torch_mux.lowering.kernels.ahead import builder
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.accounting import Accounting, StatsSnapshot
-from torch_mux.runtime.compile_thread import CompileThread
+from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.dispatch import Dispatcher
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.instance import Instance
@@ -107,7 +108,7 @@ class Engine:
                 served = ServedProgram(program, self._dispatcher(program.device))
                 self._served[program.fingerprint] = served
                 entered = served
-                self.compile_thread.submit(lambda: self._compile(entered), urgent=True)
+                self.compile_thread.submit(lambda: self._compile(entered), Rank.URGENT)
             return served
 
     def _dispatcher(self, device: torch.device) -> Dispatcher:
@@ -130,9 +131,9 @@ class Engine:
                 if program.device.type == "cuda":
                     # Tables and constants were written on this thread's stream; lanes do not wait for it.
                     torch.cuda.current_stream(program.device).synchronize()
-                if plan.coalesced:
-                    executor.rehearse(served)
-            served.slots = executor.slots(program) if plan.coalesced else 1
+            if plan.coalesced:
+                executor.rehearse(served)
+            served.slots = min(executor.slots(program), plan.max_slots) if plan.coalesced else 1
             served.coalesced = plan.coalesced
         except BaseException as error:
             # Whatever it was, callers wait for the outcome.
@@ -315,7 +316,8 @@ class Engine:
         with self._lock:
             dispatchers, served = list(self._dispatchers.values()), list(self._served.values())
             self._dispatchers, self._served = {}, {}
-        self.compile_thread.close(0.0 if dispatchers else _JOIN)
+        self.compile_thread.close(0.0)
+        builder.close(0.0)  # the compile thread may wait for it
         for dispatcher in dispatchers:
             dispatcher.close(_JOIN)
         for one in served:
@@ -324,6 +326,7 @@ class Engine:
                 instance.dropped = True
                 instance.free()
         self.compile_thread.close(_JOIN)
+        builder.close(_JOIN)
 
     def _after_fork(self) -> None:
         """In a forked child: threads and pending requests are gone; programs compile again on use."""
@@ -363,7 +366,7 @@ def _executor(engine: Engine, device: torch.device) -> Executor:
     from torch_mux.runtime.executors.cuda import CudaExecutor
 
     steps = Steps(stack_buffer, gather, scatter)
-    capturer = Capturer(engine.compile_thread, steps, engine.compile_lock)
+    capturer = Capturer(engine.compile_thread, steps, engine.compile_lock, builder)
     return CudaExecutor(device, steps, capturer, engine.clock, engine.settings)
 
 

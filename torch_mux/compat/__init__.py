@@ -6,6 +6,10 @@ from .captures import (
     capturing,
     guard_synchronize,
 )
+from .dispatch import (
+    device_kernel,
+    fake_tensors,
+)
 from .dynamo import (
     active_modes,
     caller_files,
@@ -51,6 +55,8 @@ __all__ = [
     "compile_lock",
     "compile_whole",
     "compiled_backend",
+    "device_kernel",
+    "fake_tensors",
     "frame_guards",
     "frame_name",
     "frame_owner",
