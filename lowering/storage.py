@@ -30,7 +30,7 @@ ALIGNMENT: Final = 16
 _ROWS_AT_FIRST: Final = 32
 
 _version = attrgetter("_version")
-_numbers = itertools.count()
+_registering = threading.Lock()
 _storages: weakref.WeakValueDictionary[str, Storage] = weakref.WeakValueDictionary()
 
 
@@ -117,7 +117,7 @@ class Storage:
     """The tables of one plan on one device; safe to use from several threads."""
 
     def __init__(self, fingerprint: str, device: torch.device, prepare: Prepare, layout: Layout) -> None:
-        self.key = f"{fingerprint[:16]}-{next(_numbers)}"
+        self.key = ""
         self.device = device
         self.prepare = prepare
         self.layout = layout
@@ -131,7 +131,14 @@ class Storage:
         self.arenas: dict[torch.dtype, Tensor] = {}
         with torch.inference_mode(False):
             self._grow(_ROWS_AT_FIRST)
-        _storages[self.key] = self
+        self._register(fingerprint[:16])
+
+    def _register(self, name: str) -> None:
+        """Takes the first key that is free: generated code names it, and is found on disk if it is the same."""
+        with _registering:
+            numbers = itertools.count()
+            self.key = next(key for number in numbers if (key := f"{name}-{number}") not in _storages)
+            _storages[self.key] = self
 
     def _grow(self, capacity: int) -> None:
         """Moves the tables to ``capacity`` rows; code captured for the old ones keeps its own references."""
