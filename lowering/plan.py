@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -159,11 +160,25 @@ def compile_plan(program: Program, settings: Settings) -> CompiledPlan:
     """Lowers and compiles ``program``; takes seconds. The caller holds the compile lock."""
     if program.fallback is not None:
         return _whole(program, (program.fallback,))
+    missing = _without_triton(program)
+    if missing is not None:
+        return _whole(program, (missing,))
     try:
         return _coalesced(program, settings)
     except Exception as error:
         log.warning("%s does not coalesce: %s", program.name, error, exc_info=True)
         return _whole(program, (_failed(program, error),))
+
+
+def _without_triton(program: Program) -> FallbackReason | None:
+    """Why a program for a GPU cannot have super-kernels in this process."""
+    if program.device.type != "cuda":
+        return None
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return FallbackReason(FallbackKind.NO_TRITON, program.name, str(error))
+    return None
 
 
 def _failed(program: Program, error: Exception, outcome: str = "") -> FallbackReason:
@@ -181,7 +196,7 @@ def _whole(program: Program, reasons: tuple[FallbackReason, ...]) -> CompiledPla
             reasons = (*reasons, _failed(program, error, "; it runs operation by operation"))
             artifact = _by_operation(program.graph)
     empty = Prepare(GraphModule({}, torch.fx.Graph()), (), (), ())
-    storage = Storage(program.fingerprint, program.device, empty, Layout((), {}, {}))
+    storage = Storage(program.fingerprint, torch.device("cpu"), empty, Layout((), {}, {}))  # has no rows
     report = PlanReport(alone=len(call_nodes(program.graph.graph)), segments=("per instance",))
     return CompiledPlan(program, reasons, report, storage, (), (), artifact)
 

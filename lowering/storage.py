@@ -134,7 +134,7 @@ class Storage:
         self._register(fingerprint[:16])
 
     def _register(self, name: str) -> None:
-        """Takes the first key that is free: generated code names it, and is found on disk if it is the same."""
+        """Takes the first free key: generated code names it, and is found on disk again if it is the same."""
         with _registering:
             numbers = itertools.count()
             self.key = next(key for number in numbers if (key := f"{name}-{number}") not in _storages)
@@ -264,9 +264,17 @@ class Storage:
         """All prepared values of an instance, for segments that run per instance."""
         return self._rows[row].values
 
-    def nbytes(self, row: int) -> int:
-        """Bytes held for this instance beyond its weights: prepared copies and its share of the tables."""
+    def nbytes(self, row: int | None) -> int:
+        """Bytes held for this instance beyond its weights: prepared copies and its share of the tables.
+
+        None: what one more instance will take.
+        """
         fixed = self.table.shape[1] * 8 + sum(
             arena.shape[1] * arena.itemsize for arena in self.arenas.values()
         )
-        return fixed + self._rows[row].copied
+        state = None if row is None else self._rows.get(row)
+        if state is None:
+            prepare = self.prepare
+            pairs = zip(prepare.specs, prepare.direct, strict=True)
+            return fixed + sum(spec.nbytes for spec, direct in pairs if not direct)
+        return fixed + state.copied

@@ -185,6 +185,8 @@ class Capturer:
         with self._lock:
             if served in self._wanted:
                 lane.add(served.key, executable)
+        lane.measure_pool()
+        served.memory_changed()
         logger.debug("captured %s for %d slots on lane %d", served.program.name, slots, lane.index)
 
     def _failed(self, served: ServedProgram, slots: int, error: Exception, left: int) -> None:

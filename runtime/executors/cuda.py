@@ -232,6 +232,10 @@ class CudaExecutor:
             lane.forget(served.key)
         self._capturer.forget(served)
 
+    def pool_bytes(self) -> int:
+        """The pools of the lanes' graphs."""
+        return sum(lane.pool_bytes for lane in list(self._lanes))
+
     def report(self, served: ServedProgram) -> ExecutorReport:
         """Captured sizes by lane, and what could not be captured."""
         captured = tuple(
