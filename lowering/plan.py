@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,17 @@ from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 from .coalesce import MOST_SLOTS, dense_order, lay_out, mark
 from .graphs import ROLE, call_nodes, fake_of, outputs_of, placeholders
+from .kernels import ahead
+from .launches import KernelCalls
 from .ops.semantic import CONVOLUTION, LINEAR, LINEARS, is_depthwise
 from .passes import run_passes
 from .prepare import INDEX, Prepare, split_prepare
 from .program import Program
 from .segments import Segment, cut, single_slot, trace
 from .storage import Layout, Storage
+
+if TYPE_CHECKING:
+    from .kernels.common import Launch
 
 __all__ = ["CompiledPlan", "PlanReport", "compile_plan", "stack_buffer"]
 
@@ -75,6 +81,7 @@ class _Step:
     results: tuple[int, ...]
     specs: tuple[TensorSpec, ...]
     slots: int
+    kernels: KernelCalls | None = None
 
 
 class CompiledPlan:
@@ -129,6 +136,11 @@ class CompiledPlan:
             environment.update(zip(step.results, results, strict=True))
         return [environment[index] for index in self._outputs]
 
+    def launches(self, slots: int) -> list[Launch]:
+        """The super-kernels that :meth:`run` launches for a bundle of ``slots`` slots."""
+        kernels = [step.kernels for step in self._steps if step.kernels is not None]
+        return [launch for each in kernels for launch in each.launches(slots)]
+
     def _run_slots(self, step: _Step, rows: Tensor, gathered: Sequence[Tensor]) -> list[Tensor]:
         stacked = [stack_buffer(spec, rows.shape[0]) for spec in step.specs]
         for slot, row in enumerate(rows.tolist()):
@@ -150,11 +162,25 @@ def compile_plan(program: Program, settings: Settings) -> CompiledPlan:
     compat.native.build()
     if program.fallback is not None:
         return _whole(program, (program.fallback,))
+    missing = _without_triton(program)
+    if missing is not None:
+        return _whole(program, (missing,))
     try:
         return _coalesced(program, settings)
     except Exception as error:
         log.warning("%s does not coalesce: %s", program.name, error, exc_info=True)
         return _whole(program, (_failed(program, error),))
+
+
+def _without_triton(program: Program) -> FallbackReason | None:
+    """Why a program for a GPU cannot have super-kernels in this process."""
+    if program.device.type != "cuda":
+        return None
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return FallbackReason(FallbackKind.NO_TRITON, program.name, str(error))
+    return None
 
 
 def _failed(program: Program, error: Exception, outcome: str = "") -> FallbackReason:
@@ -172,7 +198,7 @@ def _whole(program: Program, reasons: tuple[FallbackReason, ...]) -> CompiledPla
             reasons = (*reasons, _failed(program, error, "; it runs operation by operation"))
             artifact = _by_operation(program.graph)
     empty = Prepare(GraphModule({}, torch.fx.Graph()), (), (), ())
-    storage = Storage(program.fingerprint, program.device, empty, Layout((), {}, {}))
+    storage = Storage(program.fingerprint, torch.device("cpu"), empty, Layout((), {}, {}))  # has no rows
     report = PlanReport(alone=len(call_nodes(program.graph.graph)), segments=("per instance",))
     return CompiledPlan(program, reasons, report, storage, (), (), artifact)
 
@@ -245,8 +271,14 @@ def _step(
     allow_tf32: tuple[bool, bool],
     numbers: dict[Node, int],
 ) -> _Step:
+    kernels: KernelCalls | None = None
     if segment.coalesced:
         graph, space, fakes = trace(body, segment, storage.layout, device, storage.key, allow_tf32)
+        kernels = KernelCalls.of(graph, space)
+        if device.type == "cuda":
+            # They compile on other threads while Inductor compiles the rest.
+            for size in ahead.FIRST_SIZES:
+                ahead.builder.begin(kernels.launches(size))
         artifact = compat.inductor_compile(graph, fakes, space.shapes.mode)
         slots, rows = space.limits()
         if min(slots, rows) < 1:
@@ -262,6 +294,7 @@ def _step(
         tuple(numbers[node] for node in segment.results),
         tuple(TensorSpec.of(fake_of(node)) for node in segment.results),
         slots,
+        kernels,
     )
 
 

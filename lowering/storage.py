@@ -30,7 +30,7 @@ __all__ = ["Field", "Layout", "Storage", "storage_of"]
 ALIGNMENT: Final = 16
 _ROWS_AT_FIRST: Final = 32
 
-_numbers = itertools.count()
+_registering = threading.Lock()
 _storages: weakref.WeakValueDictionary[str, Storage] = weakref.WeakValueDictionary()
 
 
@@ -121,7 +121,7 @@ class Storage:
     """The tables of one plan on one device; safe to use from several threads."""
 
     def __init__(self, fingerprint: str, device: torch.device, prepare: Prepare, layout: Layout) -> None:
-        self.key = f"{fingerprint[:16]}-{next(_numbers)}"
+        self.key = ""
         self.device = device
         self.prepare = prepare
         self.layout = layout
@@ -135,7 +135,14 @@ class Storage:
         self.arenas: dict[torch.dtype, Tensor] = {}
         with torch.inference_mode(False):
             self._grow(_ROWS_AT_FIRST)
-        _storages[self.key] = self
+        self._register(fingerprint[:16])
+
+    def _register(self, name: str) -> None:
+        """Takes the first free key: generated code names it, and is found on disk again if it is the same."""
+        with _registering:
+            numbers = itertools.count()
+            self.key = next(key for number in numbers if (key := f"{name}-{number}") not in _storages)
+            _storages[self.key] = self
 
     def _grow(self, capacity: int) -> None:
         """Moves the tables to ``capacity`` rows; code captured for the old ones keeps its own references."""
@@ -246,9 +253,17 @@ class Storage:
         """All prepared values of an instance, for segments that run per instance."""
         return self._rows[row].values
 
-    def nbytes(self, row: int) -> int:
-        """Bytes held for this instance beyond its weights: prepared copies and its share of the tables."""
+    def nbytes(self, row: int | None) -> int:
+        """Bytes held for this instance beyond its weights: prepared copies and its share of the tables.
+
+        None: what one more instance will take.
+        """
         fixed = self.table.shape[1] * 8 + sum(
             arena.shape[1] * arena.itemsize for arena in self.arenas.values()
         )
-        return fixed + self._rows[row].copied
+        state = None if row is None else self._rows.get(row)
+        if state is None:
+            prepare = self.prepare
+            pairs = zip(prepare.specs, prepare.direct, strict=True)
+            return fixed + sum(spec.nbytes for spec, direct in pairs if not direct)
+        return fixed + state.copied

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.request import Request, RequestState
 
 __all__ = ["Accounting", "StatsSnapshot", "TenantStats"]
@@ -28,6 +29,7 @@ class TenantStats:
             requests that ended well; None before the first.
         device_seconds: device time, that of a bundle divided evenly over its slots.
         queue_seconds: time its requests spent queued, in sum.
+        held: bytes that it holds now, see :class:`torch_mux.runtime.memory.MemoryLedger`.
         coalesced_share: part of its requests to coalesced plans that shared their bundle, None before the
             first.
     """
@@ -43,6 +45,7 @@ class TenantStats:
     device_seconds: float
     queue_seconds: float
     coalesced_share: float | None
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class _Tenant:
             self.latencies[self.next] = seconds
             self.next = (self.next + 1) % _WINDOW
 
-    def snapshot(self, name: str) -> TenantStats:
+    def snapshot(self, name: str, held: int) -> TenantStats:
         ordered = sorted(self.latencies)
         return TenantStats(
             tenant=name,
@@ -106,6 +109,7 @@ class _Tenant:
             device_seconds=self.device_seconds,
             queue_seconds=self.queue_seconds,
             coalesced_share=self.shared / self.coalescible if self.coalescible else None,
+            held=held,
         )
 
 
@@ -117,9 +121,14 @@ def _quantile(ordered: Sequence[float], q: float) -> float | None:
 
 
 class Accounting:
-    """Counters a tenant, of bounded size; safe from any thread."""
+    """Counters a tenant, of bounded size; safe from any thread.
 
-    def __init__(self) -> None:
+    Attributes:
+        memory: what tenants hold; it is told of every end.
+    """
+
+    def __init__(self, memory: MemoryLedger | None = None) -> None:
+        self.memory = memory
         self._lock = threading.Lock()
         self._tenants: dict[str, _Tenant] = {}
         self._bundles = 0
@@ -151,6 +160,8 @@ class Accounting:
                     tenant.cancelled += 1
                 else:
                     tenant.errors += 1
+        if self.memory is not None:
+            self.memory.release(requests)
 
     def ran(self, requests: Sequence[Request], seconds: float, coalesced: bool) -> None:
         """A bundle of these requests took ``seconds`` of the device."""
@@ -171,9 +182,11 @@ class Accounting:
 
     def snapshot(self) -> StatsSnapshot:
         """Everything counted so far, as frozen data."""
+        memory = self.memory
         with self._lock:
+            held = {name: 0 if memory is None else memory.held(name) for name in self._tenants}
             return StatsSnapshot(
-                tenants={name: tenant.snapshot(name) for name, tenant in self._tenants.items()},
+                tenants={name: tenant.snapshot(name, held[name]) for name, tenant in self._tenants.items()},
                 bundles=self._bundles,
                 requests=self._requests,
                 device_seconds=self._seconds,

@@ -20,6 +20,7 @@ class Bundle:
         requests: one a slot, in slot order.
         share: its cap as a fraction of the device's multiprocessors.
         lane: which lane it runs on.
+        again: it found no memory once and is run again.
         seconds: device seconds it took, once known.
     """
 
@@ -27,6 +28,7 @@ class Bundle:
     requests: list[Request]
     share: float
     lane: int = 0
+    again: bool = False
     seconds: float = field(default=0.0)
 
 

@@ -7,40 +7,53 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable
+from enum import IntEnum
 
-__all__ = ["CompileThread"]
+__all__ = ["CompileThread", "Rank"]
 
 logger = logging.getLogger(__name__)
 
 
+class Rank(IntEnum):
+    """Which jobs go first: plans that requests wait for, captures, then what nobody asked for yet."""
+
+    URGENT = 0
+    WANTED = 1
+    AHEAD = 2
+
+
 class CompileThread:
-    """Runs jobs one by one on a daemon thread that the first one starts; urgent ones first, else in order."""
+    """Runs jobs one by one on a daemon thread that the first one starts; by rank, then in order."""
 
     def __init__(self) -> None:
-        self._jobs: list[tuple[int, int, Callable[[], object]]] = []
+        self._jobs: list[tuple[Rank, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._running = False
+        self._running: Rank | None = None
         self._closed = False
 
-    def submit(self, job: Callable[[], object], urgent: bool = False) -> None:
+    def submit(self, job: Callable[[], object], rank: Rank = Rank.WANTED) -> None:
         """Queues ``job``; what it raises is logged. After :meth:`close` it is dropped."""
         with self._changed:
             if self._closed:
                 return
-            heapq.heappush(self._jobs, (0 if urgent else 1, next(self._numbers), job))
+            heapq.heappush(self._jobs, (rank, next(self._numbers), job))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="torch_mux-compile", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
-    def quiesce(self, timeout: float | None = None) -> bool:
-        """Waits until nothing is queued or running; False when ``timeout`` seconds passed before."""
+    def quiesce(self, timeout: float | None = None, rank: Rank = Rank.WANTED) -> bool:
+        """Waits until nothing up to ``rank`` is queued or running; False when ``timeout`` seconds passed."""
         if threading.current_thread() is self._thread:
             return False
         with self._changed:
-            return self._changed.wait_for(lambda: not self._jobs and not self._running, timeout)
+            return self._changed.wait_for(lambda: not self._busy(rank), timeout)
+
+    def _busy(self, rank: Rank) -> bool:
+        waiting = bool(self._jobs) and self._jobs[0][0] <= rank
+        return waiting or (self._running is not None and self._running <= rank)
 
     def close(self, timeout: float) -> None:
         """Drops what is queued and waits at most ``timeout`` seconds for what is running."""
@@ -55,13 +68,12 @@ class CompileThread:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._running = False
+                self._running = None
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._jobs or self._closed)
                 if self._closed:
                     return
-                _, _, job = heapq.heappop(self._jobs)
-                self._running = True
+                self._running, _, job = heapq.heappop(self._jobs)
             try:
                 job()
             except Exception:

@@ -10,18 +10,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torch_mux.errors import ClosedError, ModelRemoved
+from torch_mux.lowering.kernels.ahead import builder
 from torch_mux.lowering.program import Program
+from torch_mux.runtime import leaving
 from torch_mux.runtime.accounting import Accounting, StatsSnapshot
-from torch_mux.runtime.compile_thread import CompileThread
+from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.dispatch import Dispatcher
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.report import ProgramReport, report_of
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.scheduler.base import Policy
@@ -32,6 +36,7 @@ from torch_mux.types import Quota
 
 if TYPE_CHECKING:
     from torch_mux.lowering.plan import CompiledPlan
+    from torch_mux.runtime.executors.capture import Move
 
 __all__ = ["Engine"]
 
@@ -74,7 +79,8 @@ class Engine:
         self._policy = policy
         self._make_executor = _executor if executor is None else executor
         self._lock = threading.RLock()
-        self._accounting = Accounting()
+        self._memory = MemoryLedger(self._instances, self._pools)
+        self._accounting = Accounting(self._memory)
         self._closed = False
         self._start()
         _engines.add(self)
@@ -96,7 +102,13 @@ class Engine:
 
     def _find(self, program: Program) -> ServedProgram:
         served = self._served.get(program.fingerprint)
-        return self._enter(program) if served is None else served
+        if served is not None:
+            return served
+        try:
+            return self._enter(program)
+        except ClosedError:
+            leaving.wait_if_leaving()
+            raise
 
     def _enter(self, program: Program) -> ServedProgram:
         with self._lock:
@@ -104,10 +116,10 @@ class Engine:
                 raise ClosedError
             served = self._served.get(program.fingerprint)
             if served is None:
-                served = ServedProgram(program, self._dispatcher(program.device))
+                served = ServedProgram(program, self._dispatcher(program.device), self._memory)
                 self._served[program.fingerprint] = served
                 entered = served
-                self.compile_thread.submit(lambda: self._compile(entered), urgent=True)
+                self.compile_thread.submit(lambda: self._compile(entered), Rank.URGENT)
             return served
 
     def _dispatcher(self, device: torch.device) -> Dispatcher:
@@ -130,9 +142,9 @@ class Engine:
                 if program.device.type == "cuda":
                     # Tables and constants were written on this thread's stream; lanes do not wait for it.
                     torch.cuda.current_stream(program.device).synchronize()
-                if plan.coalesced:
-                    executor.rehearse(served)
-            served.slots = executor.slots(program) if plan.coalesced else 1
+            if plan.coalesced:
+                executor.rehearse(served)
+            served.slots = min(executor.slots(program), plan.max_slots) if plan.coalesced else 1
             served.coalesced = plan.coalesced
         except BaseException as error:
             # Whatever it was, callers wait for the outcome.
@@ -140,6 +152,7 @@ class Engine:
             served.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
         else:
             logger.debug("%s is ready, %s", program.name, "coalesced" if plan.coalesced else "per instance")
+        served.memory_changed()
         served.dispatcher.compiled(served)
 
     def instance(self, program: Program, parameters: Sequence[Tensor]) -> Instance:
@@ -179,6 +192,9 @@ class Engine:
 
     def _instances(self) -> list[Instance]:
         return [instance for served in list(self._served.values()) for instance in served.instances]
+
+    def _pools(self) -> list[tuple[torch.device, int]]:
+        return [(device, found.executor.pool_bytes()) for device, found in list(self._dispatchers.items())]
 
     def refresh(self, parameters: Sequence[Tensor]) -> None:
         """Has every instance that uses one of these tensors prepared again before its next run."""
@@ -223,29 +239,48 @@ class Engine:
             ClosedError: the engine was closed.
             DeviceMismatch: an input is not where its program runs; nothing was queued then.
             ModelRemoved: an instance was removed or its model was collected.
+            MemoryQuotaExceeded: a tenant would hold more than its quota allows; nothing was queued then.
+            ExecutionFailed: there was no memory for the outputs of a request; nothing was queued then.
         """
-        inference = torch.is_inference_mode_enabled()
-        arrival = self.clock()
-        requests: list[Request] = []
+        live: list[tuple[Instance, Quota]] = []
         for instance, inputs, quota in calls:
             if instance.removed or instance.dropped or not instance.alive:
                 instance = self._live(instance)
-            served = instance.served
-            served.check(inputs)
-            outputs = served.empty_outputs() if served.coalesced else []
-            requests.append(Request(served.dispatcher, instance, inputs, outputs, quota, inference, arrival))
-        for dispatcher, own in _by_dispatcher(requests):
-            mark = dispatcher.executor.mark()
-            if mark is not None:
-                for request in own:
-                    request.mark = mark
-            dispatcher.enqueue(own)
+            instance.served.check(inputs)
+            live.append((instance, quota))
+        self._memory.reserve(live)
+        requests: list[Request] = []
+        queued: set[Request | None] = set()
+        try:
+            inference, arrival = torch.is_inference_mode_enabled(), self.clock()
+            for (instance, quota), (_, inputs, _) in zip(live, calls, strict=True):
+                served = instance.served
+                outputs = served.allocate() if served.coalesced else []
+                requests.append(
+                    Request(served.dispatcher, instance, inputs, outputs, quota, inference, arrival)
+                )
+            for dispatcher, own in _by_dispatcher(requests):
+                mark = dispatcher.executor.mark()
+                if mark is not None:
+                    for request in own:
+                        request.mark = mark
+                dispatcher.enqueue(own)
+                queued.update(own)
+        except BaseException:
+            # What was queued gives its memory back when it ends.
+            self._memory.cancel(
+                call for call, request in zip_longest(live, requests) if request not in queued
+            )
+            if self._closed:
+                leaving.wait_if_leaving()
+            raise
         return requests
 
     def _live(self, instance: Instance) -> Instance:
         """The instance to use instead of one that was handed out before a reset."""
         program = instance.served.program
         if self._closed:
+            leaving.wait_if_leaving()
             raise ClosedError
         if instance.removed or not instance.alive:
             raise ModelRemoved(model=program.name)
@@ -303,6 +338,7 @@ class Engine:
         with self._lock:
             self._start()
             self._accounting.clear()
+            self._memory.clear()
             self._closed = False
 
     def close(self) -> None:
@@ -315,7 +351,8 @@ class Engine:
         with self._lock:
             dispatchers, served = list(self._dispatchers.values()), list(self._served.values())
             self._dispatchers, self._served = {}, {}
-        self.compile_thread.close(0.0 if dispatchers else _JOIN)
+        self.compile_thread.close(0.0)
+        builder.close(0.0)  # the compile thread may wait for it
         for dispatcher in dispatchers:
             dispatcher.close(_JOIN)
         for one in served:
@@ -324,6 +361,7 @@ class Engine:
                 instance.dropped = True
                 instance.free()
         self.compile_thread.close(_JOIN)
+        builder.close(_JOIN)
 
     def _after_fork(self) -> None:
         """In a forked child: threads and pending requests are gone; programs compile again on use."""
@@ -332,7 +370,8 @@ class Engine:
             for instance in served.instances:
                 instance.dropped = True
         self._lock = threading.RLock()
-        self._accounting = Accounting()
+        self._memory.clear()
+        self._accounting = Accounting(self._memory)
         self._start()
         for dispatcher in dispatchers:
             dispatcher.abandon_after_fork()
@@ -358,13 +397,27 @@ def _executor(engine: Engine, device: torch.device) -> Executor:
 
         _tell_once(device)
         return CpuExecutor(device, stack_buffer)
-    from torch_mux.lowering.kernels.transport import gather, scatter
     from torch_mux.runtime.executors.capture import Capturer, Steps
     from torch_mux.runtime.executors.cuda import CudaExecutor
 
-    steps = Steps(stack_buffer, gather, scatter)
-    capturer = Capturer(engine.compile_thread, steps, engine.compile_lock)
+    steps = Steps(stack_buffer, *_moves())
+    capturer = Capturer(engine.compile_thread, steps, engine.compile_lock, builder)
     return CudaExecutor(device, steps, capturer, engine.clock, engine.settings)
+
+
+def _moves() -> tuple[Move, Move]:
+    """The transport kernels; without Triton, where every plan runs per instance, nothing calls them."""
+    try:
+        from torch_mux.lowering.kernels.transport import gather, scatter
+    except ImportError as error:
+        reason = str(error)
+        logger.warning("models on the GPU run one by one, without super-kernels: %s", reason)
+
+        def missing(*_: object) -> None:
+            raise RuntimeError(f"a coalesced bundle needs Triton: {reason}")
+
+        return missing, missing
+    return gather, scatter
 
 
 def _tell_once(device: torch.device) -> None:
@@ -378,6 +431,7 @@ def _tell_once(device: torch.device) -> None:
 
 
 def _close_all() -> None:
+    leaving.begin()
     for engine in list(_engines):
         engine.close()
 

@@ -41,6 +41,7 @@ class Instance:
         removed: ``torch_mux.remove`` was called for it.
         dropped: the engine was reset or its weights took another form since; it must be looked up again.
         uses: requests that are queued or under way.
+        tenants: who has used it; changed by the memory ledger only.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class Instance:
         "renew",
         "row",
         "served",
+        "tenants",
         "uses",
     )
 
@@ -68,6 +70,7 @@ class Instance:
         self.removed = False
         self.dropped = False
         self.uses = 0
+        self.tenants: frozenset[str] = frozenset()
         self._held = _aliases(parameters)
         me = weakref.ref(self)
 
@@ -118,6 +121,7 @@ class Instance:
         with self.served.storage_lock, torch.inference_mode(False), torch.no_grad():
             self.row = storage.bind(parameters)
         self.renew = False
+        self.served.memory_changed()
         return self.row
 
     def rewrite(self, row: int) -> None:
@@ -132,6 +136,7 @@ class Instance:
         """Gives the row back and lets go of the weights; nothing may be under way."""
         row, self.row = self.row, None
         self._held = []
+        self.served.memory_changed()
         if row is not None:
             with self.served.storage_lock:
                 self.served.storage.release(row)

@@ -82,6 +82,7 @@ class Lane:
         ring: its tables.
         flights: bundles under way, oldest first.
         executables: captured graphs by program key and number of slots.
+        pool_bytes: what the pool takes of the device, measured after the last capture.
         pool: the memory pool that all of its graphs share, which they may since they run one after another.
     """
 
@@ -92,6 +93,7 @@ class Lane:
         self.flights: deque[CudaFlight] = deque()
         self.executables: dict[str, dict[int, Executable]] = {}
         self.pool: Any = None
+        self.pool_bytes = 0
         self.free_at = 0.0
         # The table was zeroed on the creating thread's stream.
         torch.cuda.current_stream(device).synchronize()
@@ -124,6 +126,11 @@ class Lane:
             if other.generation == executable.generation
         }
         self.executables[key] = {**kept, executable.slots: executable}
+
+    def measure_pool(self) -> None:
+        """Notes what the graphs' pool takes of the device; takes milliseconds."""
+        snapshot: list[dict[str, Any]] = _cuda.memory_snapshot()
+        self.pool_bytes = sum(part["total_size"] for part in snapshot if part["segment_pool_id"] == self.pool)
 
     def forget(self, key: str) -> None:
         """Drops a program's graphs."""

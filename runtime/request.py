@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from torch_mux.errors import ClosedError
+from torch_mux.runtime.leaving import wait_if_leaving
 from torch_mux.types import Quota
 
 if TYPE_CHECKING:
@@ -177,5 +179,7 @@ class Request:
         For those who waited with :meth:`Engine.wait`; raises what :meth:`result` raises.
         """
         if self.error is not None:
+            if isinstance(self.error, ClosedError):
+                wait_if_leaving()
             raise self.error
         return self.outputs

@@ -14,6 +14,7 @@ from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.line import Line, go_out
+from torch_mux.runtime.memory import make_room, out_of_memory
 from torch_mux.runtime.request import Request, RequestState
 from torch_mux.runtime.scheduler.base import Issue, Policy
 from torch_mux.runtime.served import failure
@@ -63,8 +64,27 @@ class Runner:
 
     def run(self, bundle: Bundle) -> None:
         """Runs or enqueues a bundle; what it raises becomes errors of its requests."""
-        self._launch(bundle)
+        self._refuse(bundle)
+        if bundle.requests:
+            self._launch(bundle)
         self._underway = ()
+
+    def _refuse(self, bundle: Bundle) -> None:
+        """Ends the requests whose tenants may not have their models prepared, before that costs memory."""
+        memory = self._accounting.memory
+        if memory is None or not bundle.served.coalesced:
+            return
+        refused: list[Request] = []
+        for request in bundle.requests:
+            if request.quota.memory is not None and request.instance.row is None:
+                request.error = memory.unaffordable(request)
+                if request.error is not None:
+                    refused.append(request)
+        if refused:
+            if len(refused) == len(bundle.requests):
+                self._policy.completed(bundle.served.key, self._clock(), 0.0)
+            bundle.requests = [request for request in bundle.requests if request.error is None]
+            self.end(refused, self._clock())
 
     def _launch(self, bundle: Bundle) -> None:
         started = self._clock()
@@ -73,6 +93,11 @@ class Runner:
             flight = self._executor.launch(bundle)
         except Exception as error:
             raised = error
+        if out_of_memory(raised) and not bundle.again and bundle.served.coalesced:
+            bundle.again = True
+            make_room(self._executor.device)
+            self._launch(bundle)
+            return
         if raised is not None:
             # Not in the handler: what is raised next must not name it as its context.
             self._isolate(bundle, raised)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_mux.errors import DeviceMismatch, ExecutionFailed
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.instance import InstanceTable
+from torch_mux.runtime.memory import MemoryLedger, make_room, out_of_memory
 from torch_mux.runtime.request import Request
 
 if TYPE_CHECKING:
@@ -38,13 +39,15 @@ class ServedProgram:
         ordered: bundles must keep their order, so they stay on the first lane.
         requests: the queue, oldest first; guarded by the dispatcher's mutex.
         sizes: bundles that went out, by number of slots.
+        output_bytes: bytes of one request's outputs.
         storage_lock: held while tables are written or a plan is captured over them.
     """
 
-    def __init__(self, program: Program, dispatcher: Dispatcher) -> None:
+    def __init__(self, program: Program, dispatcher: Dispatcher, memory: MemoryLedger | None = None) -> None:
         self.program = program
         self.key = program.fingerprint
         self.dispatcher = dispatcher
+        self._memory = memory
         self.plan: CompiledPlan | None = None
         self.error: Exception | None = None
         self.ready = False
@@ -55,6 +58,7 @@ class ServedProgram:
         self.instances = InstanceTable()
         self.sizes: Counter[int] = Counter()
         self.storage_lock = threading.Lock()
+        self.output_bytes = sum(spec.nbytes for spec in program.outputs if spec is not None)
         self.devices = tuple(
             (index, spec.device) for index, spec in enumerate(program.inputs) if spec is not None
         )
@@ -70,6 +74,11 @@ class ServedProgram:
             if got != device:
                 raise DeviceMismatch(index=index, model=self.program.name, got=str(got), want=str(device))
 
+    def memory_changed(self) -> None:
+        """What is held for the program is not what it was. Takes no lock."""
+        if self._memory is not None:
+            self._memory.changed()
+
     def empty_outputs(self) -> list[object]:
         """Uninitialised outputs, each with its own storage; inference tensors in inference mode."""
         return [
@@ -78,6 +87,23 @@ class ServedProgram:
             else torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
             for spec in self.program.outputs
         ]
+
+    def allocate(self) -> list[object]:
+        """:meth:`empty_outputs`, tried again when torch has given back what it kept.
+
+        Raises:
+            ExecutionFailed: there is no memory for them.
+        """
+        try:
+            return self.empty_outputs()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        make_room(self.program.device)
+        try:
+            return self.empty_outputs()
+        except Exception as error:
+            raise failure(self, error) from error
 
     @property
     def compiled(self) -> CompiledPlan:

@@ -373,6 +373,44 @@ def test_without_triton_the_cpu_serves_all_the_same() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+WITHOUT_TRITON_ON_A_GPU = (
+    WITHOUT_TRITON.partition("model = ")[0]
+    + """
+    import dataclasses
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch_mux.lowering.capture import capture
+    from torch_mux.lowering.plan import compile_plan
+    from torch_mux.runtime import engine
+    from torch_mux.settings import Settings
+    from torch_mux.types import FallbackKind
+
+    x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    with torch.no_grad():
+        graph = make_fx(lambda x, w: (torch.relu(x @ w.t()),), tracing_mode="fake")(x, weight)
+    program = dataclasses.replace(capture(graph, [1], "Net"), device=torch.device("cuda:0"))
+    plan = compile_plan(program, Settings())
+    (reason,) = plan.reasons
+    assert not plan.coalesced and not plan.capturable
+    assert reason.kind is FallbackKind.NO_TRITON and "No module named 'triton'" in str(reason)
+    torch.testing.assert_close(plan.run_alone([weight], [x])[0], torch.relu(x @ weight.t()))
+    gather, scatter = engine._moves()
+    try:
+        gather()
+    except RuntimeError as error:
+        assert "needs Triton" in str(error)
+    else:
+        raise AssertionError("it was called")
+"""
+)
+
+
+def test_without_triton_a_gpu_runs_per_instance_and_says_why() -> None:
+    script = textwrap.dedent(WITHOUT_TRITON_ON_A_GPU)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert "without super-kernels" in ended.stderr
+
+
 # The end.
 
 

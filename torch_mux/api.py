@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -149,7 +150,12 @@ def submit(model: Any, *args: Any, **kwargs: Any) -> Future:
     call = prepare(model, args, kwargs)
     quota = current_quota()
     if call.route is not None and call.route.holds():
-        request = call.submit(quota)
+        try:
+            request = call.submit(quota)
+        except MuxError as error:
+            refused: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            refused.set_exception(error)
+            return Future(refused, quota.tenant, lambda source: source.result())
         state.engine().kick()
         return Future(request, quota.tenant, call.settle)
     call.route = None

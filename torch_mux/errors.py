@@ -14,6 +14,7 @@ __all__ = [
     "InvalidQuota",
     "InvalidRequest",
     "InvalidSetting",
+    "MemoryQuotaExceeded",
     "ModelRemoved",
     "MuxError",
     "NotCompiled",
@@ -110,6 +111,15 @@ class CancelledRequest(MuxError):
     """The result of a request that was cancelled."""
 
     message = "the request of tenant {tenant!r} was cancelled before it went out"
+
+
+class MemoryQuotaExceeded(MuxError):
+    """A request that would take a tenant above the ``memory`` of its quota."""
+
+    message = (
+        "tenant {tenant!r} holds {held} bytes of {device} and {model} needs {asked} more, above its quota of "
+        "memory={limit}: raise it, torch_mux.remove() models, or have fewer requests under way"
+    )
 
 
 class DispatchFailed(MuxError):

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Explanation", "Note", "ProgramExplanation", "Stats", "explanation", "statistics"]
 
 
-_COLUMNS = tuple("tenant,accepted,ok,errors,cancelled,pending,p50 ms,p99 ms,device s,coalesced".split(","))
+_COLUMNS = tuple(
+    "tenant,accepted,ok,errors,cancelled,pending,p50 ms,p99 ms,device s,coalesced,held MiB".split(",")
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Stats:
                     _ms(got.p99),
                     f"{got.device_seconds:.3f}",
                     "-" if got.coalesced_share is None else f"{got.coalesced_share:.0%}",
+                    f"{got.held / 2**20:.1f}",
                 )
             )
         return "\n".join([head, *_aligned(rows)]) if self.tenants else head

@@ -53,6 +53,7 @@ class FallbackKind(Enum):
     ALIASED_OUTPUT = "an output shares storage with an input, a parameter or another output"
     SUBCLASS = "tensor subclass or unsupported layout"
     TRAINING = "grad mode is enabled and a tensor requires grad"
+    NO_TRITON = "Triton cannot be imported, and the super-kernels are written in it"
     COMPILE_FAILED = "the coalesced form did not compile"
     NOT_REACHED = "no graph of the model reached the backend"
     GUARDED = "calls stay on the guarded path"

@@ -2,7 +2,7 @@
 """What the super-kernels share: the persistent loop's bookkeeping, the epilogue and the launch record."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_mux.lowering.kernels.ahead import noted
 from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Problems, Tile, Vector
 
 __all__ = [
@@ -165,18 +166,44 @@ class Launch:
     device: torch.device
     pdl: bool = False
 
-    def run(self) -> None:
-        """Launches on the current stream; neither synchronises nor allocates, so it may be captured."""
-        if self.grid == 0:
-            return
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told besides the arguments."""
         options: dict[str, Any] = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
         if self.pdl:
             options["launch_pdl"] = True
+        return options
+
+    @property
+    def variant(self) -> Hashable:
+        """Equal for launches that run the same machine code."""
+        kinds = [
+            argument
+            if parameter.is_constexpr or not parameter.do_not_specialize or argument is None
+            else -(2**31) <= argument < 2**31
+            for parameter, argument in zip(self.kernel.params, self._types(), strict=True)
+        ]
+        return (id(self.kernel), self.device, *kinds, *self.options.items())
+
+    def _types(self) -> list[Any]:
+        """The arguments in order, of tensors their dtypes, which Triton takes as aligned to 16 bytes."""
+        values = [self.arguments[parameter.name] for parameter in self.kernel.params]
+        return [value.dtype if isinstance(value, Tensor) else value for value in values]
+
+    def build(self) -> None:
+        """Compiles the kernel, or finds it in Triton's cache, and loads it on the current device."""
+        compiled = self.kernel.warmup(*self._types(), grid=(self.grid,), **self.options)
+        _ = compiled.run  # loads the code and compiles the launcher
+
+    def run(self) -> None:
+        """Launches on the current stream; neither synchronises nor allocates, so it may be captured."""
+        if self.grid == 0 or noted(self):
+            return
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
-                self.kernel[(self.grid,)](**self.arguments, **options)
+                self.kernel[(self.grid,)](**self.arguments, **self.options)
         else:
-            self.kernel[(self.grid,)](**self.arguments, **options)
+            self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
 @cache

@@ -100,10 +100,7 @@ def compile_launch(launch: Launch, capability: int = 90) -> Compiled:
     """
     signature, constants, attributes = _signature(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options: dict[str, Any] = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
-    if launch.pdl:
-        options["launch_pdl"] = True
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     ptx = kernel.asm["ptx"]
     registers, stack = _resources(kernel.asm["cubin"])
     widths = [

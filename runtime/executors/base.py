@@ -12,6 +12,7 @@ import torch
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.memory import make_room, out_of_memory
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.scheduler.base import LaneLoad
 from torch_mux.runtime.served import ServedProgram, failure
@@ -125,6 +126,10 @@ class Executor(Protocol):
         """Drops what is kept for a program of which nothing is under way."""
         ...
 
+    def pool_bytes(self) -> int:
+        """Bytes of the buffers that plans run in, which all programs share."""
+        ...
+
     def report(self, served: ServedProgram) -> ExecutorReport:
         """What is built for a program."""
         ...
@@ -179,12 +184,23 @@ def stale(bundle: Bundle) -> list[Instance]:
 def run_each_alone(bundle: Bundle) -> None:
     """Runs the slots one by one through the plan's per-instance form, each in its caller's inference mode.
 
-    What one of them raises becomes that request's error.
+    What one of them raises becomes that request's error. One that finds no memory is tried again when torch
+    has given back what it kept, unless it may have written something already.
     """
-    plan = bundle.served.compiled
     for request in bundle.requests:
-        try:
-            with torch.inference_mode(request.inference), torch.no_grad():
-                request.outputs = plan.run_alone(request.instance.current(), request.inputs)
-        except Exception as error:
+        error = _run_alone(request)
+        if out_of_memory(error) and not bundle.served.program.mutates:
+            make_room(bundle.served.program.device)
+            error = _run_alone(request)
+        if error is not None:
             request.error = failure(bundle.served, error)
+
+
+def _run_alone(request: Request) -> Exception | None:
+    try:
+        with torch.inference_mode(request.inference), torch.no_grad():
+            plan = request.served.compiled
+            request.outputs = plan.run_alone(request.instance.current(), request.inputs)
+    except Exception as error:
+        return error
+    return None

@@ -1,4 +1,4 @@
-"""The steps of a coalesced bundle on CUDA, launched as they are or captured once into a graph."""
+"""The steps of a coalesced bundle on CUDA: made ready, launched as they are or captured once into a graph."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import contextlib
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from torch_mux import compat
-from torch_mux.runtime.compile_thread import CompileThread
+from torch_mux.lowering.kernels.ahead import FIRST_SIZES, Builder, recording
+from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.executors.base import Stack
 from torch_mux.runtime.lanes import Executable, Lane, new_stream
 from torch_mux.runtime.ring import RingEntry, TableLayout
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.types import TensorSpec
 
+if TYPE_CHECKING:
+    from torch_mux.lowering.kernels.common import Launch
+
 __all__ = ["Capturer", "Move", "Steps"]
 
 logger = logging.getLogger(__name__)
 
-#: Triton compiles integer arguments that are 1, or multiples of 16, on their own.
-_SPECIALISED = (1, 2, 16)
 _TRIES = 3
 
 
@@ -64,21 +66,43 @@ class Steps:
         for index, (spec, result) in enumerate(zip(specs, results, strict=True)):
             self._scatter(result, layout.output(table, index), control, spec.strides)
 
+    def launches(self, served: ServedProgram, slots: int) -> list[Launch]:
+        """The super-kernels that :meth:`run` launches for ``slots`` slots, found without the device."""
+        program = served.program
+        layout = TableLayout.of(program, slots)
+        inputs = [spec for spec in program.inputs if spec is not None]
+        outputs = [spec for spec in program.outputs if spec is not None]
+        with compat.fake_tensors(), torch.no_grad(), recording() as found:
+            table = torch.empty(layout.words, dtype=torch.int64, device=program.device)
+            control = layout.control(table)
+            for index, spec in enumerate(inputs):
+                self._gather(layout.input(table, index), self._stack(spec, slots), control, spec.strides)
+            for index, spec in enumerate(outputs):
+                self._scatter(self._stack(spec, slots), layout.output(table, index), control, spec.strides)
+        return [*found, *served.compiled.launches(slots)]
+
 
 class Capturer:
     """Captures graphs on the compile thread, each size of each program once a lane and generation.
 
     Args:
-        compile_lock: held while kernels may be compiled.
+        compile_lock: held while Inductor's kernels may be compiled.
+        builder: compiles super-kernels.
     """
 
     def __init__(
-        self, thread: CompileThread, steps: Steps, compile_lock: contextlib.AbstractContextManager[object]
+        self,
+        thread: CompileThread,
+        steps: Steps,
+        compile_lock: contextlib.AbstractContextManager[object],
+        builder: Builder,
     ) -> None:
         self._thread = thread
         self._steps = steps
         self._compile_lock = compile_lock
+        self._builder = builder
         self._lock = threading.Lock()
+        self._rehearsed: set[ServedProgram] = set()
         self._wanted: dict[ServedProgram, set[tuple[int, int, int]]] = {}
         self._failures: dict[ServedProgram, list[str]] = {}
 
@@ -100,21 +124,48 @@ class Capturer:
     def forget(self, served: ServedProgram) -> None:
         """Drops what is known of a program."""
         with self._lock:
+            self._rehearsed.discard(served)
             self._wanted.pop(served, None)
             self._failures.pop(served, None)
 
-    def rehearse(self, served: ServedProgram) -> None:
-        """Runs a new plan on its own stream at sizes for which its kernels are compiled differently.
+    def rehearse(self, served: ServedProgram, most: int) -> None:
+        """Has the kernels of a new plan ready at the first sizes, and later at all others up to ``most``.
 
-        A plan with segments that run per instance reads the rows of instances there are, so it has no
-        rehearsal.
+        It runs once at each of the first sizes. A plan with segments that run per instance reads the rows of
+        instances there are, so that it has no rehearsal.
         """
-        if not served.compiled.capturable:
-            return
+        self._build(served, FIRST_SIZES)
         device = served.program.device
-        with torch.cuda.device(device), torch.cuda.stream(new_stream(device)), torch.inference_mode():
-            for slots in _SPECIALISED:
-                self._rehearse(served, TableLayout.of(served.program, slots))
+        if served.compiled.capturable:
+            with (
+                self._compile_lock,
+                torch.cuda.device(device),
+                torch.cuda.stream(new_stream(device)),
+                torch.inference_mode(),
+            ):
+                for slots in FIRST_SIZES:
+                    self._rehearse(served, TableLayout.of(served.program, slots))
+        with self._lock:
+            self._rehearsed.add(served)
+        self._build_later(served, _likely_first(most))
+
+    def _build(self, served: ServedProgram, sizes: Sequence[int]) -> None:
+        with self._compile_lock:
+            launches = [launch for slots in sizes for launch in self._steps.launches(served, slots)]
+        self._builder.finish(launches)
+
+    def _build_later(self, served: ServedProgram, sizes: Sequence[int]) -> None:
+        """One size a job, so that captures and new plans go first."""
+
+        def job() -> None:
+            with self._lock:
+                if served not in self._rehearsed:
+                    return
+            self._build(served, sizes[:1])
+            self._build_later(served, sizes[1:])
+
+        if sizes:
+            self._thread.submit(job, Rank.AHEAD)
 
     def _attempt(self, lane: Lane, served: ServedProgram, slots: int) -> None:
         with self._lock:
@@ -123,6 +174,7 @@ class Capturer:
         executable: Executable | None = None
         for left in reversed(range(_TRIES)):
             try:
+                self._build(served, (slots,))
                 with self._compile_lock, served.storage_lock:
                     executable = self._capture(lane, served, slots)
                 break
@@ -133,6 +185,8 @@ class Capturer:
         with self._lock:
             if served in self._wanted:
                 lane.add(served.key, executable)
+        lane.measure_pool()
+        served.memory_changed()
         logger.debug("captured %s for %d slots on lane %d", served.program.name, slots, lane.index)
 
     def _failed(self, served: ServedProgram, slots: int, error: Exception, left: int) -> None:
@@ -180,6 +234,12 @@ class Capturer:
         table = entry.host.to(device)
         self._steps.run(served, layout, table)
         torch.cuda.current_stream(device).synchronize()
+
+
+def _likely_first(most: int) -> list[int]:
+    """The sizes up to ``most`` for which nothing was made ready yet: powers of two, then the rest."""
+    rest = [size for size in range(1, most + 1) if size not in FIRST_SIZES]
+    return sorted(rest, key=lambda size: (size & (size - 1) != 0, size))
 
 
 def _begin(graph: torch.cuda.CUDAGraph, lane: Lane) -> None:

@@ -40,6 +40,11 @@ class _Stacks:
         self._whole: list[Tensor] = []
         self._parts: dict[int, tuple[list[Tensor], list[tuple[Tensor, ...]]]] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(whole.nbytes for whole in self._whole)
+
     def of(self, slots: int) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
         """(one [slots, *shape] tensor an input, their slots as views)."""
         if slots > self._room:
@@ -149,6 +154,10 @@ class CpuExecutor:
     def forget(self, served: ServedProgram) -> None:
         """Drops the input buffers of a program."""
         self._stacks.pop(served, None)
+
+    def pool_bytes(self) -> int:
+        """The programs' input buffers."""
+        return sum(stacks.nbytes for stacks in list(self._stacks.values()))
 
     def report(self, served: ServedProgram) -> ExecutorReport:
         """Nothing is captured on a CPU."""

@@ -69,6 +69,7 @@ class CudaExecutor:
             self._lanes.append(Lane(len(self._lanes), self.device))
         self._used = max(1, settings.lanes)
         self._capture = settings.capture
+        self._most = settings.max_bundle
 
     def slots(self, program: Program) -> int:
         """As many as a lane's table has room for."""
@@ -77,7 +78,8 @@ class CudaExecutor:
 
     def rehearse(self, served: ServedProgram) -> None:
         """Has the kernels of a new plan compiled and loaded before anybody waits for them."""
-        self._capturer.rehearse(served)
+        most = min(self._most, served.compiled.max_slots, self.slots(served.program))
+        self._capturer.rehearse(served, most)
 
     def loads(self) -> Sequence[LaneLoad]:
         """Bundles under way on each lane in use."""
@@ -229,6 +231,10 @@ class CudaExecutor:
         for lane in self._lanes:
             lane.forget(served.key)
         self._capturer.forget(served)
+
+    def pool_bytes(self) -> int:
+        """The pools of the lanes' graphs."""
+        return sum(lane.pool_bytes for lane in list(self._lanes))
 
     def report(self, served: ServedProgram) -> ExecutorReport:
         """Captured sizes by lane, and what could not be captured."""

@@ -193,3 +193,20 @@ def test_precision_of_half(program_of: Callable[..., Program]) -> None:
         error = (result.double() - exact).norm() / exact.norm()
         eager = (F.gelu(F.linear(x, w, b)).double() - exact).norm() / exact.norm()
         assert error <= 1.1 * eager
+
+
+def test_a_plan_tells_what_it_launches_at_every_size(program_of: Callable[..., Program]) -> None:
+    expected = {
+        "cnn": ["conv_kernel", "linear_kernel", "linear_kernel"],
+        "encoder": ["embedding_kernel"] + ["linear_kernel"] * 3,
+    }
+    for name, names in expected.items():
+        function, make, shapes = SHAPES[name]
+        weights = [torch.randn(shape) for shape in shapes]
+        plan = compile_plan(program_of(function, [make()], weights), Settings())
+        for slots in (1, 2, 16, 7):
+            launches = plan.launches(slots)
+            assert sorted(launch.kernel.__name__ for launch in launches) == names
+            for launch in launches:
+                assert launch.arguments["slots"] == launch.arguments["out"].shape[0] == slots
+                assert launch.grid > 0 and launch.variant

@@ -92,6 +92,7 @@ class FakePlan:
         self.program = program
         self.coalesced = coalesced
         self.capturable = capturable
+        self.max_slots = 1 << 20
         self.reasons: tuple[FallbackReason, ...] = ()
         self.report = {"kernels": 1}
         self.storage = FakeStorage(program.device)
@@ -108,6 +109,9 @@ class FakePlan:
         self.before(inputs)
         weights = self.storage.table[rows]
         return [inputs[0] * weights[:, 0] + weights[:, 1], inputs[0] * 2]
+
+    def launches(self, slots: int) -> list[Any]:
+        return []
 
     def run_alone(self, parameters: Sequence[Tensor], inputs: Sequence[object]) -> list[object]:
         self.bundles.append(1)

@@ -7,6 +7,10 @@ from .captures import (
     capturing,
     guard_synchronize,
 )
+from .dispatch import (
+    device_kernel,
+    fake_tensors,
+)
 from .dynamo import (
     active_modes,
     caller_files,
@@ -57,6 +61,8 @@ __all__ = [
     "compile_whole",
     "compiled_backend",
     "current_stream",
+    "device_kernel",
+    "fake_tensors",
     "frame_guards",
     "frame_name",
     "frame_owner",

@@ -1,0 +1,186 @@
+"""Device memory by tenant: what each holds, and whether it may hold more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from torch_mux.errors import MemoryQuotaExceeded
+from torch_mux.types import Quota
+
+if TYPE_CHECKING:
+    from torch_mux.runtime.instance import Instance
+    from torch_mux.runtime.request import Request
+
+__all__ = ["MemoryLedger", "make_room", "out_of_memory"]
+
+_CPU_MESSAGE = "can't allocate memory"
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether ``error`` says that an allocation failed, on a GPU or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _CPU_MESSAGE in str(error)
+
+
+def make_room(device: torch.device) -> None:
+    """Gives the memory that torch keeps for later allocations back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class MemoryLedger:
+    """Bytes by tenant; safe from any thread.
+
+    A tenant holds the weights of the models it has used with what was prepared from them, its part of the
+    buffers that plans run in, and the outputs of its requests under way. What several tenants use is divided
+    evenly among them. A model that was removed or collected counts no longer.
+
+    Args:
+        instances: every instance that there is.
+        pools: (device, bytes of the buffers that plans run in) of every device.
+    """
+
+    def __init__(
+        self,
+        instances: Callable[[], Iterable[Instance]],
+        pools: Callable[[], Iterable[tuple[torch.device, int]]],
+    ) -> None:
+        self._instances = instances
+        self._pools = pools
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything; also in a forked child, where the lock may be held for ever."""
+        self._lock = threading.Lock()
+        self._flying: dict[str, int] = {}
+        self._kept: dict[str, float] | None = None
+
+    def changed(self) -> None:
+        """Instances, their rows or the buffers are not what they were. Takes no lock."""
+        self._kept = None
+
+    def reserve(self, calls: Sequence[tuple[Instance, Quota]]) -> None:
+        """Counts the outputs of these requests from now on, all or none.
+
+        Raises:
+            MemoryQuotaExceeded: a tenant would hold more than its quota allows.
+        """
+        with self._lock:
+            done: list[tuple[Instance, Quota]] = []
+            joined: list[tuple[Instance, str]] = []
+            try:
+                for instance, quota in calls:
+                    name = quota.tenant
+                    before = None if quota.memory is None else self._held(name)
+                    if name not in instance.tenants:
+                        instance.tenants |= {name}
+                        joined.append((instance, name))
+                        self._kept = None
+                    self._flying[name] = self._flying.get(name, 0) + instance.served.output_bytes
+                    done.append((instance, quota))
+                    if before is not None:
+                        self._check(instance, quota, before)
+            except MemoryQuotaExceeded:
+                for instance, name in joined:
+                    instance.tenants -= {name}
+                    self._kept = None
+                self._release(done)
+                raise
+
+    def _check(self, instance: Instance, quota: Quota, before: int) -> None:
+        now = self._held(quota.tenant)
+        if quota.memory is not None and now > quota.memory:
+            program = instance.served.program
+            raise MemoryQuotaExceeded(
+                tenant=quota.tenant,
+                held=before,
+                device=program.device,
+                model=program.name,
+                asked=now - before,
+                limit=quota.memory,
+            )
+
+    def release(self, requests: Iterable[Request]) -> None:
+        """These requests ended: their outputs are their callers'."""
+        with self._lock:
+            self._release((request.instance, request.quota) for request in requests)
+
+    def cancel(self, calls: Iterable[tuple[Instance, Quota]]) -> None:
+        """Takes back :meth:`reserve` for requests that were not queued after all."""
+        with self._lock:
+            self._release(calls)
+
+    def _release(self, calls: Iterable[tuple[Instance, Quota]]) -> None:
+        for instance, quota in calls:
+            left = self._flying.get(quota.tenant, 0) - instance.served.output_bytes
+            if left > 0:
+                self._flying[quota.tenant] = left
+            else:
+                self._flying.pop(quota.tenant, None)
+
+    def unaffordable(self, request: Request) -> MemoryQuotaExceeded | None:
+        """Why what has to be prepared for a request may not be: its plan was not there when it was queued."""
+        if request.quota.memory is None or request.instance.row is not None:
+            return None
+        try:
+            with self._lock:
+                prepared = _prepared(request.instance) / max(1, len(request.instance.tenants))
+                self._check(
+                    request.instance, request.quota, self._held(request.quota.tenant) - round(prepared)
+                )
+        except MemoryQuotaExceeded as error:
+            return error
+        return None
+
+    def held(self, tenant: str) -> int:
+        """Bytes that a tenant holds now."""
+        with self._lock:
+            return self._held(tenant)
+
+    def _held(self, tenant: str) -> int:
+        kept = self._kept
+        if kept is None:
+            self._kept = {}  # what changes meanwhile makes it None again
+            kept = self._count()
+            if self._kept is not None:
+                self._kept = kept
+        return round(kept.get(tenant, 0.0)) + self._flying.get(tenant, 0)
+
+    def _count(self) -> dict[str, float]:
+        """Bytes of weights, prepared copies and buffers, by tenant."""
+        kept: dict[str, float] = {}
+        weights: dict[tuple[torch.device, int], tuple[int, set[str]]] = {}
+        users: dict[torch.device, set[str]] = {}
+        for instance in self._instances():
+            if not instance.tenants or instance.removed or not instance.alive:
+                continue
+            users.setdefault(instance.served.program.device, set()).update(instance.tenants)
+            _divide(kept, instance.tenants, _prepared(instance))
+            for tensor in instance.held:
+                storage = tensor.untyped_storage()
+                place = (tensor.device, storage.data_ptr())
+                weights.setdefault(place, (storage.nbytes(), set()))[1].update(instance.tenants)
+        for nbytes, tenants in weights.values():
+            _divide(kept, tenants, nbytes)
+        for device, nbytes in self._pools():
+            _divide(kept, users.get(device, ()), nbytes)
+        return kept
+
+
+def _divide(kept: dict[str, float], tenants: Iterable[str], nbytes: int) -> None:
+    names = list(tenants)
+    for name in names:
+        kept[name] = kept.get(name, 0.0) + nbytes / len(names)
+
+
+def _prepared(instance: Instance) -> int:
+    """Bytes prepared for an instance, or that will be once it runs; 0 while its plan compiles."""
+    plan = instance.served.plan
+    if plan is None or not plan.coalesced:
+        return 0
+    return plan.storage.nbytes(instance.row)

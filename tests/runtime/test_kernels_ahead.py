@@ -1,0 +1,95 @@
+"""Kernels of all bundle sizes are compiled off the request path: the first ones before a plan serves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from torch_mux.lowering.kernels.ahead import Builder
+from torch_mux.lowering.kernels.transport import gather, scatter
+from torch_mux.runtime.compile_thread import CompileThread, Rank
+from torch_mux.runtime.executors.capture import Capturer, Steps
+
+
+class Recorded(Builder):
+    """Notes the sizes that it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[int]] = []
+
+    def finish(self, launches: Iterable[Any]) -> None:
+        self.asked.append([launch.slots for launch in launches])
+
+
+def _capturer(thread: CompileThread, builder: Builder) -> Capturer:
+    steps: Any = SimpleNamespace(launches=lambda served, slots: [SimpleNamespace(slots=slots)])
+    return Capturer(thread, steps, threading.RLock(), builder)
+
+
+class Served:
+    """What of a served program is read here."""
+
+    compiled = SimpleNamespace(capturable=False)
+    program = SimpleNamespace(device=torch.device("cpu"))
+
+
+def _served() -> Any:
+    return Served()
+
+
+def test_the_first_sizes_now_and_all_others_later() -> None:
+    thread, builder = CompileThread(), Recorded()
+    _capturer(thread, builder).rehearse(_served(), most=9)
+    assert builder.asked[0] == [1, 2, 16]
+    assert thread.quiesce(10, Rank.AHEAD)
+    assert builder.asked[1:] == [[4], [8], [3], [5], [6], [7], [9]]
+    thread.close(10)
+
+
+def test_a_forgotten_program_is_compiled_no_further() -> None:
+    thread, builder = CompileThread(), Recorded()
+    gate = threading.Event()
+    thread.submit(lambda: gate.wait(10))
+    capturer, served = _capturer(thread, builder), _served()
+    capturer.rehearse(served, most=64)
+    capturer.forget(served)
+    gate.set()
+    assert thread.quiesce(10, Rank.AHEAD)
+    assert builder.asked == [[1, 2, 16]]
+    thread.close(10)
+
+
+def test_ranks_order_the_jobs_and_what_nobody_asked_for_is_not_awaited() -> None:
+    thread, order = CompileThread(), []
+    entered, gate, ahead = threading.Event(), threading.Event(), threading.Event()
+
+    def first() -> None:
+        entered.set()
+        gate.wait(10)
+
+    thread.submit(first)
+    assert entered.wait(10)
+    thread.submit(lambda: (ahead.wait(10), order.append("ahead")), Rank.AHEAD)
+    thread.submit(lambda: order.append("capture"))
+    thread.submit(lambda: order.append("plan"), Rank.URGENT)
+    gate.set()
+    assert thread.quiesce(10)
+    assert order == ["plan", "capture"]
+    ahead.set()
+    assert thread.quiesce(10, Rank.AHEAD)
+    assert order == ["plan", "capture", "ahead"]
+    thread.close(10)
+
+
+def test_a_bundles_launches_are_known_without_a_device(lab: Any) -> None:
+    program = lab.program()
+    served: Any = SimpleNamespace(program=program, compiled=SimpleNamespace(launches=lambda slots: []))
+    launches = Steps(lab.stack, gather, scatter).launches(served, 6)
+    assert [launch.kernel.__name__ for launch in launches] == ["dense_kernel"] * 3
+    assert [launch.arguments["TO_BATCH"] for launch in launches] == [True, False, False]
+    assert all(launch.arguments["slots"] == 6 for launch in launches)
