@@ -18,7 +18,7 @@ from .fingerprint import fingerprint
 from .graphs import ROLE, call_nodes, dead_code, outputs_of, placeholders
 from .program import Program
 
-__all__ = ["capture"]
+__all__ = ["capture", "mutated_by"]
 
 
 def _is_symbolic(module: GraphModule) -> bool:
@@ -63,7 +63,8 @@ def _copied(module: GraphModule) -> GraphModule:
     return GraphModule(module, graph)
 
 
-def _mutates(module: GraphModule) -> str | None:
+def mutated_by(module: GraphModule) -> str | None:
+    """The operation by which a graph writes one of its arguments, or None."""
     for node in call_nodes(module.graph):
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             return str(node.target)
@@ -109,7 +110,7 @@ def _aliased_output(module: GraphModule) -> str | None:
 
 
 def _fallback(module: GraphModule) -> FallbackReason | None:
-    written = _mutates(module)
+    written = mutated_by(module)
     if written is not None:
         return FallbackReason(FallbackKind.MUTATES_INPUT, written)
     aliased = _aliased_output(module)
@@ -185,7 +186,8 @@ def capture(module: GraphModule, static_positions: Sequence[int], name: str) -> 
         outputs=tuple(_writable(spec(value)) for value in outputs_of(module.graph)),
         input_positions=inputs,
         parameter_positions=parameters,
-        mutates=_mutates(module) is not None,
+        mutates=mutated_by(module) is not None,
         fallback=_fallback(module),
         graph=module,
+        literals=tuple(None if isinstance(v, Node) else v for v in outputs_of(module.graph)),
     )

@@ -30,6 +30,7 @@ class Program:
         mutates: whether the graph writes one of its arguments.
         fallback: why the whole program runs per instance, or None.
         graph: the canonical ATen graph; it takes the flat argument list.
+        literals: for each output that is no tensor, its value; None for tensors.
         artifact: code for the flat argument list that was compiled at capture, where the graph has no static
             form.
     """
@@ -45,6 +46,7 @@ class Program:
     mutates: bool
     fallback: FallbackReason | None
     graph: torch.fx.GraphModule
+    literals: tuple[object, ...] = ()
     artifact: Callable[[list[Any]], Any] | None = None
 
     def split(self, args: Sequence[object]) -> tuple[list[object], list[Tensor]]:

@@ -82,10 +82,10 @@ class ServedProgram:
     def empty_outputs(self) -> list[object]:
         """Uninitialised outputs, each with its own storage; inference tensors in inference mode."""
         return [
-            None
+            literal
             if spec is None
             else torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
-            for spec in self.program.outputs
+            for spec, literal in zip(self.program.outputs, self.program.literals, strict=True)
         ]
 
     def allocate(self) -> list[object]:

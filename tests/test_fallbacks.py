@@ -135,10 +135,10 @@ def test_symbolic_sizes(device: str) -> None:
             with torch.inference_mode():
                 expected = model._orig_mod(x)
             torch.testing.assert_close(ask(entry, model, x), expected, rtol=1e-3, atol=1e-4)
-    text = str(torch_mux.explain())
-    assert "Spectral: symbolic or data-dependent shape (a size changed between calls)" in text
-    assert "Spectral: calls stay on the guarded path (its graph has symbolic sizes" in text
-    assert "side effect" not in text
+    programs = torch_mux.explain().programs
+    assert len(programs) == 3 and all(program.coalesced for program in programs)
+    assert {reason.kind for program in programs for reason in program.reasons} == {FallbackKind.NO_RULE}
+    assert "guarded path" not in str(torch_mux.explain())
 
 
 def test_what_inductor_does_not_compile_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

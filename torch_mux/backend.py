@@ -17,6 +17,7 @@ from torch_mux.quotas import current_quota
 from torch_mux.types import FallbackKind, FallbackReason
 
 if TYPE_CHECKING:
+    from torch_mux.lowering.family import Family
     from torch_mux.lowering.program import Program
     from torch_mux.runtime.engine import Engine
 
@@ -72,6 +73,28 @@ class Entry:
         return list(outputs)
 
 
+class FamilyEntry:
+    """A compiled graph with symbolic sizes: each set of sizes has an :class:`Entry` of its own."""
+
+    _boxed_call = True
+
+    def __init__(self, family: Family, guards: tuple[str, ...], graph_break: bool) -> None:
+        self._family = family
+        self._guards = guards
+        self._graph_break = graph_break
+        self._entries: dict[Program, Entry] = {}
+
+    def __call__(self, args: list[object]) -> list[object]:
+        """Runs one request under the program of its sizes; ``args`` is emptied."""
+        program, own = self._family.member(args)
+        entry = self._entries.get(program)
+        if entry is None:
+            entry = self._entries.setdefault(program, Entry(program, self._guards, self._graph_break))
+        outputs = entry(own)
+        args.clear()
+        return outputs
+
+
 def mux(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -95,10 +118,7 @@ def mux(
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         _report_training(name, owner)
         return compat.compile_whole(gm, example_inputs)
-    guards, graph_break = compat.frame_guards(), compat.has_graph_break(gm)
-    if compat.is_symbolic(example_inputs):
-        return _unboxed(Entry(_dynamic_program(gm, example_inputs, name), guards, graph_break))
-    return _capture(gm, example_inputs, name, guards, graph_break)
+    return _capture(gm, example_inputs, name, compat.frame_guards(), compat.has_graph_break(gm))
 
 
 def _check(options: dict[str, Any] | None, mode: str | None) -> None:
@@ -123,17 +143,27 @@ def _capture(
     gm: GraphModule, example_inputs: Sequence[Any], name: str, guards: tuple[str, ...], graph_break: bool
 ) -> Callable[..., Any]:
     from torch_mux.lowering.capture import capture
+    from torch_mux.lowering.family import Family, Unspecialisable
 
     def compiler(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        program = capture(graph, compat.static_input_positions(), name)
+        static = compat.static_input_positions()
+        if compat.is_symbolic([node.meta.get("val") for node in graph.graph.nodes]):
+            family = Family(graph, static, name)
+            log.info("captured %s as a family of programs by sizes", name)
+            return FamilyEntry(family, guards, graph_break)
+        program = capture(graph, static, name)
         log.info("captured %s as program %s", name, program.fingerprint[:12])
         return Entry(program, guards, graph_break)
 
-    return compat.aot_inference(gm, example_inputs, compiler)
+    try:
+        return compat.aot_inference(gm, example_inputs, compiler)
+    except Unspecialisable as error:
+        program = _dynamic_program(gm, example_inputs, name, str(error))
+        return _unboxed(Entry(program, guards, graph_break))
 
 
-def _dynamic_program(gm: GraphModule, example_inputs: Sequence[Any], name: str) -> Program:
-    """A program for a graph with symbolic sizes: Inductor's code for the whole, under the runtime's quota."""
+def _dynamic_program(gm: GraphModule, example_inputs: Sequence[Any], name: str, why: str) -> Program:
+    """A program for a graph whose shapes depend on data: Inductor's code for the whole, under the quota."""
     from torch_mux.lowering.program import Program
     from torch_mux.types import TensorSpec
 
@@ -151,7 +181,7 @@ def _dynamic_program(gm: GraphModule, example_inputs: Sequence[Any], name: str) 
         input_positions=tuple(i for i in range(count) if i not in static),
         parameter_positions=static,
         mutates=True,
-        fallback=FallbackReason(FallbackKind.DYNAMIC_SHAPE, name, "a size changed between calls"),
+        fallback=FallbackReason(FallbackKind.DYNAMIC_SHAPE, name, why),
         graph=_bare(gm),
         artifact=lambda args: compiled(*args),
     )

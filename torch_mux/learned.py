@@ -139,9 +139,7 @@ def _single_call(model: Any, module: nn.Module | None, recorder: Recorder) -> tu
         raise _Refused("its graph ran outside the engine")
     fallback = call.entry.program.fallback
     if fallback is not None and fallback.kind is FallbackKind.DYNAMIC_SHAPE:
-        raise _Refused(
-            "its graph has symbolic sizes; torch.compile(..., dynamic=False) gives each size its own"
-        )
+        raise _Refused(f"its shapes are not static: {fallback.detail}")
     if call.entry.program.mutates:
         raise _Refused("side effect: its graph writes one of its arguments, parameters or buffers")
     if frame is None:

@@ -25,8 +25,10 @@ __all__ = [
     "SymbolicWorld",
     "aot_inference",
     "compile_whole",
+    "hinted",
     "inductor_compile",
     "is_symbolic",
+    "plain_tracing",
     "precision_state",
     "static_input_positions",
     "static_placeholders",
@@ -86,6 +88,18 @@ class SymbolicWorld:
         """Operations inside run on fake tensors of this world."""
         with self.mode, enable_python_dispatcher(), torch.no_grad():
             yield
+
+
+@contextlib.contextmanager
+def plain_tracing() -> Iterator[None]:
+    """Operations inside are traced as they are, whatever modes and autocast the caller is in."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(unset_fake_temporarily())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._C._DisableAutocast())
+        stack.enter_context(enable_python_dispatcher())
+        yield
 
 
 def symbolic_world() -> SymbolicWorld:
@@ -161,6 +175,17 @@ def static_placeholders(gm: GraphModule) -> tuple[int, ...]:
         for position, node in enumerate(nodes)
         if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
     )
+
+
+def hinted(value: Any) -> Any:
+    """``value`` with the sizes that it was traced with in place of symbols; a tensor as a fake one."""
+    if isinstance(value, Tensor):
+        shape, strides = map(hinted, value.shape), map(hinted, value.stride())
+        with unset_fake_temporarily(), FakeTensorMode():
+            return torch.empty_strided(tuple(shape), tuple(strides), dtype=value.dtype, device=value.device)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.hint
+    return value
 
 
 def is_symbolic(example_inputs: Sequence[Any]) -> bool:
