@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from torch_mux import compat, recording, state
+from torch_mux import compat, recording, state, together
 from torch_mux.errors import UnknownOption
 from torch_mux.quotas import current_quota
 from torch_mux.types import FallbackKind, FallbackReason
@@ -64,6 +64,9 @@ class Entry:
         inputs, parameters = program.split(args)
         instance = engine.instance(program, parameters)
         request = engine.submit(instance, inputs, current_quota())
+        assembly = together.current()
+        if assembly is not None:
+            assembly.arrive()
         outputs = request.result()
         recorder = recording.current()
         if recorder is not None:
