@@ -1,4 +1,4 @@
-"""Guarded calls of one round, each in a thread of its own, kept together until their graphs have been reached."""
+"""Guarded calls of one round, each in a thread of its own, kept together until each has reached its graph."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from contextvars import ContextVar
 __all__ = ["Assembly", "current"]
 
 PATIENCE = 0.02
-"""Longest wait for the others, in seconds: some sixty calls' guards, and short enough to go unnoticed where one
-of them compiles, or waits for something that another one holds."""
+"""Longest wait for the others, in seconds: some sixty calls' guards, and short enough to go unnoticed where
+one of them compiles, or waits for something that another one holds."""
 
 _CURRENT: ContextVar[Assembly | None] = ContextVar("torch_mux_assembly", default=None)
 
@@ -23,9 +23,9 @@ class Assembly:
     """A meeting point of threads that submit one request after another.
 
     Guards take each thread some time and the interpreter lets one thread at a time pass: without a meeting
-    point the first request finds the device idle and goes out alone, the next few follow while it runs, and so
-    on. Whoever has queued a request waits until everybody still on the way has queued one or has ended, then
-    all go on. After one wait beyond ``PATIENCE`` nobody waits any more.
+    point the first request finds the device idle and goes out alone, the next few follow while it runs, and
+    so on. Whoever has queued a request waits until everybody still on the way has queued one or has ended,
+    then all go on. After one wait beyond ``PATIENCE`` nobody waits any more.
     """
 
     def __init__(self, members: int, most: int) -> None:
