@@ -22,6 +22,7 @@ from torch_mux.quotas import current_quota, parse_duration
 from torch_mux.report import Explanation, Stats, explanation, statistics
 from torch_mux.routes import ATTRIBUTE
 from torch_mux.settings import Settings
+from torch_mux.together import Assembly
 
 __all__ = [
     "Warmup",
@@ -129,10 +130,18 @@ class _Round:
             module = compat.original_module(model)
             groups.setdefault(id(model if module is None else module), []).append(index)
         *others, last = groups.values() or [[]]
-        futures = [carry.run(partial(self._in_order, group)) for group in others]
-        self._in_order(last)
+        assembly = Assembly(len(groups), carry.WORKERS + 1)
+        with assembly.entered():
+            futures = [carry.run(partial(self._member, group, assembly)) for group in others]
+            self._member(last, assembly)
         for future in futures:
             future.result()
+
+    def _member(self, indices: Sequence[int], assembly: Assembly) -> None:
+        try:
+            self._in_order(indices)
+        finally:
+            assembly.leave()
 
     def _in_order(self, indices: Sequence[int]) -> None:
         for index in indices:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from torch_mux import compat, recording, state
+from torch_mux import compat, recording, state, together
 from torch_mux.errors import UnknownOption
 from torch_mux.quotas import current_quota
 from torch_mux.types import FallbackKind, FallbackReason
@@ -65,6 +66,9 @@ class Entry:
         inputs, parameters = program.split(args)
         instance = engine.instance(program, parameters)
         request = engine.submit(instance, inputs, current_quota())
+        assembly = together.current()
+        if assembly is not None:
+            assembly.arrive()
         outputs = request.result()
         recorder = recording.current()
         if recorder is not None:
@@ -139,6 +143,19 @@ def _report_training(name: str, owner: object) -> None:
         )
 
 
+def _report_eager(code: CodeType, owner: object, limit: bool) -> None:
+    """Notes a frame that Dynamo leaves to eager PyTorch, and warns."""
+    name = type(owner).__name__ if isinstance(owner, torch.nn.Module) else code.co_name
+    if limit:
+        advice = "raise torch._dynamo.config.recompile_limit and accumulated_recompile_limit"
+    else:
+        advice = 'TORCH_LOGS="graph_breaks" tells why'
+    kind = FallbackKind.LIMIT if limit else FallbackKind.GIVEN_UP
+    reason = FallbackReason(kind, name, f"{advice}; {code.co_filename}:{code.co_firstlineno}")
+    state.note(reason)
+    warnings.warn(f"torch_mux: {reason}; nothing of it is coalesced", stacklevel=2)
+
+
 def _capture(
     gm: GraphModule, example_inputs: Sequence[Any], name: str, guards: tuple[str, ...], graph_break: bool
 ) -> Callable[..., Any]:
@@ -205,4 +222,4 @@ def _unboxed(entry: Entry) -> Callable[..., Any]:
 
 
 compat.raise_recompile_limits()
-compat.install_first_call_guard(mux)
+compat.install_first_call_guard(mux, _report_eager)

@@ -8,6 +8,7 @@ the model stays on Dynamo's guarded path, where it is right but slower to call.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torch_mux import compat, state
-from torch_mux.bytecode import CONSTANTS
+from torch_mux.plain import CONSTANTS, alike
 from torch_mux.recording import Call, Frame, Recorder, recorded_call, recording
 from torch_mux.routes import Arranged, Route, containers, flat_positions
 from torch_mux.types import FallbackKind, FallbackReason
@@ -201,7 +202,32 @@ def _results(result: Any, call: Call, leaves: Sequence[Any]) -> tuple[tuple[tupl
             )
         else:
             raise _Refused(f"it returns a {type(leaf).__name__}")
-    return tuple(taken), None if spec.is_leaf() else spec
+    if spec.is_leaf():
+        return tuple(taken), None
+    _rebuilt(result, pytree.tree_unflatten(flat, spec))
+    return tuple(taken), spec
+
+
+def _rebuilt(one: Any, other: Any) -> None:
+    """Refuses a result that its leaves do not determine: ``other`` was nested anew from those of ``one``."""
+    if alike(one, other):
+        return
+    inner = isinstance(one, (dict, list, tuple, deque)) or hasattr(one, "__dict__")
+    if type(one) is not type(other) or not inner or isinstance(one, torch.Tensor):
+        raise _Refused(f"it returns a {type(one).__name__} that its leaves do not determine")
+    for held, again in ((vars(one), vars(other)),) if hasattr(one, "__dict__") else ():
+        if held.keys() != again.keys():
+            raise _Refused(f"it returns a {type(one).__name__} that its leaves do not determine")
+        for name, value in held.items():
+            _rebuilt(value, again[name])
+    if isinstance(one, dict):
+        _rebuilt(tuple(dict.keys(one)), tuple(dict.keys(other)))
+        one, other = tuple(dict.values(one)), tuple(dict.values(other))
+    if isinstance(one, (list, tuple, deque)):
+        if len(one) != len(other):
+            raise _Refused(f"it returns a {type(one).__name__} that its leaves do not determine")
+        for value, again in zip(one, other, strict=True):
+            _rebuilt(value, again)
 
 
 def _own_hooks(model: Any, module: nn.Module | None) -> tuple[dict[Any, Any], ...]:

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any
 
+from torch_mux.bytecode import rests
+from torch_mux.replay import Refusal, Rest
+
 __all__ = ["Call", "Frame", "Recorder", "current", "recording"]
 
 _GRAPH_NAME = "__compiled_fn"
@@ -47,6 +50,7 @@ class Frame:
         callers: (file, function) of every frame between the recorded call and this one, innermost first.
         objection: why the frame has to run on every call, or None. It is found out while the graph's outputs
             are on their way back, because afterwards the frame's writes have been made.
+        rests: what the frame reads or writes back after its graph.
     """
 
     code: CodeType
@@ -54,6 +58,7 @@ class Frame:
     namespace: dict[str, Any]
     callers: tuple[tuple[str, str], ...]
     objection: str | None = None
+    rests: tuple[Rest, ...] = ()
 
 
 @dataclass(eq=False)
@@ -65,11 +70,16 @@ class Recorder:
 
     def append(self, call: Call) -> None:
         """Record one run; called by the entry itself, so that the rewritten frame is still on the stack."""
-        from torch_mux.bytecode import objection
-
         self.calls.append(call)
         frame = _rewritten_frame()
-        self.frames.append(None if frame is None else replace(frame, objection=objection(frame)))
+        self.frames.append(None if frame is None else _read(frame))
+
+
+def _read(frame: Frame) -> Frame:
+    try:
+        return replace(frame, rests=rests(frame.code, frame.values, frame.namespace))
+    except Refusal as refusal:
+        return replace(frame, objection=str(refusal))
 
 
 def _rewritten_frame() -> Frame | None:

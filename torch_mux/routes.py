@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torch_mux import compat
-from torch_mux.bytecode import CONSTANTS
+from torch_mux.plain import CONSTANTS
 from torch_mux.types import FallbackReason, Quota
 from torch_mux.watching import Structure, Watches
 

@@ -56,6 +56,8 @@ class FallbackKind(Enum):
     NO_TRITON = "Triton cannot be imported, and the super-kernels are written in it"
     COMPILE_FAILED = "the coalesced form did not compile"
     NOT_REACHED = "no graph of the model reached the backend"
+    LIMIT = "Dynamo's recompile limit is reached, so it runs in eager PyTorch"
+    GIVEN_UP = "Dynamo gave it up, so it runs in eager PyTorch"
     GUARDED = "calls stay on the guarded path"
 
 

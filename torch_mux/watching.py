@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from torch_mux import compat
-from torch_mux.bytecode import CONSTANTS
+from torch_mux.plain import CONSTANTS, alike
 from torch_mux.recording import Frame
 
 __all__ = ["Reached", "Structure", "Unwatchable", "Watches", "watches"]
@@ -98,22 +98,22 @@ def _empty() -> list[tuple[Any, Any, object]]:
 
 @dataclass(eq=False)
 class Watches:
-    """Values found by (container, key), compared by identity on every learned call."""
+    """Values found by (container, key), compared on every learned call: by identity, plain ones by value."""
 
     items: list[tuple[Any, Any, object]] = field(default_factory=_empty)
     attributes: list[tuple[Any, str, object]] = field(default_factory=_empty)
     sizes: list[tuple[Any, int]] = field(default_factory=list)
 
     def unchanged(self) -> bool:
-        """Whether every watched value is the very object it was."""
+        """Whether every watched value is what it was."""
         try:
             for container, key, value in self.items:
-                if container[key] is not value:
+                if not alike(container[key], value):
                     return False
         except (KeyError, IndexError):
             return False
         for holder, name, value in self.attributes:
-            if getattr(holder, name, _END) is not value:
+            if not alike(getattr(holder, name, _END), value):
                 return False
         return all(len(container) == size for container, size in self.sizes)
 
@@ -159,6 +159,8 @@ def watches(guards: Iterable[str], frame: Frame, arguments: Sequence[object]) ->
     for name in dict.fromkeys(guards):
         if name:
             walk.follow(name)
+    for step, holder, key, value in frame.rests:
+        walk.rest(step, holder, key, value)
     if not walk.result.unchanged():
         raise Unwatchable("it depends on attributes that are computed at every look")
     return Reached(walk.result, walk.roots, list(walk.flags.values()))
@@ -224,6 +226,15 @@ class _Walk:
             self._step(kind, parent, key, value)
         if steps[-1:] != [("attribute", "_modules")]:
             self._last(name, value)
+
+    def rest(self, step: str, holder: Any, key: Any, value: object) -> None:
+        """Watches what the frame reads or writes back after its graph."""
+        if id(holder) in self.covered:
+            return
+        if step == "size":
+            self.result.sizes.append((holder, value))  # type: ignore[arg-type]
+        else:
+            self._step(step, holder, key, value)
 
     def _free(self, name: str) -> bool:
         return name in self.frame.code.co_freevars

@@ -29,6 +29,7 @@ __all__ = [
     "innermost",
     "original_module",
     "raise_recompile_limits",
+    "replayed_constructors",
     "replayed_setattr",
     "state_check",
     "tensor_check",
@@ -191,3 +192,12 @@ def replayed_setattr() -> object:
     import torch._dynamo.utils
 
     return getattr(torch._dynamo.utils, "object_setattr_ignore_descriptor", None)
+
+
+def replayed_constructors() -> tuple[object, ...]:
+    """The functions by which rewritten frames make objects without running their class's Python."""
+    import torch._dynamo.utils
+
+    names = ("object_new", "nn_module_new")
+    found = (getattr(torch._dynamo.utils, name, None) for name in names)
+    return tuple(function for function in found if function is not None)

@@ -8,7 +8,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch._C._dynamo.eval_frame as _eval_frame
+import torch._dynamo.config as _dynamo_config
 from torch._dynamo import convert_frame as _convert_frame
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_code
@@ -16,11 +18,17 @@ from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_co
 from .dynamo import innermost
 
 __all__ = [
+    "Eager",
     "cache_entries",
     "install_first_call_guard",
 ]
 
+Eager = Callable[[types.CodeType, object, bool], object]
+"""Told of a frame that Dynamo leaves to eager PyTorch: code, first argument, whether a limit is why."""
+
+_TORCH = str(torch.__path__[0])
 _guarded: list[Callable[..., Any]] = []
+_told: dict[int, Eager] = {}
 _install_lock = threading.Lock()
 
 
@@ -29,7 +37,7 @@ def cache_entries(code: types.CodeType) -> list[Any]:
     return [entry for entry in _entries(code) if entry.code is not None and not _is_duplicate(entry)]
 
 
-def install_first_call_guard(backend: Callable[..., Any]) -> None:
+def install_first_call_guard(backend: Callable[..., Any], eager: Eager | None = None) -> None:
     """Make concurrent first calls of models compiled with ``backend`` compile once, and safely.
 
     Dynamo looks a frame up in its cache, and compiles on a miss, with nothing that ties the two together: n
@@ -37,23 +45,35 @@ def install_first_call_guard(backend: Callable[..., Any]) -> None:
     Dynamo goes silently eager, and on torch 2.11 the process's first compile from two threads crashes. A
     string backend has no hook before that, so Dynamo's frame callback itself is wrapped, for models of
     guarded backends alone: a miss takes Dynamo's compile lock and then looks again. Idempotent.
+
+    Args:
+        backend: whose models to guard.
+        eager: told of frames that Dynamo leaves to eager PyTorch because a recompile limit is reached, or
+            because an error was suppressed. Dynamo itself logs the one and may be silent about the other.
     """
     with _install_lock:
         if backend not in _guarded:
             _guarded.append(backend)
+        if eager is not None:
+            _told[id(backend)] = eager
         original = _convert_frame.CatchErrorsWrapper.__call__
         if getattr(original, "guards_first_calls", False):
             return
 
         def guarded_call(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> ConvertFrameReturn:
             own = innermost(self)
-            if getattr(own, "compiler_fn", own) not in _guarded:
+            backend = getattr(own, "compiler_fn", own)
+            if backend not in _guarded:
                 return original(self, frame, cache_entry, frame_state)
             with _convert_frame.compile_lock:
                 found = _find_entry(frame, own)
                 if found is not None:
                     return _run_entry(frame.f_code, found)
-                return original(self, frame, _first_entry(frame.f_code, cache_entry), frame_state)
+                answer: ConvertFrameReturn = original(
+                    self, frame, _first_entry(frame.f_code, cache_entry), frame_state
+                )
+            _tell(backend, frame, answer)
+            return answer
 
         # Dynamo looks for the caller of a frame by skipping the stack's frames of convert_frame.py; it must
         # skip this one too, or torch.compiler.disable(recursive=False) has no effect.
@@ -61,6 +81,18 @@ def install_first_call_guard(backend: Callable[..., Any]) -> None:
         guarded_call.__code__ = guarded_call.__code__.replace(co_filename=where)
         guarded_call.guards_first_calls = True  # type: ignore[attr-defined]
         _convert_frame.CatchErrorsWrapper.__call__ = guarded_call  # type: ignore[method-assign]
+
+
+def _tell(backend: Callable[..., Any], frame: Any, answer: ConvertFrameReturn) -> None:
+    """Report a frame that was given up. Frames that Dynamo never looks into are not."""
+    eager, code = _told.get(id(backend)), frame.f_code
+    if eager is None or answer.guarded_code is not None or code.co_filename.startswith(_TORCH):
+        return
+    limit = answer.frame_exec_strategy.cur_action == _eval_frame._FrameAction.RUN_ONLY
+    reason = getattr(answer, "skip_reason", None)  # torch 2.11 does not say
+    if limit or ("suppressed" in reason if reason else _dynamo_config.suppress_errors):
+        names = code.co_varnames[: code.co_argcount]
+        eager(code, frame.f_locals.get(names[0]) if names else None, limit)
 
 
 class _DuplicateGuards(DeletedGuardManagerWrapper):
