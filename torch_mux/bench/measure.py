@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import platform
 import statistics
@@ -22,7 +23,19 @@ from torch_mux import __version__
 from torch_mux.bench.contenders import Contender, synchronize
 from torch_mux.bench.workloads import Tenants
 
-__all__ = ["Spread", "environment", "errors", "launches", "pipelined", "references", "synchronised"]
+__all__ = [
+    "Memory",
+    "Spread",
+    "aligned",
+    "environment",
+    "errors",
+    "launches",
+    "memory_of",
+    "pipelined",
+    "references",
+    "synchronised",
+    "write",
+]
 
 
 @dataclass(frozen=True)
@@ -147,6 +160,24 @@ def commit() -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    """Writes a record as JSON; a reader never sees half of one. Nothing where there is no path."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.part")
+    fresh.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    fresh.replace(path)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equally many cells as lines of a table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def environment(device: torch.device) -> dict[str, Any]:

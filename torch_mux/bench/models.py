@@ -22,11 +22,9 @@ from torch import Tensor
 import torch_mux
 from torch_mux.bench import measure
 from torch_mux.bench.contenders import CONTENDERS, Contender, default_contenders
-from torch_mux.bench.workloads import WORKLOADS, Tenants, build
+from torch_mux.bench.workloads import DTYPES, WORKLOADS, Tenants, build
 
 __all__ = ["Options", "main", "run", "table"]
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)

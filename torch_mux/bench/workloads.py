@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WORKLOADS", "TensorOnly", "Workload", "build"]
+from torch_mux.bench.vision import import_torchvision
+
+__all__ = ["DTYPES", "WORKLOADS", "TensorOnly", "Workload", "build", "images", "tokens", "varied"]
+
+#: By the names of the command line.
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -58,28 +63,28 @@ def _last_hidden_state(output: Any) -> Tensor:
     return hidden
 
 
-def _images(size: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+def images(size: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+    """One image of ``size`` by ``size`` pixels, [1, 3, size, size]."""
     return lambda generator: (torch.randn(1, 3, size, size, generator=generator),)
 
 
-def _tokens(length: int, vocabulary: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+def tokens(length: int, vocabulary: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+    """Token numbers, int64 [1, length]."""
     return lambda generator: (torch.randint(vocabulary, (1, length), generator=generator),)
 
 
 def _torchvision(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        from torchvision import models
-
-        model: nn.Module = models.get_model(name, weights=None)
-        return _varied(model.eval())
+        model: nn.Module = import_torchvision().models.get_model(name, weights=None)
+        return varied(model.eval())
 
     return make
 
 
-def _varied(model: nn.Module) -> nn.Module:
+def varied(model: nn.Module) -> nn.Module:
     """Batch-norm statistics and zero-initialised heads drawn at random: fresh ones are the identity."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             assert module.running_mean is not None
             assert module.running_var is not None
             module.running_mean.normal_(0, 0.1)
@@ -160,13 +165,13 @@ class TinyEncoder(nn.Module):
 
 
 WORKLOADS: dict[str, Workload] = {
-    "resnet50": Workload("resnet50", _torchvision("resnet50"), _images(224), as_is),
-    "vit": Workload("vit", _torchvision("vit_b_16"), _images(224), as_is),
-    "bert": Workload("bert", lambda: Encoder(_bert()).eval(), _tokens(128, 30522), as_is),
-    "bert-hf": Workload("bert-hf", _bert, _tokens(128, 30522), _last_hidden_state),
-    "tiny-cnn": Workload("tiny-cnn", lambda: _varied(TinyCNN().eval()), _images(16), as_is),
+    "resnet50": Workload("resnet50", _torchvision("resnet50"), images(224), as_is),
+    "vit": Workload("vit", _torchvision("vit_b_16"), images(224), as_is),
+    "bert": Workload("bert", lambda: Encoder(_bert()).eval(), tokens(128, 30522), as_is),
+    "bert-hf": Workload("bert-hf", _bert, tokens(128, 30522), _last_hidden_state),
+    "tiny-cnn": Workload("tiny-cnn", lambda: varied(TinyCNN().eval()), images(16), as_is),
     "tiny-encoder": Workload(
-        "tiny-encoder", lambda: TinyEncoder().eval(), _tokens(12, 50), _last_hidden_state
+        "tiny-encoder", lambda: TinyEncoder().eval(), tokens(12, 50), _last_hidden_state
     ),
 }
 
