@@ -1,4 +1,4 @@
-"""One architecture of the zoo, in a process of its own: ``python -m torch_mux.bench.zoo_entry NAME --out PATH``.
+"""One architecture of the zoo, in a process of its own: ``python -m torch_mux.bench.zoo_entry``.
 
 The row is written after every step, so that what was measured before a failure, a crash or the time limit
 is kept.

@@ -220,7 +220,8 @@ class AutoEncoder(nn.Module):
         self.last = nn.ConvTranspose2d(16, 3, 4, 2, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.last(self.up(self.down(image))).sigmoid()
+        pixels: Tensor = self.last(self.up(self.down(image)))
+        return pixels.sigmoid()
 
 
 class UNet(nn.Module):
@@ -352,14 +353,21 @@ _HF: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "qwen2": (_hf("Qwen2Model", num_key_value_heads=2), tokens(32, 1000)),
     "gemma2": (_hf("Gemma2Model", num_key_value_heads=2, head_dim=32), tokens(32, 1000)),
     "whisper-encoder": (
-        _hf("WhisperModel-encoder", d_model=128, max_source_positions=32, pad_token_id=0, **_HEADS, **_LAYERS),
+        _hf(
+            "WhisperModel-encoder", d_model=128, max_source_positions=32, pad_token_id=0, **_HEADS, **_LAYERS,
+        ),
         _features(1, 80, 64),
     ),
     "clip-text": (_hf("CLIPTextModel", eos_token_id=2), tokens(32, 1000)),
     "clip-vision": (_hf("CLIPVisionModel", **_VISION), images(32)),
     "vit-mae": (_hf("ViTMAEModel", **_VISION), _masked),
     "dinov2": (_hf("Dinov2Model", **_VISION), images(32)),
-    "segformer": (_hf("SegformerModel", depths=[1] * 4, hidden_sizes=[32, 64, 96, 128], num_attention_heads=[1, 2, 3, 4]), images(64)),
+    "segformer": (
+        _hf(
+            "SegformerModel", depths=[1] * 4, hidden_sizes=[32, 64, 96, 128],
+            num_attention_heads=[1, 2, 3, 4],
+        ), images(64),
+    ),
     "wav2vec2": (
         _hf(
             "Wav2Vec2Model", conv_dim=[64] * 3, conv_stride=[5, 2, 2], conv_kernel=[10, 3, 2],

@@ -98,7 +98,7 @@ def _summary(report: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """One line an architecture: errors against float64, what coalesces, what it costs, and why the rest does not.
+    """One line an architecture: errors against float64, what coalesces, its cost, and why the rest does not.
 
     ``!`` marks an error that is more than 10 % above both peers'.
     """
