@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -183,11 +184,13 @@ class Tenants:
     Attributes:
         models: one a tenant, on the device, in eval mode.
         requests: ``requests[variant][tenant]``, the arguments of one request.
+        compiled: the models under Inductor once a peer has compiled them: the peers share them.
     """
 
     workload: Workload
     models: list[nn.Module]
     requests: list[list[tuple[Tensor, ...]]]
+    compiled: list[Callable[..., Tensor]] = field(default_factory=list)
 
     def tensor_only(self) -> list[nn.Module]:
         """The models, each wrapped to return the compared tensor."""
@@ -207,15 +210,17 @@ def build(
     variants: int = 4,
     channels_last: bool = False,
 ) -> Tenants:
-    """``count`` tenants with weights and requests of their own, reproducible from their numbers."""
+    """``count`` tenants with weights and requests of their own, reproducible from their numbers.
+
+    The first is made by the workload; the others have its weights in orders of their own, which takes the
+    device milliseconds where drawing them again would take seconds.
+    """
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    models = []
-    for tenant in range(count):
-        torch.manual_seed(tenant)
-        model = workload.model().to(device=device, dtype=dtype)
-        if channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        models.append(model)
+    torch.manual_seed(0)
+    first = workload.model().to(device=device, dtype=dtype)
+    models = [first, *(_shuffled(copy.deepcopy(first), tenant) for tenant in range(1, count))]
+    if channels_last:
+        models = [model.to(memory_format=torch.channels_last) for model in models]  # type: ignore[call-overload]
     requests = []
     for variant in range(variants):
         row = []
@@ -224,6 +229,18 @@ def build(
             row.append(tuple(_place(x, device, dtype, layout) for x in workload.inputs(generator)))
         requests.append(row)
     return Tenants(workload, models, requests)
+
+
+def _shuffled(model: nn.Module, seed: int) -> nn.Module:
+    """``model`` with the elements of every parameter and of batch norm's statistics in a random order."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    statistics = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *statistics]:
+            generator = torch.Generator(tensor.device).manual_seed(seed)
+            order = torch.randperm(tensor.numel(), generator=generator, device=tensor.device)
+            tensor.copy_(tensor.flatten()[order].view_as(tensor))
+    return model
 
 
 def _place(x: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:

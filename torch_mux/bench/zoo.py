@@ -40,7 +40,7 @@ class Options:
     """What is measured.
 
     Attributes:
-        names: entries of ``ZOO``.
+        names: entries of ``ZOO``, or ``module:attribute`` of a :class:`torch_mux.bench.workloads.Workload`.
         device, dtype: where and in what precision the models run.
         jobs: entries at a time.
         threads: CPU threads of one entry; 0 for the cores divided by the jobs.
@@ -84,7 +84,11 @@ class _Job:
         row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"errors": {}}
         if verdict is not None:
             row["errors"]["process"] = verdict
-        row |= {"model": self.name, "kind": ZOO[self.name].kind, "seconds": round(self.seconds, 1)}
+        row |= {
+            "model": self.name,
+            "kind": ZOO[self.name].kind if self.name in ZOO else "own",
+            "seconds": round(self.seconds, 1),
+        }
         self.folder.cleanup()
         return row
 
@@ -95,7 +99,7 @@ class _Job:
 
 
 def _start(name: str, options: Options) -> _Job:
-    folder = tempfile.TemporaryDirectory(prefix=f"zoo-{name}-", ignore_cleanup_errors=True)
+    folder = tempfile.TemporaryDirectory(prefix="torch-mux-zoo-", ignore_cleanup_errors=True)
     threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "TORCH_MUX_CACHE_DIR")
     environment = os.environ | {cache: f"{folder.name}/{cache.lower()}" for cache in caches}
@@ -159,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     cuda = torch.cuda.is_available()
     result = argparse.ArgumentParser(prog="python -m torch_mux.bench.zoo", description=__doc__)
-    result.add_argument("names", nargs="*", help=f"entries, all unless given: {', '.join(ZOO)}")
+    result.add_argument("names", nargs="*", help=f"all unless given: {', '.join(ZOO)}; or module:attribute")
     result.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
     result.add_argument("--dtype", default=None, choices=sorted(DTYPES), help="float16 on CUDA, else float32")
     result.add_argument("--jobs", type=int, default=1, help="entries at a time")
@@ -180,13 +184,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, writes the record, prints the table last; 1 where an entry failed, 2 for a wrong argument."""
     flags = parser()
     arguments = flags.parse_args(argv)
-    unknown = [name for name in arguments.names if name not in ZOO]
+    unknown = [name for name in arguments.names if name not in ZOO and ":" not in name]
     if unknown:
         flags.error(f"unknown entry {', '.join(unknown)}; choose from {', '.join(ZOO)}")
     if arguments.jobs < 1 or arguments.limit <= 0:
         flags.error("--jobs and --limit must be positive")
+    measure.require_device(flags, arguments.device)
     if arguments.show is not None:
-        report = json.loads(arguments.show.read_text())
+        report = measure.read(flags, arguments.show)
     else:
         half = torch.device(arguments.device).type == "cuda"
         options = Options(
@@ -197,6 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=arguments.threads,
             limit=arguments.limit,
         )
+        if not half:
+            print("no GPU is used: measuring on the CPU", file=sys.stderr)
+        measure.announce(torch.device(options.device))
         told: set[str] = set()
 
         def save(report: dict[str, Any]) -> None:

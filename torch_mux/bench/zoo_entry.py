@@ -36,11 +36,19 @@ Save = Callable[[dict[str, Any]], object]
 class _Entry:
     """What the steps of one entry share. The tenants are one more than a bundle: the further instance."""
 
-    tenants: Tenants
+    workload: Workload
     device: torch.device
+    dtype: torch.dtype
     save: Save
     row: dict[str, Any] = field(default_factory=dict)
+    made: Tenants | None = None
     exact: list[list[Tensor]] = field(default_factory=list)
+
+    @property
+    def tenants(self) -> Tenants:
+        if self.made is None:
+            raise RuntimeError("the model could not be built")
+        return self.made
 
     def put(self, **values: Any) -> None:
         self.row.update(values)
@@ -53,17 +61,22 @@ def row_of(workload: Workload, device: torch.device, dtype: torch.dtype, save: S
     A step that fails leaves its error in the row under ``errors``, by its name, and the next one is tried.
     """
     start = time.perf_counter()
-    entry = _Entry(build(workload, SLOTS + 1, device, dtype, variants=1), device, save)
-    entry.put(model=workload.name, errors={}, weights=entry.tenants.weight_bytes())
+    entry = _Entry(workload, device, dtype, save)
+    entry.put(model=workload.name, errors={})
     for name, step in _STEPS.items():
         try:
-            with torch.inference_mode() if name != "exact" else torch.no_grad():
+            with torch.no_grad() if name in ("build", "exact") else torch.inference_mode():
                 step(entry)
         except Exception as error:
             traceback.print_exc()
             entry.row["errors"][name] = f"{type(error).__name__}: {str(error).strip()}"[:500]
         entry.put(seconds=time.perf_counter() - start)
     return entry.row
+
+
+def _build(entry: _Entry) -> None:
+    entry.made = build(entry.workload, SLOTS + 1, entry.device, entry.dtype, variants=1)
+    entry.put(weights=entry.made.weight_bytes())
 
 
 def _exact(entry: _Entry) -> None:
@@ -175,6 +188,7 @@ def _inductor(entry: _Entry) -> None:
 
 
 _STEPS: dict[str, Callable[[_Entry], None]] = {
+    "build": _build,
     "exact": _exact,
     "eager": _eager,
     "machinery": _machinery,
@@ -196,14 +210,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    from torch_mux.bench.zoo_models import ZOO
+    from torch_mux.bench.zoo_models import entry_of
 
     def save(row: dict[str, Any]) -> None:
         fresh = options.out.with_suffix(".part")
         fresh.write_text(json.dumps(row, default=str))
         fresh.replace(options.out)
 
-    row = row_of(ZOO[options.name], torch.device(options.device), DTYPES[options.dtype], save)
+    row = row_of(entry_of(options.name), torch.device(options.device), DTYPES[options.dtype], save)
     torch_mux.close()
     return int(bool(row["errors"]))
 

@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from torch_mux.bench.vision import import_torchvision
 from torch_mux.bench.workloads import Workload, images, tokens, varied
 
-__all__ = ["ZOO", "Kind", "answer", "needs"]
+__all__ = ["ZOO", "Entry", "answer", "entry_of"]
 
 Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
-Kind = str
 
 
 @dataclass(frozen=True)
 class Entry(Workload):
     """A workload with the kind of architecture and the package that it comes from."""
 
-    kind: Kind = ""
+    kind: str = ""
     package: str = ""
 
 
@@ -48,9 +47,19 @@ def _first(output: Any) -> Tensor | None:
     return next((found for found in map(_first, items) if found is not None), None)
 
 
-def needs(name: str) -> str:
-    """The package that an architecture needs, or an empty string."""
-    return ZOO[name].package
+def entry_of(name: str) -> Workload:
+    """A workload by its name in ``ZOO``, or ``module:attribute`` for one of your own.
+
+    Raises:
+        KeyError: it is neither.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        return ZOO[name]
+    own = getattr(importlib.import_module(module), attribute)
+    if not isinstance(own, Workload):
+        raise KeyError(f"{name} is a {type(own).__name__}, no Workload")
+    return own
 
 
 def _vision(path: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
