@@ -216,12 +216,12 @@ def test_the_host_time_of_a_gather_by_part(tenants: Tenants) -> None:
         mux = Mux()
         mux.prepare(tenants, (3,))
         parts = gather_parts(mux, tenants, 3, rounds=5)
-    assert list(parts) == [*PARTS, "other", "total"]
-    assert all(parts[part] > 0 for part in PARTS)
-    assert sum(parts[part] for part in [*PARTS, "other"]) == pytest.approx(parts["total"], rel=0.5)
         before = api.prepare
         gather_parts(mux, tenants, 1, rounds=1)
     assert api.prepare is before
+    assert list(parts) == [*PARTS, "other", "total"]
+    assert all(parts[part] > 0 for part in PARTS)
+    assert sum(parts[part] for part in [*PARTS, "other"]) == pytest.approx(parts["total"], rel=0.5)
     mux.release()
 
 
