@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 from .fingerprint import fingerprint
-from .graphs import ROLE, call_nodes, dead_code, outputs_of, placeholders
+from .graphs import ROLE, call_nodes, dead_code, outputs_of, placeholders, restrides_only
 from .program import Program
 
 __all__ = ["capture", "mutated_by"]
@@ -117,7 +117,8 @@ def _fallback(module: GraphModule) -> FallbackReason | None:
     if aliased is not None:
         return FallbackReason(FallbackKind.ALIASED_OUTPUT, aliased)
     for node in call_nodes(module.graph):
-        if node.target is torch.ops.aten.as_strided.default:  # it reads memory, whose order a plan chooses
+        if node.target is torch.ops.aten.as_strided.default and not restrides_only(node):
+            # it reads memory, whose order a plan chooses
             return FallbackReason(FallbackKind.SUBCLASS, str(node.target), "it depends on strides")
         if isinstance(node.target, torch._ops.OpOverload) and (
             torch.Tag.nondeterministic_seeded in node.target.tags and node.target.namespace == "aten"

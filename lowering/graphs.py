@@ -20,6 +20,7 @@ __all__ = [
     "outputs_of",
     "parameter_only",
     "placeholders",
+    "restrides_only",
     "shape_of",
     "tensors_in",
 ]
@@ -97,6 +98,23 @@ def dead_code(graph: Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users and not node.is_impure():
             graph.erase_node(node)
+
+
+def restrides_only(node: Node) -> bool:
+    """Whether an ``as_strided`` reads its operand's own elements and renames strides that no step follows.
+
+    ATen's global pooling does so, for a result that counts as channels-last.
+    """
+    if node.target is not torch.ops.aten.as_strided.default or len(node.args) > 3 or node.kwargs:
+        return False
+    source, shape, strides = node.args
+    if not isinstance(source, Node) or not isinstance(shape, (list, tuple)):
+        return False
+    value = fake_of(source)
+    return tuple(shape) == tuple(value.shape) and all(
+        size == 1 or own == given
+        for size, own, given in zip(shape, value.stride(), strides, strict=True)  # type: ignore[arg-type]
+    )
 
 
 def parameter_only(graph: Graph) -> set[Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch_mux.settings import Settings
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 from .coalesce import MOST_SLOTS, dense_order, lay_out, mark
+from .flops import flops
 from .graphs import ROLE, call_nodes, fake_of, outputs_of, placeholders
 from .kernels import ahead
 from .launches import KernelCalls
@@ -58,6 +60,9 @@ class PlanReport:
         fused: operations absorbed into epilogues or into the preparation of an instance.
         inductor: operations in the batched graph that Inductor compiles.
         alone: operations that run per instance.
+        counts: how many operations fall back for each reason.
+        flops: floating-point operations of one slot (:mod:`torch_mux.lowering.flops`).
+        flops_alone: those of them in operations that run per instance.
         segments: "coalesced" or "per instance", in order.
         graph: the rewritten graph of one slot, as text.
     """
@@ -66,6 +71,9 @@ class PlanReport:
     fused: int = 0
     inductor: int = 0
     alone: int = 0
+    counts: dict[FallbackReason, int] = field(default_factory=dict)
+    flops: int = 0
+    flops_alone: int = 0
     segments: tuple[str, ...] = ()
     graph: str = ""
 
@@ -161,15 +169,15 @@ def compile_plan(program: Program, settings: Settings) -> CompiledPlan:
     """Lowers and compiles ``program``; takes seconds. The caller holds the compile lock."""
     compat.native.build()
     if program.fallback is not None:
-        return _whole(program, (program.fallback,))
+        return _whole(program, _every(program, program.fallback))
     missing = _without_triton(program)
     if missing is not None:
-        return _whole(program, (missing,))
+        return _whole(program, _every(program, missing))
     try:
         return _coalesced(program, settings)
     except Exception as error:
         log.warning("%s does not coalesce: %s", program.name, error, exc_info=True)
-        return _whole(program, (_failed(program, error),))
+        return _whole(program, _every(program, _failed(program, error)))
 
 
 def _without_triton(program: Program) -> FallbackReason | None:
@@ -188,19 +196,29 @@ def _failed(program: Program, error: Exception, outcome: str = "") -> FallbackRe
     return FallbackReason(FallbackKind.COMPILE_FAILED, program.name, detail + outcome)
 
 
-def _whole(program: Program, reasons: tuple[FallbackReason, ...]) -> CompiledPlan:
+def _every(program: Program, reason: FallbackReason) -> dict[FallbackReason, int]:
+    """All operations of a program for one reason."""
+    return {reason: len(call_nodes(program.graph.graph))}
+
+
+def _whole(program: Program, counts: dict[FallbackReason, int]) -> CompiledPlan:
+    """The plan of a program that runs per instance; ``counts`` as in :class:`PlanReport`."""
     artifact = program.artifact
     if artifact is None:
         try:
             artifact = _inductor_static(program.graph)
         except Exception as error:
             log.warning("%s does not compile: %s", program.name, error, exc_info=True)
-            reasons = (*reasons, _failed(program, error, "; it runs operation by operation"))
+            counts |= _every(program, _failed(program, error, "; it runs operation by operation"))
             artifact = _by_operation(program.graph)
     empty = Prepare(GraphModule({}, torch.fx.Graph()), (), (), ())
     storage = Storage(program.fingerprint, torch.device("cpu"), empty, Layout((), {}, {}))  # has no rows
-    report = PlanReport(alone=len(call_nodes(program.graph.graph)), segments=("per instance",))
-    return CompiledPlan(program, reasons, report, storage, (), (), artifact)
+    calls = call_nodes(program.graph.graph)
+    work = flops(calls)
+    report = PlanReport(
+        alone=len(calls), counts=counts, flops=work, flops_alone=work, segments=("per instance",)
+    )
+    return CompiledPlan(program, tuple(counts), report, storage, (), (), artifact)
 
 
 def _by_operation(module: GraphModule) -> Artifact:
@@ -236,7 +254,7 @@ def _coalesced(program: Program, settings: Settings) -> CompiledPlan:
     reasons = mark(body, prepare, program.device, allow_tf32)
     segments = cut(body, reasons)
     if not any(segment.coalesced for segment in segments):
-        return _whole(program, tuple(dict.fromkeys(reasons.values())))
+        return _whole(program, dict(Counter(reasons.values())))
     nodes = [node for segment in segments if segment.coalesced for node in segment.nodes]
     layout = lay_out(body, prepare, nodes)
     storage = Storage(program.fingerprint, program.device, prepare, layout)
@@ -317,6 +335,9 @@ def _report(
         fused=len(call_nodes(program.graph.graph)) - len(calls),
         inductor=rest,
         alone=len(reasons),
+        counts=dict(Counter(reasons.values())),
+        flops=flops(calls),
+        flops_alone=flops(reasons),
         segments=tuple("coalesced" if segment.coalesced else "per instance" for segment in segments),
         graph=text,
     )

@@ -12,7 +12,7 @@ import torch
 import torch_mux
 from torch_mux import errors
 from torch_mux.settings import Settings
-from torch_mux.types import Quota
+from torch_mux.types import FallbackKind, Quota
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -60,6 +60,18 @@ def test_every_error_and_every_setting_is_in_the_guide() -> None:
     assert {name for name in raised if f"`{name}`" not in GUIDE} == set()
     assert {name for name in Settings.__dataclass_fields__ if f"`{name}`" not in GUIDE} == set()
     assert {name for name in Quota.__dataclass_fields__ if f"`{name}`" not in GUIDE} == set()
+
+
+def test_every_error_has_an_entry_under_troubleshooting() -> None:
+    section = GUIDE.partition("## Troubleshooting")[2].partition("\n## ")[0]
+    entries = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \|$", section, re.MULTILINE)
+    assert sorted(entries) == sorted(set(errors.__all__) - {"MuxError"})
+
+
+def test_every_reason_for_a_fall_back_is_in_the_guide() -> None:
+    section = GUIDE.partition("## What coalesces")[2].partition("\n## ")[0]
+    entries = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", section, re.MULTILINE)[2:]
+    assert sorted(entries) == sorted(kind.value for kind in FallbackKind)
 
 
 def test_the_listed_passes_are_those_that_run_in_their_order() -> None:

@@ -133,3 +133,36 @@ def test_same_bits_in_random_bundles(device: str) -> None:
                 results = _by_entry_point(entry, [cases[k] for k in chosen], pool)
             for k, result in zip(chosen, results, strict=True):
                 assert torch.equal(result, alone[k]), (entry, k, chosen)
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+class Activated(nn.Module):
+    """A width that no vector divides: ATen takes other code for the last elements than for the first."""
+
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.line, self.activation = nn.Linear(6, 13), ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.line(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_same_bits_where_no_vector_divides_the_width(activation: str) -> None:
+    torch.manual_seed(0)
+    models = [torch.compile(Activated(activation).eval(), backend="mux") for _ in range(5)]
+    requests = [(model, torch.randn(1, 6)) for model in models]
+    with torch.inference_mode():
+        alone = [model(x).clone() for model, x in requests]
+        for bundle in (requests, requests[1:4]):
+            for answer, expected in zip(torch_mux.gather(*bundle), alone[len(requests) != len(bundle) :]):
+                assert torch.equal(answer, expected)

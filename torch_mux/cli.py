@@ -12,6 +12,7 @@ _EXTRAS: Final = {
     "typer": "cli",
     "rich": "cli",
     "sklearn": "demo",
+    "timm": "bench",
     "torchvision": "bench",
     "transformers": "bench",
 }

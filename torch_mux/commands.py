@@ -39,8 +39,24 @@ def demo(
     raise typer.Exit(0 if outcome.right else 1)
 
 
-@bench.command(name="models", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def models(context: typer.Context) -> None:
-    """Real models for several tenants next to their peers; arguments are passed on."""
-    harness: Any = importlib.import_module("torch_mux.bench.models")
-    harness.main(context.args)
+_BENCHES = {
+    "models": "Whole models for several tenants next to their peers.",
+    "kernels": "Every tile of every super-kernel layer shape, on a GPU.",
+    "table": "The chooser's measured table, from what `kernels` measured.",
+    "zoo": "Many architectures: what runs, what coalesces of each, and why the rest does not.",
+}
+
+
+def _add(name: str, about: str) -> None:
+    """``torch-mux bench NAME``: arguments and ``--help`` are those of ``torch_mux.bench.NAME``."""
+
+    def command(context: typer.Context) -> None:
+        harness: Any = importlib.import_module(f"torch_mux.bench.{name}")
+        raise typer.Exit(harness.main(context.args) or 0)
+
+    options = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    bench.command(name=name, help=about, context_settings=options)(command)
+
+
+for _name, _about in _BENCHES.items():
+    _add(_name, _about)

@@ -80,6 +80,9 @@ class ProgramExplanation:
         inductor: operations in the batched graph that Inductor compiles.
         alone: operations that run per instance.
         reasons: why what falls back falls back.
+        counts: how many operations fall back for each reason.
+        flops: floating-point operations of one request, in convolutions, matrix products and attention.
+        flops_alone: those of them that run per instance.
         bundles: bundles that went out, by number of slots.
         captured: bundle sizes captured as CUDA graphs, by lane.
         capture_failures: why sizes could not be captured.
@@ -100,6 +103,14 @@ class ProgramExplanation:
     bundles: Mapping[int, int]
     captured: tuple[tuple[int, ...], ...] = ()
     capture_failures: tuple[str, ...] = ()
+    counts: Mapping[FallbackReason, int] = field(default_factory=dict)
+    flops: int = 0
+    flops_alone: int = 0
+
+    @property
+    def coalesced_flops(self) -> float | None:
+        """Share of the floating-point operations that requests run together; None where there are none."""
+        return 1 - self.flops_alone / self.flops if self.flops else None
 
     def __str__(self) -> str:
         kind = {None: "", True: ", coalesced", False: ", per instance"}[self.coalesced]
@@ -114,7 +125,9 @@ class ProgramExplanation:
             kernels = ", ".join(f"{count} {name}" for name, count in sorted(self.kernels.items())) or "none"
             lines.append(f"  super-kernels: {kernels}")
             batched = f"{self.inductor} in the batched graph"
-            lines.append(f"  operations: {self.fused} fused, {batched}, {self.alone} per instance")
+            share = self.coalesced_flops
+            work = "" if share is None else f"; {share:.0%} of the FLOPs coalesced"
+            lines.append(f"  operations: {self.fused} fused, {batched}, {self.alone} per instance{work}")
         if self.bundles:
             lines.append(
                 "  bundles: "
@@ -125,7 +138,9 @@ class ProgramExplanation:
                 "  captured for: " + "; ".join(", ".join(map(str, sizes)) for sizes in self.captured)
             )
         lines += [f"  not captured: {failure}" for failure in self.capture_failures]
-        lines += [f"  {reason}" for reason in self.reasons]
+        for reason in self.reasons:
+            count = self.counts.get(reason, 1)
+            lines.append(f"  {reason}" + (f", {count} operations" if count > 1 else ""))
         return "\n".join(lines)
 
 
@@ -212,6 +227,9 @@ def _program(found: ProgramReport) -> ProgramExplanation:
         bundles=found.sizes,
         captured=found.captured,
         capture_failures=found.capture_failures,
+        counts=dict(plan.counts) if plan is not None else {},
+        flops=plan.flops if plan is not None else 0,
+        flops_alone=plan.flops_alone if plan is not None else 0,
     )
 
 

@@ -77,7 +77,8 @@ def _epilogue_(
     if activation == "relu":
         wide = wide.relu_()
     elif activation != "none":
-        wide = apply_activation(wide, activation)
+        for slot in wide.unbind(0):  # ATen takes other code for a tensor's last elements, with other bits
+            slot.copy_(apply_activation(slot, activation))
     return wide if wide.dtype == dtype else wide.to(dtype)
 
 

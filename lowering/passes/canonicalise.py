@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from torch_mux.settings import Settings
 
-from ..graphs import call_nodes, fake_of, fresh_meta
+from ..graphs import call_nodes, fake_of, fresh_meta, restrides_only
 
 __all__ = ["run"]
 
@@ -31,7 +31,7 @@ def _replacement(node: Node) -> Node | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return None
-    if node.target in _TRANSPARENT:
+    if node.target in _TRANSPARENT or restrides_only(node):
         return source
     if node.target in (aten.clone.default, aten._to_copy.default, aten.expand.default, aten.view.default):
         return source if _same_layout(node, source) else None

@@ -37,15 +37,30 @@ def _embedding(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict
     )
 
 
-@rule(aten.index.Tensor)
+@rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def _index(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if any(isinstance(index, (Slotted, Parameter)) for index in args[1]):
-        raise NoRule("index by a value that differs a slot")
-    indices = [index for index in args[1] if isinstance(index, Tensor)]
+    target: Any = node.target
+    indices = [index for index in args[1] if index is not None]
     gaps = [position for position, index in enumerate(args[1]) if index is not None]
-    if any(index.dtype == torch.bool for index in indices) or gaps != list(range(gaps[0], gaps[-1] + 1)):
+    masks = any(_dtype(index) == torch.bool for index in indices)
+    if masks or gaps != list(range(gaps[0], gaps[-1] + 1)):
         raise NoRule("index by a mask or by separated dimensions")
-    return Slotted(aten.index.Tensor(context.lift(args[0]), [None, *args[1]]))
+    x = context.lift(args[0])
+    if all(isinstance(index, Tensor) for index in indices):
+        return Slotted(target(x, [None, *args[1]]))
+    if gaps[0] > 0:
+        raise NoRule("index by a value that differs a slot, behind a dimension")
+    lifted = [context.lift(index) for index in indices]
+    rank = max(index.dim() for index in lifted)
+    slot = torch.arange(x.shape[0], device=x.device).view(-1, *[1] * (rank - 1))
+    aligned = [
+        index.reshape(index.shape[0], *[1] * (rank - index.dim()), *index.shape[1:]) for index in lifted
+    ]
+    return Slotted(target(x, [slot, *aligned]))
+
+
+def _dtype(index: Tensor | Slotted | Parameter) -> torch.dtype:
+    return index.tensor.dtype if isinstance(index, Slotted) else index.dtype
 
 
 @rule(aten.index_select.default)

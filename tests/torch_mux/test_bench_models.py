@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from torch_mux import api
 from torch_mux.bench import measure, models
 from torch_mux.bench.contenders import CONTENDERS, Eager, Mux, default_contenders
+from torch_mux.bench.host import PARTS, gather_parts
 from torch_mux.bench.workloads import WORKLOADS, Encoded, Tenants, build
 
 CPU = torch.device("cpu")
@@ -140,6 +142,111 @@ def test_unknown_names_are_refused_before_anything_runs(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         models.main(["--device", "cpu", "--models", "resnet51"])
     assert "unknown model resnet51; choose from resnet50" in capsys.readouterr().err
+
+
+class Broken(Eager):
+    """Fails when it prepares."""
+
+    name = "broken peer"
+
+    def prepare(self, tenants: Tenants, counts: Sequence[int]) -> None:
+        raise ValueError("no such kernel")
+
+
+class Tiring(Eager):
+    """Fails in the middle of being timed."""
+
+    name = "tiring peer"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = 12
+
+    def round(self, requests: Sequence[tuple[Tensor, ...]]) -> Sequence[Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("out of breath")
+        return super().round(requests)
+
+
+def test_a_peer_that_fails_is_in_the_record_and_in_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONTENDERS, "broken", Broken)
+    monkeypatch.setitem(CONTENDERS, "tiring", Tiring)
+    path = tmp_path / "out.json"
+    flags = "--device cpu --models tiny-cnn --tenants 1,2 --rounds 4 --repetitions 2"
+    flags += " --contenders broken,tiring,eager --json"
+    assert models.main([*flags.split(), str(path)]) == 1
+    records = {(r["contender"], r["tenants"]): r for r in json.loads(path.read_text())["results"]}
+    assert len(records) == 6
+    for count in (1, 2):
+        assert records["broken peer", count]["failed"] == "ValueError: no such kernel"
+        assert records["tiring peer", count]["failed"] == "RuntimeError: out of breath"
+        assert records["tiring peer", count]["error"]["worst"] < 1e-5  # what it did before is kept
+        assert records[Eager.name, count]["repetitions"] == 2
+    printed = capsys.readouterr()
+    assert "tiny-cnn: broken peer failed: ValueError: no such kernel" in printed.out
+    assert "no GPU is used: measuring on the CPU (tiny-cnn; 1, 2 tenants)" in printed.err
+
+
+def test_the_record_is_saved_after_every_contender_and_the_budget_sheds_repetitions() -> None:
+    saved: list[dict[str, Any]] = []
+    options = models.Options(
+        models=("tiny-cnn",), tenants=(2,), contenders=("eager", "inductor"), device=CPU,
+        dtype=torch.float32, repetitions=50, rounds=4, budget=0.0,
+    )  # fmt: skip
+    report = models.run(options, lambda found: saved.append(json.loads(json.dumps(found, default=str))))
+    assert [record["repetitions"] for record in report["results"]] == [1, 1]
+    done = [[("error" in record) for record in found["results"]] for found in saved]
+    assert done[0] == [True, False] and done[1] == [True, True]
+    assert saved[-1]["results"] == report["results"]
+
+
+def test_peers_share_what_inductor_compiled(tenants: Tenants) -> None:
+    first, second = CONTENDERS["inductor"](), CONTENDERS["inductor"]()
+    with torch.no_grad():
+        for peer in (first, second):
+            peer.prepare(tenants, (3,))
+    assert first.callables and first.callables is second.callables  # type: ignore[attr-defined]
+
+
+def test_the_host_time_of_a_gather_by_part(tenants: Tenants) -> None:
+    with torch.inference_mode():
+        mux = Mux()
+        mux.prepare(tenants, (3,))
+        parts = gather_parts(mux, tenants, 3, rounds=5)
+        before = api.prepare
+        gather_parts(mux, tenants, 1, rounds=1)
+    assert api.prepare is before
+    assert list(parts) == [*PARTS, "other", "total"]
+    assert all(parts[part] > 0 for part in PARTS)
+    assert sum(parts[part] for part in [*PARTS, "other"]) == pytest.approx(parts["total"], rel=0.5)
+    mux.release()
+
+
+@pytest.mark.parametrize(
+    ("listed", "used", "words"),
+    [
+        ("GPU:0\nprocess    4242 uses    900.000 MB GPU memory", 1, "process    4242 uses"),
+        ("pynvml module not found, please install pynvml", 5, "4.5 GiB of this GPU's memory"),
+        ("GPU:0\nno processes are running", 1, None),
+    ],
+)
+def test_a_gpu_that_somebody_else_uses(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    listed: str,
+    used: int,
+    words: str | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "list_gpu_processes", lambda device: listed)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((80 - used) << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 29)
+    measure.announce(torch.device("cuda"))
+    shown = capsys.readouterr().err
+    assert (shown == "") if words is None else (words in shown and shown.startswith("warning: "))
+    assert measure.neighbours(CPU) is None
 
 
 def test_the_peers_of_a_device() -> None:

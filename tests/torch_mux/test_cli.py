@@ -28,10 +28,20 @@ def test_info_tells_versions_and_device() -> None:
     assert info()["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("bench",), ("bench", "models"), ("info",)], ids=str)
+BENCHES = ("models", "kernels", "table", "zoo")
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("demo",), ("bench",), ("info",), *(("bench", name) for name in BENCHES)], ids=str
+)
 def test_help(command: tuple[str, ...]) -> None:
     result = invoke(*command, "--help")
-    assert result.exit_code == 0 and "Usage" in result.output
+    assert result.exit_code == 0 and "usage" in result.output.lower()
+
+
+def test_every_benchmark_is_listed() -> None:
+    listed = invoke("bench", "--help").output
+    assert all(f" {name} " in listed for name in BENCHES)
 
 
 @pytest.mark.parametrize(("right", "code"), [(True, 0), (False, 1)])
@@ -49,15 +59,52 @@ def test_demo_needs_a_tenant() -> None:
     assert result.exit_code == 2 and "at least one tenant" in result.output
 
 
-def test_bench_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", BENCHES)
+def test_bench_passes_its_arguments_and_its_exit_code_on(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setitem(sys.modules, "torch_mux.bench.models", SimpleNamespace(main=seen.append))
-    assert invoke("bench", "models", "--tenants", "4", "x").exit_code == 0
+    module = SimpleNamespace(main=lambda argv: seen.append(argv) or 3)
+    monkeypatch.setitem(sys.modules, f"torch_mux.bench.{name}", module)
+    assert invoke("bench", name, "--tenants", "4", "x").exit_code == 3
     assert seen == [["--tenants", "4", "x"]]
 
 
 @pytest.mark.parametrize(
-    ("package", "extra"), [("typer", "cli"), ("sklearn", "demo"), ("transformers", "bench")]
+    ("command", "words"),
+    [
+        ("models --device cpu --models resnet51", "unknown model resnet51; choose from resnet50"),
+        ("models --device cpu --contenders tvm", "unknown contender tvm; choose from eager"),
+        ("models --device cpu --tenants many", "is not a list of whole numbers"),
+        ("models --device cpu --tenants 0", "must be at least 1"),
+        ("models --device tpu0", "unknown device 'tpu0'; choose cuda or cpu"),
+        ("zoo resnet19", "unknown entry resnet19; choose from resnet18"),
+        ("zoo mlp --jobs 0", "--jobs and --limit must be positive"),
+        ("zoo --show nowhere.json", "there is no record nowhere.json"),
+        ("table nowhere.json", "there is no record nowhere.json"),
+        ("kernels --only nothing", "no layer contains 'nothing'"),
+    ],
+)
+def test_bench_refuses_what_it_does_not_know(command: str, words: str) -> None:
+    result = invoke("bench", *command.split())
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["models", "zoo"])
+def test_a_gpu_that_is_not_there(name: str) -> None:
+    result = invoke("bench", name, "--device", "cuda")
+    assert result.exit_code == 2 and "PyTorch sees no GPU here; --device cpu" in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_need_a_gpu() -> None:
+    result = invoke("bench", "kernels")
+    assert result.exit_code == 2 and "PyTorch sees no GPU here" in result.output
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [("typer", "cli"), ("sklearn", "demo"), ("transformers", "bench"), ("timm", "bench")],
 )
 def test_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch, package: str, extra: str) -> None:
     def missing(name: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import torch_mux
+from torch_mux import state
 from torch_mux.bench.workloads import Tenants
 
 __all__ = ["CONTENDERS", "Contender", "default_contenders"]
@@ -74,12 +75,13 @@ class Eager(OneByOne):
 
 
 def inductor_callables(tenants: Tenants) -> list[Callable[..., Tensor]]:
-    """Each tenant's model under ``torch.compile``, called often enough to be compiled."""
-    callables: list[Callable[..., Tensor]] = [torch.compile(model) for model in tenants.tensor_only()]
-    for call, args in zip(callables, tenants.requests[0], strict=True):
-        for _ in range(2):
+    """Each tenant's model under ``torch.compile``, compiled once for all peers, and called once."""
+    if not tenants.compiled:
+        compiled: list[Callable[..., Tensor]] = [torch.compile(model) for model in tenants.tensor_only()]
+        for call, args in zip(compiled, tenants.requests[0], strict=True):
             call(*args)
-    return callables
+        tenants.compiled.extend(compiled)
+    return tenants.compiled
 
 
 class _Captured:
@@ -170,7 +172,7 @@ class ForkedGraph:
 
 
 class Mux:
-    """``torch_mux.gather`` over models compiled with ``backend="mux"``: public functions alone."""
+    """``torch_mux.gather`` over models compiled with ``backend="mux"``."""
 
     def __init__(self, raw: bool = False, patience: float = 180.0) -> None:
         self.name = "torch-mux gather, model's own output" if raw else "torch-mux gather"
@@ -190,26 +192,29 @@ class Mux:
         self.recorded["explain"] = str(torch_mux.explain())
 
     def _settle(self, requests: Arguments) -> float | None:
-        """Rounds until nothing is compiled or captured any more, at most ``patience`` seconds.
+        """Rounds until one changes nothing: all is compiled and captured; at most ``patience`` seconds.
 
         Returns the share of the last round that went out coalesced with others.
+
+        Raises:
+            TimeoutError: it was still compiling or capturing then.
         """
         deadline = time.monotonic() + self.patience
-        share: float | None = None
-        unchanged, before = 0, None
-        while unchanged < 5 and time.monotonic() < deadline:
+        before: tuple[object, ...] | None = None
+        while True:
             tenant = f"bench-settle-{len(requests)}-{time.monotonic_ns()}"
             with torch_mux.quota(tenant):
                 self.round(requests)
             synchronize(requests)
-            time.sleep(0.05)
-            share = torch_mux.stats().tenants[tenant].coalesced_share
+            if not state.engine().quiesce(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"still compiling or capturing after {self.patience:.0f} s")
+            got = torch_mux.stats().tenants.get(tenant)
+            share = None if got is None else got.coalesced_share
             programs = torch_mux.explain().programs
-            compiling = any(program.status == "compiling" for program in programs)
-            now = (share, tuple((program.fingerprint, program.captured) for program in programs))
-            unchanged = unchanged + 1 if now == before and not compiling else 0
+            now = (share, *((program.fingerprint, program.captured) for program in programs))
+            if now == before:
+                return share
             before = now
-        return share
 
     def round(self, requests: Arguments) -> Sequence[Any]:
         return torch_mux.gather(*[(model, *args) for model, args in zip(self.models, requests, strict=False)])

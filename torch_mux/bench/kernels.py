@@ -28,6 +28,7 @@ import triton
 from torch import Tensor
 
 from torch_mux.bench.layers import LAYERS, Layer
+from torch_mux.bench.measure import announce
 from torch_mux.bench.table import own_class
 from torch_mux.lowering.kernels import choose, reference
 from torch_mux.lowering.kernels.common import Launch, multiprocessors
@@ -315,6 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1), help="compile processes")
     options = parser.parse_args(argv)
     layers = [layer for layer in LAYERS if options.only in f"{layer.model} {layer.name}"]
+    if not layers:
+        parser.error(f"no layer contains {options.only!r}")
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here, and super-kernels run on one only")
+    announce(torch.device("cuda"))
     torch.backends.cudnn.benchmark = True
     start = time.perf_counter()
     failed = precompile(layers, options.slots, options.workers)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -22,7 +25,27 @@ from torch_mux import __version__
 from torch_mux.bench.contenders import Contender, synchronize
 from torch_mux.bench.workloads import Tenants
 
-__all__ = ["Spread", "environment", "errors", "launches", "pipelined", "references", "synchronised"]
+__all__ = [
+    "Memory",
+    "Spread",
+    "aligned",
+    "announce",
+    "environment",
+    "errors",
+    "launches",
+    "memory_of",
+    "neighbours",
+    "pipelined",
+    "read",
+    "references",
+    "require_device",
+    "synchronised",
+    "write",
+]
+
+
+#: More than a CUDA context and its libraries take.
+_CONTEXT = 3 << 29
 
 
 @dataclass(frozen=True)
@@ -149,6 +172,78 @@ def commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
+def neighbours(device: torch.device) -> str | None:
+    """Who else seems to use the GPU, in words; None where nobody does, or on a CPU.
+
+    Processes by NVML where its Python package is installed and may see them; else device memory that is in
+    use and not this process's.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        listed = torch.cuda.list_gpu_processes(device)
+    except RuntimeError as error:  # NVML may be out of reach in a container
+        listed = f"no list of processes: {error}"
+    others = [
+        line.strip()
+        for line in re.findall(r"process\s+\d+.*", listed)
+        if str(os.getpid()) not in line.split()
+    ]
+    if others:
+        return f"other processes use this GPU: {'; '.join(others)}"
+    free, total = torch.cuda.mem_get_info(device)
+    foreign = total - free - torch.cuda.memory_reserved(device)
+    if foreign > _CONTEXT:
+        return f"{foreign / 2**30:.1f} GiB of this GPU's memory are in use outside this process's tensors"
+    return None
+
+
+def require_device(flags: argparse.ArgumentParser, name: str) -> None:
+    """Ends with a message and exit code 2 where there is no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        flags.error(f"unknown device {name!r}; choose cuda or cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        flags.error("PyTorch sees no GPU here; --device cpu measures on the CPU")
+
+
+def read(flags: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    """A record from a file; ends with a message and exit code 2 where there is none."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        flags.error(f"there is no record {path}")
+    except ValueError as error:
+        flags.error(f"{path} is no record: {error}")
+    return found
+
+
+def announce(device: torch.device) -> None:
+    """Warns on stderr where another process uses the GPU: times then measure both."""
+    found = neighbours(device)
+    if found is not None:
+        print(f"warning: {found}; times will not be this process's alone", file=sys.stderr, flush=True)
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    """Writes a record as JSON; a reader never sees half of one. Nothing where there is no path."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.part")
+    fresh.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    fresh.replace(path)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equally many cells as lines of a table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, versions, commit and command line of a record."""
     import triton
@@ -162,6 +257,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "argv": sys.argv,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "neighbours": neighbours(device),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

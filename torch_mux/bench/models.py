@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
+import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +23,11 @@ from torch import Tensor
 
 import torch_mux
 from torch_mux.bench import measure
-from torch_mux.bench.contenders import CONTENDERS, Contender, default_contenders
-from torch_mux.bench.workloads import WORKLOADS, Tenants, build
+from torch_mux.bench.contenders import CONTENDERS, Contender, Mux, default_contenders
+from torch_mux.bench.host import gather_parts
+from torch_mux.bench.workloads import DTYPES, WORKLOADS, Tenants, build
 
 __all__ = ["Options", "main", "run", "table"]
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Options:
         tenants: numbers of tenants a round.
         contenders: names in ``CONTENDERS``; empty for the device's usual ones.
         device, dtype: where and in what precision the models run.
-        repetitions: interleaved repetitions of each measurement.
+        repetitions: most interleaved repetitions of each measurement.
         rounds: rounds of one pipelined repetition; a quarter of them when synchronised.
         channels_last: weights and images of every contender in channels-last order.
+        budget: seconds in all; repetitions beyond the first of a model are shed to keep it. None: no limit.
     """
 
     models: tuple[str, ...] = ("resnet50", "bert", "vit")
@@ -51,64 +53,116 @@ class Options:
     repetitions: int = 5
     rounds: int = 200
     channels_last: bool = False
+    budget: float | None = None
 
 
-def run(options: Options, save: Callable[[dict[str, Any]], object] | None = None) -> dict[str, Any]:
+Save = Callable[[dict[str, Any]], object]
+
+
+def run(options: Options, save: Save | None = None) -> dict[str, Any]:
     """Measure everything; plain data: one entry of ``results`` a model, contender and tenant count.
 
-    ``save`` gets the report after each model.
+    ``save`` gets the report after every contender and every repetition. A contender that fails has its error
+    in its entries under ``failed``; the others go on.
     """
     results: list[dict[str, Any]] = []
-    for name in options.models:
-        results += _workload(name, options)
+    start = time.monotonic()
+    environment = measure.environment(options.device)
+
+    def report(more: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        return {"environment": environment, "options": _plain(options), "results": [*results, *more]}
+
+    def saved(more: Sequence[dict[str, Any]]) -> None:
         if save is not None:
-            save(_report(options, results))
+            save(report(more))
+
+    for index, name in enumerate(options.models):
+        share = None if options.budget is None else options.budget * (index + 1) / len(options.models)
+        contest = _Contest(name, options, None if share is None else start + share, saved)
+        results += contest.run()
+        saved(())
+        del contest
         torch_mux.reset()
         torch.compiler.reset()
         gc.collect()
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
-    return _report(options, results)
-
-
-def _report(options: Options, results: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "environment": measure.environment(options.device),
-        "options": _plain(options),
-        "results": list(results),
-    }
+    return report()
 
 
 def _plain(options: Options) -> dict[str, Any]:
     return {**vars(options), "device": str(options.device), "dtype": str(options.dtype)}
 
 
-def _workload(name: str, options: Options) -> list[dict[str, Any]]:
-    """All contenders over one architecture."""
-    tenants = build(
-        WORKLOADS[name],
-        max(options.tenants),
-        options.device,
-        options.dtype,
-        channels_last=options.channels_last,
-    )
-    with torch.no_grad():
-        exact = measure.references(tenants)
-    with torch.inference_mode():
-        return _contend(tenants, exact, options)
+class _Contest:
+    """All contenders over one architecture.
 
+    Args:
+        name: of the workload.
+        deadline: on ``time.monotonic``, after which no further repetition starts.
+        saved: gets the records as they are, again and again.
+    """
 
-def _contend(tenants: Tenants, exact: list[list[Tensor]], options: Options) -> list[dict[str, Any]]:
-    """Prepare the contenders one after another, check their answers, then time them taking turns."""
-    counts = tuple(sorted(options.tenants, reverse=True))
-    contenders: dict[str, Contender] = {}
-    records: dict[tuple[str, int], dict[str, Any]] = {}
-    for key in options.contenders or default_contenders(options.device):
-        contender = contenders[key] = CONTENDERS[key]()
+    def __init__(
+        self,
+        name: str,
+        options: Options,
+        deadline: float | None,
+        saved: Callable[[Sequence[dict[str, Any]]], None],
+    ) -> None:
+        self.options, self.deadline, self.saved = options, deadline, saved
+        keys = options.contenders or default_contenders(options.device)
+        self.contenders: dict[str, Contender] = {key: CONTENDERS[key]() for key in keys}
+        self.records = {
+            (key, count): {"model": name, "contender": contender.name, "tenants": count}
+            for key, contender in self.contenders.items()
+            for count in options.tenants
+        }
+        self.name = name
+
+    def run(self) -> list[dict[str, Any]]:
+        """Prepares the contenders one after another, checks their answers, then times them taking turns."""
+        options = self.options
+        with torch.no_grad():
+            tenants = build(
+                WORKLOADS[self.name],
+                max(options.tenants),
+                options.device,
+                options.dtype,
+                channels_last=options.channels_last,
+            )
+            exact = measure.references(tenants)
+        with torch.inference_mode():
+            for key in list(self.contenders):
+                self._attempt(key, functools.partial(self._prepare, key, tenants, exact))
+                self.saved(list(self.records.values()))
+            self._time(tenants)
+            for key in list(self.contenders):
+                self._attempt(key, self.contenders[key].release)
+        return list(self.records.values())
+
+    def _attempt(self, key: str, step: Callable[[], object]) -> None:
+        """One step of one contender; an error takes it out of the contest and into the record."""
+        try:
+            step()
+        except Exception as error:
+            traceback.print_exc()
+            for count in self.options.tenants:
+                words = f"{type(error).__name__}: {str(error).strip()}"
+                self.records[key, count]["failed"] = words[:500]
+            self.contenders.pop(key)
+
+    def _prepare(self, key: str, tenants: Tenants, exact: list[list[Tensor]]) -> None:
+        contender = self.contenders[key]
+        counts = tuple(sorted(self.options.tenants, reverse=True))
+        start = time.perf_counter()
         prepare = functools.partial(contender.prepare, tenants, counts)
-        extra = measure.memory_of(prepare, options.device)
-        for count in options.tenants:
-            record = records[key, count] = _record(contender, tenants, count)
+        extra = measure.memory_of(prepare, self.options.device)
+        seconds = time.perf_counter() - start
+        for count in self.options.tenants:
+            record = self.records[key, count]
+            record["notes"] = contender.notes()
+            record["prepare_seconds"] = round(seconds, 2)
             record["error"] = measure.errors(contender, tenants, exact, count)
             record["launches"] = measure.launches(contender, tenants, count)
             record["memory"] = {
@@ -116,41 +170,37 @@ def _contend(tenants: Tenants, exact: list[list[Tensor]], options: Options) -> l
                 "tenants": len(tenants.models),
                 "extra": extra,
             }
-    _time(contenders, records, tenants, options)
-    for contender in contenders.values():
-        contender.release()
-    return list(records.values())
+            if isinstance(contender, Mux):
+                record["host_us"] = gather_parts(contender, tenants, count)
 
+    def _time(self, tenants: Tenants) -> None:
+        """Fill in the times, the contenders taking turns; a short first turn warms up and is dropped."""
+        options = self.options
+        piped: dict[tuple[str, int], list[float]] = {place: [] for place in self.records}
+        waited: dict[tuple[str, int], list[float]] = {place: [] for place in self.records}
 
-def _record(contender: Contender, tenants: Tenants, count: int) -> dict[str, Any]:
-    return {
-        "model": tenants.workload.name,
-        "contender": contender.name,
-        "tenants": count,
-        "notes": contender.notes(),
-    }
+        def turn(place: tuple[str, int], rounds: int) -> None:
+            contender, (_, count) = self.contenders[place[0]], place
+            piped[place].append(measure.pipelined(contender, tenants, count, rounds))
+            waited[place].append(measure.synchronised(contender, tenants, count, max(1, rounds // 4)))
 
-
-def _time(
-    contenders: dict[str, Contender],
-    records: dict[tuple[str, int], dict[str, Any]],
-    tenants: Tenants,
-    options: Options,
-) -> None:
-    """Fill in the times, the contenders taking turns."""
-    piped: dict[tuple[str, int], list[float]] = {key: [] for key in records}
-    waited: dict[tuple[str, int], list[float]] = {key: [] for key in records}
-    for repetition in range(options.repetitions + 1):
-        for key, count in records:
-            rounds = options.rounds if repetition else max(1, options.rounds // 10)
-            first = measure.pipelined(contenders[key], tenants, count, rounds)
-            second = measure.synchronised(contenders[key], tenants, count, max(1, rounds // 4))
-            if repetition:  # the first one warms up
-                piped[key, count].append(first)
-                waited[key, count].append(second)
-    for place, record in records.items():
-        record["pipelined_us"] = measure.Spread.of(piped[place]).data()
-        record["synchronised_us"] = measure.Spread.of(waited[place]).data()
+        for repetition in range(options.repetitions + 1):
+            late = self.deadline is not None and time.monotonic() > self.deadline
+            if late and repetition > 1:
+                break
+            for place, record in self.records.items():
+                if place[0] not in self.contenders:
+                    continue
+                rounds = options.rounds if repetition else max(1, options.rounds // 20)
+                self._attempt(place[0], functools.partial(turn, place, rounds))
+                if not repetition:
+                    piped[place].clear()
+                    waited[place].clear()
+                elif place[0] in self.contenders:
+                    record["pipelined_us"] = measure.Spread.of(piped[place]).data()
+                    record["synchronised_us"] = measure.Spread.of(waited[place]).data()
+                    record["repetitions"] = repetition
+            self.saved(list(self.records.values()))
 
 
 HEADER = (
@@ -160,33 +210,39 @@ HEADER = (
 
 
 def table(report: dict[str, Any]) -> str:
-    """The results as plain text, one line a model, tenant count and contender."""
-    rows: list[tuple[str, ...]] = [HEADER]
-    for record in sorted(report["results"], key=lambda r: (r["model"], r["tenants"])):
-        piped, waited = record["pipelined_us"], record["synchronised_us"]
-        launched = record["launches"]
-        extra = record["memory"]["extra"]["allocated"] / record["memory"]["tenants"] / 2**20
-        rows.append(
-            (
-                record["model"],
-                str(record["tenants"]),
-                record["contender"],
-                f"{piped['median']:.0f}",
-                f"({piped['low']:.0f}-{piped['high']:.0f})",
-                f"{waited['median']:.0f}",
-                f"({waited['low']:.0f}-{waited['high']:.0f})",
-                f"{record['error']['mean']:.2e}",
-                "-" if launched is None else str(launched["kernels"]),
-                f"{extra:.1f}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    """The results as plain text, one line a model, tenant count and contender; one that failed says why."""
+    lines = sorted(report["results"], key=lambda record: (record["model"], record["tenants"]))
+    rows = [HEADER, *map(_cells, lines)]
     facts = report["environment"]
     title = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}"
-    return "\n".join([title, *lines])
+    failed = dict.fromkeys(
+        f"{record['model']}: {record['contender']} failed: {record['failed']}"
+        for record in lines
+        if "failed" in record
+    )
+    return "\n".join([title, *measure.aligned(rows), *failed])
+
+
+def _cells(record: dict[str, Any]) -> tuple[str, ...]:
+    name = (record["model"], str(record["tenants"]), record["contender"])
+    if "failed" in record:
+        return (*name, "failed", *["-"] * (len(HEADER) - len(name) - 1))
+    launched = record["launches"]
+    extra = record["memory"]["extra"]["allocated"] / record["memory"]["tenants"] / 2**20
+    times = (_spread(record.get(kind)) for kind in ("pipelined_us", "synchronised_us"))
+    return (
+        *name,
+        *(cell for pair in times for cell in pair),
+        f"{record['error']['mean']:.2e}",
+        "-" if launched is None else str(launched["kernels"]),
+        f"{extra:.1f}",
+    )
+
+
+def _spread(found: dict[str, float] | None) -> tuple[str, str]:
+    if found is None:  # not timed yet
+        return "-", "-"
+    return f"{found['median']:.0f}", f"({found['low']:.0f}-{found['high']:.0f})"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -194,7 +250,9 @@ def parser() -> argparse.ArgumentParser:
     cuda = torch.cuda.is_available()
     result = argparse.ArgumentParser(prog="python -m torch_mux.bench.models", description=__doc__)
     result.add_argument("--models", default=None, help=f"comma-separated: {', '.join(WORKLOADS)}")
-    result.add_argument("--tenants", default="16", help="comma-separated numbers of tenants a round")
+    result.add_argument(
+        "--tenants", default=None, help="comma-separated numbers of tenants a round; 16, or 4 without a GPU"
+    )
     result.add_argument("--contenders", default="", help=f"comma-separated: {', '.join(CONTENDERS)}")
     result.add_argument("--device", default="cuda" if cuda else "cpu")
     result.add_argument("--dtype", default=None, choices=sorted(DTYPES))
@@ -202,32 +260,41 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--rounds", type=int, default=200, help="rounds of one pipelined repetition")
     result.add_argument("--channels-last", action="store_true")
     result.add_argument("--tiny", action="store_true", help="small models, to try the harness itself")
+    result.add_argument("--budget", type=float, default=None, help="seconds; repetitions are shed to keep it")
     result.add_argument("--json", type=Path, default=None, help="write the record here")
     return result
 
 
 def options_from(arguments: argparse.Namespace) -> Options:
-    """Options from the command line; ``--tiny`` picks the small models in float32."""
-    models = arguments.models or ("tiny-cnn,tiny-encoder" if arguments.tiny else "resnet50,bert,vit")
+    """Options from the command line.
+
+    ``--tiny``, or no GPU and no models named, picks the small models; these and a CPU run in float32.
+    """
     device = torch.device(arguments.device)
-    small = arguments.tiny or device.type == "cpu"
+    cpu = device.type == "cpu"
+    small = arguments.tiny or (cpu and arguments.models is None)
+    models = arguments.models or ("tiny-cnn,tiny-encoder" if small else "resnet50,bert,vit")
+    tenants = arguments.tenants or ("4" if cpu else "16")
     return Options(
         models=tuple(models.split(",")),
-        tenants=tuple(int(count) for count in arguments.tenants.split(",")),
+        tenants=tuple(int(count) for count in tenants.split(",")),
         contenders=tuple(name for name in arguments.contenders.split(",") if name),
         device=device,
-        dtype=DTYPES[arguments.dtype or ("float32" if small else "float16")],
+        dtype=DTYPES[arguments.dtype or ("float32" if small or cpu else "float16")],
         repetitions=arguments.repetitions,
         rounds=arguments.rounds,
         channels_last=arguments.channels_last,
+        budget=arguments.budget,
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write the record, and print the table last."""
-    flags = parser()
-    arguments = flags.parse_args(argv)
-    options = options_from(arguments)
+def checked(flags: argparse.ArgumentParser, arguments: argparse.Namespace) -> Options:
+    """Options whose every name and number makes sense; else a message and exit code 2."""
+    measure.require_device(flags, arguments.device)
+    try:
+        options = options_from(arguments)
+    except ValueError:
+        flags.error(f"--tenants {arguments.tenants!r} is not a list of whole numbers such as 1,4,16")
     for kind, given, known in (
         ("model", options.models, WORKLOADS),
         ("contender", options.contenders, CONTENDERS),
@@ -235,14 +302,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         unknown = [name for name in given if name not in known]
         if unknown:
             flags.error(f"unknown {kind} {', '.join(unknown)}; choose from {', '.join(known)}")
+    if min(options.tenants) < 1 or options.repetitions < 1 or options.rounds < 1:
+        flags.error("--tenants, --repetitions and --rounds must be at least 1")
+    return options
 
-    def save(report: dict[str, Any]) -> None:
-        if arguments.json is not None:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
 
-    print(table(run(options, save)))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the record, and print the table last; 1 where a contender failed."""
+    flags = parser()
+    arguments = flags.parse_args(argv)
+    options = checked(flags, arguments)
+    if options.device.type == "cpu":
+        sizes = f"{', '.join(options.models)}; {', '.join(map(str, options.tenants))} tenants"
+        print(f"no GPU is used: measuring on the CPU ({sizes})", file=sys.stderr)
+    measure.announce(options.device)
+    report = run(options, lambda found: measure.write(found, arguments.json))
+    print(table(report))
+    return int(any("failed" in record for record in report["results"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

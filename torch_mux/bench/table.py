@@ -9,7 +9,6 @@ table, without it and, on demand, with each shape left out of the fit as well.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections import defaultdict
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_mux.bench import measure
 from torch_mux.bench.layers import Layer
 from torch_mux.lowering.kernels import choose, measured
 from torch_mux.lowering.kernels.data import BitClass, Family, Tile
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(measured.__file__).with_name("measured.json"))
     parser.add_argument("--leave-out", action="store_true", help="fit without each shape, too: a minute")
     options = parser.parse_args(argv)
-    content = json.loads(options.json.read_text())
+    content = measure.read(parser, options.json)
     table, found = table_of(content), read(content)
     options.out.write_text(measured.dump(table))
     for kind in FITTED:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WORKLOADS", "TensorOnly", "Workload", "build"]
+from torch_mux.bench.vision import import_torchvision
+
+__all__ = ["DTYPES", "WORKLOADS", "TensorOnly", "Workload", "build", "images", "tokens", "varied"]
+
+#: By the names of the command line.
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -58,28 +64,28 @@ def _last_hidden_state(output: Any) -> Tensor:
     return hidden
 
 
-def _images(size: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+def images(size: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+    """One image of ``size`` by ``size`` pixels, [1, 3, size, size]."""
     return lambda generator: (torch.randn(1, 3, size, size, generator=generator),)
 
 
-def _tokens(length: int, vocabulary: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+def tokens(length: int, vocabulary: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+    """Token numbers, int64 [1, length]."""
     return lambda generator: (torch.randint(vocabulary, (1, length), generator=generator),)
 
 
 def _torchvision(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        from torchvision import models
-
-        model: nn.Module = models.get_model(name, weights=None)
-        return _varied(model.eval())
+        model: nn.Module = import_torchvision().models.get_model(name, weights=None)
+        return varied(model.eval())
 
     return make
 
 
-def _varied(model: nn.Module) -> nn.Module:
+def varied(model: nn.Module) -> nn.Module:
     """Batch-norm statistics and zero-initialised heads drawn at random: fresh ones are the identity."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             assert module.running_mean is not None
             assert module.running_var is not None
             module.running_mean.normal_(0, 0.1)
@@ -160,13 +166,13 @@ class TinyEncoder(nn.Module):
 
 
 WORKLOADS: dict[str, Workload] = {
-    "resnet50": Workload("resnet50", _torchvision("resnet50"), _images(224), as_is),
-    "vit": Workload("vit", _torchvision("vit_b_16"), _images(224), as_is),
-    "bert": Workload("bert", lambda: Encoder(_bert()).eval(), _tokens(128, 30522), as_is),
-    "bert-hf": Workload("bert-hf", _bert, _tokens(128, 30522), _last_hidden_state),
-    "tiny-cnn": Workload("tiny-cnn", lambda: _varied(TinyCNN().eval()), _images(16), as_is),
+    "resnet50": Workload("resnet50", _torchvision("resnet50"), images(224), as_is),
+    "vit": Workload("vit", _torchvision("vit_b_16"), images(224), as_is),
+    "bert": Workload("bert", lambda: Encoder(_bert()).eval(), tokens(128, 30522), as_is),
+    "bert-hf": Workload("bert-hf", _bert, tokens(128, 30522), _last_hidden_state),
+    "tiny-cnn": Workload("tiny-cnn", lambda: varied(TinyCNN().eval()), images(16), as_is),
     "tiny-encoder": Workload(
-        "tiny-encoder", lambda: TinyEncoder().eval(), _tokens(12, 50), _last_hidden_state
+        "tiny-encoder", lambda: TinyEncoder().eval(), tokens(12, 50), _last_hidden_state
     ),
 }
 
@@ -178,11 +184,13 @@ class Tenants:
     Attributes:
         models: one a tenant, on the device, in eval mode.
         requests: ``requests[variant][tenant]``, the arguments of one request.
+        compiled: the models under Inductor once a peer has compiled them: the peers share them.
     """
 
     workload: Workload
     models: list[nn.Module]
     requests: list[list[tuple[Tensor, ...]]]
+    compiled: list[Callable[..., Tensor]] = field(default_factory=list)
 
     def tensor_only(self) -> list[nn.Module]:
         """The models, each wrapped to return the compared tensor."""
@@ -202,15 +210,17 @@ def build(
     variants: int = 4,
     channels_last: bool = False,
 ) -> Tenants:
-    """``count`` tenants with weights and requests of their own, reproducible from their numbers."""
+    """``count`` tenants with weights and requests of their own, reproducible from their numbers.
+
+    The first is made by the workload; the others have its weights in orders of their own, which takes the
+    device milliseconds where drawing them again would take seconds.
+    """
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    models = []
-    for tenant in range(count):
-        torch.manual_seed(tenant)
-        model = workload.model().to(device=device, dtype=dtype)
-        if channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        models.append(model)
+    torch.manual_seed(0)
+    first = workload.model().to(device=device, dtype=dtype)
+    models = [first, *(_shuffled(copy.deepcopy(first), tenant) for tenant in range(1, count))]
+    if channels_last:
+        models = [model.to(memory_format=torch.channels_last) for model in models]  # type: ignore[call-overload]
     requests = []
     for variant in range(variants):
         row = []
@@ -219,6 +229,18 @@ def build(
             row.append(tuple(_place(x, device, dtype, layout) for x in workload.inputs(generator)))
         requests.append(row)
     return Tenants(workload, models, requests)
+
+
+def _shuffled(model: nn.Module, seed: int) -> nn.Module:
+    """``model`` with the elements of every parameter and of batch norm's statistics in a random order."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    statistics = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *statistics]:
+            generator = torch.Generator(tensor.device).manual_seed(seed)
+            order = torch.randperm(tensor.numel(), generator=generator, device=tensor.device)
+            tensor.copy_(tensor.flatten()[order].view_as(tensor))
+    return model
 
 
 def _place(x: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:

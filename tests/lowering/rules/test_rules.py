@@ -156,6 +156,21 @@ CASES = [
         "embedding", lambda i, w: F.embedding(i, w), ("indices",), ((7, 5),), ("mux.slot_embedding.default",)
     ),
     Case("index_constant", lambda x: x[:, torch.tensor([2, 0])], ((2, 3),), targets=("aten.index.Tensor",)),
+    Case(
+        "index_unsafe",
+        lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
+        ((1, 2, 3, 4),),
+        targets=("aten._unsafe_index.Tensor",),
+        exact=False,
+    ),
+    Case("index_slotted", lambda x, i: x[i], ((7, 2), "indices"), targets=("aten.index.Tensor",)),
+    Case(
+        "index_slotted_beside_constant",
+        lambda x, i: x[torch.arange(4), i.argmax(-1)],
+        ((4, 7, 3), "indices"),
+        targets=("aten.index.Tensor",),
+    ),
+    Case("index_slotted_of_parameter", lambda i, w: w[i, i[:, :1]], ("indices",), ((7, 7, 2),)),
     Case("index_select", lambda x: x.index_select(0, torch.tensor([1, 1, 0])), ((2, 3),)),
     Case("gather", lambda x, i: x.gather(1, i), ((4, 7), "indices"), targets=("aten.gather.default",)),
     # Super-kernels.
@@ -254,7 +269,7 @@ def test_rms_norm_rule() -> None:
 
 REFUSED = [
     ("roll_flat", lambda x: x.roll(1), ((2, 6),), "roll over flattened"),
-    ("slotted_index", lambda x, i: x[i], ((7, 2), "indices"), "differs a slot"),
+    ("slotted_index", lambda x, i: x[:, i], ((2, 7), "indices"), "differs a slot, behind a dimension"),
     ("fft", lambda x: torch.fft.rfft(x).abs(), ((8,),), "aten._fft_r2c"),
 ]
 
