@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torch_mux import compat, recording, state, together
-from torch_mux.errors import UnknownOption
+from torch_mux.errors import RefreshNeeded, UnknownOption
 from torch_mux.quotas import current_quota
-from torch_mux.types import FallbackKind, FallbackReason
+from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 if TYPE_CHECKING:
     from torch_mux.lowering.family import Family
@@ -41,6 +41,7 @@ class Entry:
         self._captured = program
         self._engine: Engine | None = None
         self._program = program
+        self._reformed: dict[tuple[TensorSpec, ...], Entry] = {}
         self.guards = guards
         self.graph_break = graph_break
 
@@ -64,17 +65,46 @@ class Entry:
         engine = self.engine
         program = self._program
         inputs, parameters = program.split(args)
+        if self._reformed:
+            entry = self._entry_for(parameters)
+            if entry is not self:
+                return entry(args)
         instance = engine.instance(program, parameters)
         request = engine.submit(instance, inputs, current_quota())
         assembly = together.current()
         if assembly is not None:
             assembly.arrive()
-        outputs = request.result()
+        try:
+            outputs = request.result()
+        except RefreshNeeded as error:
+            return self._reform(inputs, parameters, error)(args)
         recorder = recording.current()
         if recorder is not None:
             recorder.append(recording.Call(self, tuple(args), instance, tuple(outputs)))
         args.clear()
         return list(outputs)
+
+    def _entry_for(self, parameters: Sequence[Tensor]) -> Entry:
+        return self._reformed.get(tuple(map(TensorSpec.of, parameters)), self)
+
+    def _reform(self, inputs: Sequence[object], parameters: Sequence[Tensor], error: RefreshNeeded) -> Entry:
+        """The entry for weights that ``.to()`` gave other strides or types in place.
+
+        Dynamo of torch 2.11 does not look at them again as long as the module's dicts are unchanged.
+        """
+        from torch_mux.lowering.capture import capture
+        from torch_mux.lowering.family import Unspecialisable, specialise
+
+        captured = self._captured
+        if captured.fallback is not None or not all(isinstance(x, Tensor) for x in inputs):
+            raise error
+        try:
+            module = specialise(captured.graph, captured.join(inputs, parameters))
+        except Unspecialisable as cause:
+            raise error from cause
+        program = capture(module, captured.parameter_positions, captured.name)
+        entry = Entry(program, self.guards, self.graph_break)
+        return self._reformed.setdefault(tuple(map(TensorSpec.of, parameters)), entry)
 
 
 class FamilyEntry:
