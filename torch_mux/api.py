@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torch_mux import carry, compat, state
@@ -254,7 +253,9 @@ def _setting(name: str, value: Any) -> Any:
 def adopt(model: Any) -> int:
     """Re-strides a model's convolution weights in place to channels-last, the layout of the kernels.
 
-    Values are unchanged and no second copy stays: a further instance costs its weights and nothing more.
+    Those of depthwise convolutions become taps by channels. Transposed convolutions read a weight of another
+    shape, made once an instance, so theirs stay as they are. Values are unchanged and no second copy stays:
+    a further instance costs its weights and nothing more.
 
     Args:
         model: a module, compiled or not.
@@ -270,10 +271,14 @@ def adopt(model: Any) -> int:
         raise NotCompiled(model=name_of(model))
     count = 0
     for layer in module.modules():
-        if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
             continue
-        if not layer.weight.is_contiguous(memory_format=torch.channels_last):
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        taps = tuple(range(2, layer.weight.dim()))
+        order = (*taps, 0, 1) if layer.groups == layer.in_channels > 1 else (0, *taps, 1)
+        moved = layer.weight.data.permute(order)
+        if not moved.is_contiguous():
+            back = [order.index(dim) for dim in range(len(order))]
+            layer.weight.data = moved.contiguous().permute(back)
             count += 1
     if count:
         _forget(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,21 @@ from torch_mux.lowering.kernels.geometry import Pair, conv_problems, geometry, o
 from torch_mux.lowering.kernels.linear import linear_launch
 
 __all__ = ["conv", "conv_launch", "conv_problems", "out_size"]
+
+
+def _words(named: Mapping[str, Any], bit_class: BitClass) -> int:
+    """Elements, at least, that a load of weights and of pixels that are not gathered may take at once."""
+    data = named["DATA_DIV"] if named["RAGGED"] else 16
+    return min(16 if bit_class.gather else named["C_DIV"], data)
+
+
+def _cut(tile: Tile, bit_class: BitClass, reduction: Sequence[int]) -> dict[str, Any]:
+    """The kernel arguments of a tile, whose steps run over ``reduction`` elements of every slot's groups."""
+    return {
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": 8,
+        "PROGRAMS_PER_SM": tile.programs_per_sm, "GATHER": bit_class.gather, "SWAP": bit_class.swap,
+        "EVEN_K": all(c % tile.block_k == 0 for c in reduction),
+    }  # fmt: skip
 
 
 def conv_launch(
@@ -50,48 +66,38 @@ def conv_launch(
 ) -> Launch:
     """What :func:`conv` runs; same arguments and errors."""
     pointwise = kernel == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1
+    common: dict[str, Any] = {
+        "scale": scale, "shift": shift, "residual": residual, "activation": activation, "aligned": aligned,
+        "tile": tile, "sms": sms, "pdl": pdl,
+    }  # fmt: skip
     if pointwise and problems is None and x.dim() == 5:
-        return linear_launch(
-            x, table, column, rows, control, out, n=out.shape[-1], k=x.shape[-1], scale=scale, shift=shift,
-            residual=residual, activation=activation, allow_tf32=allow_tf32, aligned=aligned, tile=tile,
-            bit_class=bit_class, sms=sms, pdl=pdl,
-        )  # fmt: skip
+        common |= {"allow_tf32": allow_tf32, "bit_class": bit_class}
+        return linear_launch(x, table, column, rows, control, out, n=out.shape[-1], k=x.shape[-1], **common)
     if 1 < groups == x.shape[-1] and problems is None:
         return depthwise_launch(
             x, table, column, rows, control, out, kernel=kernel, stride=stride, padding=padding,
-            dilation=dilation, scale=scale, shift=shift, residual=residual, activation=activation,
-            aligned=aligned, tile=tile, sms=sms, pdl=pdl,
+            dilation=dilation, **common,
         )  # fmt: skip
     check_operands(x, out, residual, table, rows, control)
     named, sizes, channels = geometry(x, out, kernel, stride, padding, dilation, groups, problems)
-    if problems is None and max(x[0].numel(), out[0].numel()) >= 2**31:
-        raise ValueError("a slot's input and output must have less than 2**31 elements each")
-    sms = multiprocessors(x.device) if sms is None else sms
-    taps = kernel[0] * kernel[1]
-    sizes = tuple(size for size in sizes for _ in range(groups))
-    channels = tuple(count for count in channels for _ in range(groups))
+    sms, taps = multiprocessors(x.device) if sms is None else sms, kernel[0] * kernel[1]
     bit_class = bit_class or choose.conv_class(sizes, channels, taps, x.dtype, allow_tf32)
     if tile is None:
-        divided = min(16 if bit_class.gather else named["C_DIV"], named["DATA_DIV"] if problems else 16)
-        wide = aligned and divided * x.dtype.itemsize >= 16
+        wide = aligned and _words(named, bit_class) * x.dtype.itemsize >= 16
         tile = choose.conv_tile(sizes, channels, x.dtype, bit_class, sms, wide=wide)
     choose.check(tile, bit_class)
-    reduction = [taps * c for c in channels] if bit_class.gather else channels
     arguments = {
         "x": x, "table": table, "rows": rows, "control": control, "out": out, "residual": residual,
         "table_width": table.stride(0), "column": column,
         **named, **vector_arguments("scale", scale), **vector_arguments("shift", shift),
         "KH": kernel[0], "KW": kernel[1], "SH": stride[0], "SW": stride[1],
-        "PH": padding[0], "PW": padding[1],
-        "DH": dilation[0], "DW": dilation[1], "GROUPS": groups,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": 8,
-        "PROGRAMS_PER_SM": tile.programs_per_sm, "GATHER": bit_class.gather, "ALIGNED": aligned,
-        "EVEN_K": all(c % tile.block_k == 0 for c in reduction),
-        "SWAP": bit_class.swap, "PRECISION": bit_class.precision,
-        "ACTIVATION": Activation(activation).value, "PDL": pdl,
+        "PH": padding[0], "PW": padding[1], "DH": dilation[0], "DW": dilation[1], "GROUPS": groups,
+        **_cut(tile, bit_class, [taps * c for c in channels] if bit_class.gather else channels),
+        "PRECISION": bit_class.precision, "ALIGNED": aligned, "PDL": pdl,
+        "ACTIVATION": Activation(activation).value,
     }  # fmt: skip
-    grid = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
-    return Launch(conv_kernel, grid, arguments, tile, x.device, pdl)
+    programs = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
+    return Launch(conv_kernel, programs, arguments, tile, x.device, pdl)
 
 
 def conv(

@@ -183,8 +183,6 @@ def depthwise_launch(
     multiplier = int(next(iter(multipliers), 1))
     if multipliers - {multiplier} or multiplier < 1:
         raise ValueError(f"channels out must be one whole multiple of channels in, not {sorted(multipliers)}")
-    if problems is None and max(x[0].numel(), out[0].numel()) >= 2**31:
-        raise ValueError("a slot's input and output must have less than 2**31 elements each")
     sms = multiprocessors(x.device) if sms is None else sms
     if tile is None:
         divided = min(named["N_DIV"], 16 if problems is None else named["DATA_DIV"])

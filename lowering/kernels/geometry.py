@@ -74,7 +74,11 @@ def geometry(
     groups: int,
     problems: Problems | None,
 ) -> tuple[dict[str, Any], tuple[tuple[int, int, int], ...], tuple[int, ...]]:
-    """The kernel's size arguments, the (m, n, k) of every slot's groups and their input channels."""
+    """The kernel's size arguments, the (m, n, k) of every slot's groups and their input channels.
+
+    Raises:
+        ValueError: operands that do not fit each other, or too large for 32-bit offsets.
+    """
     taps = kernel[0] * kernel[1]
     if problems is not None:
         c_div, n_div, data_div = problems.divisors
@@ -82,7 +86,8 @@ def geometry(
         named |= {"slots": len(problems.sizes), "problems": problems.records, "RAGGED": True, "C": 0}
         named |= {"SLOTS": triton.next_power_of_2(len(problems.sizes))}
         named |= {"C_DIV": c_div, "N_DIV": n_div, "DATA_DIV": data_div}
-        return named, problems.sizes, tuple(k // taps for _, _, k in problems.sizes)
+        sizes = tuple(size for size in problems.sizes for _ in range(groups))
+        return named, sizes, tuple(k // taps for _, _, k in sizes)
     if x.dim() != 5 or out.dim() != 5:
         raise ValueError(f"x and out must be [T, N, H, W, C], not {tuple(x.shape)} and {tuple(out.shape)}")
     slots, images, height, width, inputs = x.shape
@@ -93,6 +98,8 @@ def geometry(
         raise ValueError(f"out must be {(slots, images, oh, ow, outputs)}, not {tuple(out.shape)}")
     if inputs % groups or outputs % groups:
         raise ValueError(f"{inputs} and {outputs} channels cannot be split into {groups} groups")
+    if max(x[0].numel(), out[0].numel()) >= 2**31:
+        raise ValueError("a slot's input and output must have less than 2**31 elements each")
     c, n = inputs // groups, outputs // groups
     m = images * oh * ow
     named = {
@@ -106,4 +113,4 @@ def geometry(
     }
     named |= {"problems": None, "RAGGED": False, "SLOTS": 1, "C": c}
     named |= {"C_DIV": divisor(c), "N_DIV": divisor(n), "DATA_DIV": 1}
-    return named, ((m, n, taps * c),) * slots, (c,) * slots
+    return named, ((m, n, taps * c),) * (slots * groups), (c,) * (slots * groups)

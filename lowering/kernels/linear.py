@@ -60,6 +60,16 @@ def linear_sizes(slot, problems, m, n, k, stride, K_DIV: tl.constexpr, N_DIV: tl
 
 
 @triton.jit
+def part_sizes(parts, part, N_DIV: tl.constexpr):
+    """(n, first output column, weight column, weight stride, scale offset, shift offset) of a part."""
+    record = parts + part * PART_FIELDS
+    n = (tl.load(record).to(tl.int32) // N_DIV) * N_DIV
+    before = (tl.load(record + 1) // N_DIV) * N_DIV
+    stride = tl.load(record + 3).to(tl.int32)
+    return n, before, tl.load(record + 2), stride, tl.load(record + 4), tl.load(record + 5)
+
+
+@triton.jit
 def linear_tile(x, weight, row, column, m, n, k, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_K: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
                 SWAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -149,17 +159,10 @@ def linear_kernel(x, table, rows, control, out, residual, problems, parts, scale
         pitch = nn
         if PARTS > 1:
             part, local = find_slot(local, part_ends)
-            record = parts + part * PART_FIELDS
-            nn = (tl.load(record).to(tl.int32) // N_DIV) * N_DIV
-            out_offset += (tl.load(record + 1) // N_DIV) * N_DIV
-            weight_column = tl.load(record + 2)
-            leading = tl.load(record + 3).to(tl.int32)
-            scale_at = tl.load(record + 4)
-            shift_at = tl.load(record + 5)
+            nn, before, weight_column, leading, scale_at, shift_at = part_sizes(parts, part, N_DIV)
+            out_offset += before
         else:
-            weight_column = column
-            scale_at = scale_offset
-            shift_at = shift_offset
+            weight_column, scale_at, shift_at = column, scale_offset, shift_offset
         leading = (leading // STRIDE_DIV) * STRIDE_DIV
         top, left = tile_origin(local, mm, nn, BLOCK_M, BLOCK_N, GROUP)
         line = tl.load(rows + slot)

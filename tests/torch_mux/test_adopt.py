@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import torch_mux
+from torch_mux import state
 from torch_mux.errors import NotCompiled
 
 
@@ -25,3 +26,24 @@ def test_adopt_restrides_in_place_and_keeps_values() -> None:
     torch.testing.assert_close(torch_mux.gather((compiled, x))[0], want)
     with pytest.raises(NotCompiled):
         torch_mux.adopt(len)
+
+
+def test_an_adopted_model_needs_no_copies() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(2), nn.Conv1d(8, 6, 3)
+    ).eval()
+    compiled = torch.compile(model, backend="mux", dynamic=False)
+    x = torch.randn(1, 4, 8, 8)
+
+    def copied() -> list[int]:
+        found = state.engine()._instances()
+        return [each.served.storage._rows[each.row].copied for each in found if each.row is not None]
+
+    with torch.inference_mode():
+        want = model(x)
+        torch.testing.assert_close(torch_mux.gather((compiled, x))[0], want)
+        assert min(copied()) > 0
+        assert torch_mux.adopt(compiled) == 3
+        torch.testing.assert_close(torch_mux.gather((compiled, x))[0], want)
+        assert 0 in copied()
+        assert torch_mux.adopt(compiled) == 0
