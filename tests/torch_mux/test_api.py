@@ -338,6 +338,9 @@ def test_warmup_makes_bundle_sizes_ready() -> None:
     assert set(bundles()) == {1, 3}
     with pytest.raises(InvalidSetting, match="sizes"):
         torch_mux.warmup(model, torch.randn(2, 8), sizes=(0,))
+    torch_mux.configure(max_bundle=4)
+    with pytest.raises(InvalidSetting, match="max_bundle=4"):
+        torch_mux.warmup(model, torch.randn(2, 8), sizes=(1, 5))
 
 
 def test_configure() -> None:
