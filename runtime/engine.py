@@ -24,10 +24,11 @@ from torch_mux.runtime.accounting import Accounting, StatsSnapshot
 from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.dispatch import Dispatcher
 from torch_mux.runtime.executors.base import Executor
+from torch_mux.runtime.executors.make import make_executor
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.report import ProgramReport, report_of
-from torch_mux.runtime.request import Request
+from torch_mux.runtime.request import Request, by_dispatcher
 from torch_mux.runtime.scheduler.base import Policy
 from torch_mux.runtime.scheduler.fifo import FifoPolicy
 from torch_mux.runtime.served import ServedProgram
@@ -36,7 +37,6 @@ from torch_mux.types import Quota
 
 if TYPE_CHECKING:
     from torch_mux.lowering.plan import CompiledPlan
-    from torch_mux.runtime.executors.capture import Move
 
 __all__ = ["Engine"]
 
@@ -46,7 +46,6 @@ CompilePlan = Callable[[Program, Settings], "CompiledPlan"]
 MakeExecutor = Callable[["Engine", torch.device], Executor]
 
 _JOIN = 5.0
-_told: set[str] = set()
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
@@ -77,7 +76,7 @@ class Engine:
         self.compile_lock = threading.RLock() if compile_lock is None else compile_lock
         self._compile_plan = compile_plan
         self._policy = policy
-        self._make_executor = _executor if executor is None else executor
+        self._make_executor = make_executor if executor is None else executor
         self._lock = threading.RLock()
         self._memory = MemoryLedger(self._instances, self._pools)
         self._accounting = Accounting(self._memory)
@@ -259,7 +258,7 @@ class Engine:
                 requests.append(
                     Request(served.dispatcher, instance, inputs, outputs, quota, inference, arrival)
                 )
-            for dispatcher, own in _by_dispatcher(requests):
+            for dispatcher, own in by_dispatcher(requests):
                 mark = dispatcher.executor.mark()
                 if mark is not None:
                     for request in own:
@@ -291,7 +290,7 @@ class Engine:
 
         The caller's current stream waits for them. Their errors stay with them; see :meth:`Request.result`.
         """
-        for dispatcher, own in _by_dispatcher(requests):
+        for dispatcher, own in by_dispatcher(requests):
             dispatcher.wait(own)
             dispatcher.executor.join(own)
 
@@ -375,59 +374,6 @@ class Engine:
         self._start()
         for dispatcher in dispatchers:
             dispatcher.abandon_after_fork()
-
-
-def _by_dispatcher(requests: Sequence[Request]) -> list[tuple[Dispatcher, Sequence[Request]]]:
-    if not requests:
-        return []
-    first = requests[0].dispatcher
-    if len(requests) == 1 or all(request.dispatcher is first for request in requests):
-        return [(first, requests)]
-    groups: dict[Dispatcher, list[Request]] = {}
-    for request in requests:
-        groups.setdefault(request.dispatcher, []).append(request)
-    return list(groups.items())
-
-
-def _executor(engine: Engine, device: torch.device) -> Executor:
-    from torch_mux.lowering.plan import stack_buffer
-
-    if device.type != "cuda":
-        from torch_mux.runtime.executors.cpu import CpuExecutor
-
-        _tell_once(device)
-        return CpuExecutor(device, stack_buffer)
-    from torch_mux.runtime.executors.capture import Capturer, Steps
-    from torch_mux.runtime.executors.cuda import CudaExecutor
-
-    steps = Steps(stack_buffer, *_moves())
-    capturer = Capturer(engine.compile_thread, steps, engine.compile_lock, builder)
-    return CudaExecutor(device, steps, capturer, engine.clock, engine.settings)
-
-
-def _moves() -> tuple[Move, Move]:
-    """The transport kernels; without Triton, where every plan runs per instance, nothing calls them."""
-    try:
-        from torch_mux.lowering.kernels.transport import gather, scatter
-    except ImportError as error:
-        reason = str(error)
-        logger.warning("models on the GPU run one by one, without super-kernels: %s", reason)
-
-        def missing(*_: object) -> None:
-            raise RuntimeError(f"a coalesced bundle needs Triton: {reason}")
-
-        return missing, missing
-    return gather, scatter
-
-
-def _tell_once(device: torch.device) -> None:
-    """One line a process and kind of device for those who expected a GPU."""
-    if device.type not in _told:
-        _told.add(device.type)
-        why = "the models are there" if torch.cuda.is_available() else "no GPU was found"
-        logger.info(
-            "the CPU executor serves requests on %s (%s): sms is recorded, not enforced", device.type, why
-        )
 
 
 def _close_all() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from torch_mux.errors import MemoryQuotaExceeded
 from torch_mux.types import Quota
@@ -154,7 +155,7 @@ class MemoryLedger:
     def _count(self) -> dict[str, float]:
         """Bytes of weights, prepared copies and buffers, by tenant."""
         kept: dict[str, float] = {}
-        weights: dict[tuple[torch.device, int], tuple[int, set[str]]] = {}
+        weights: dict[object, tuple[int, set[str]]] = {}
         users: dict[torch.device, set[str]] = {}
         for instance in self._instances():
             if not instance.tenants or instance.removed or not instance.alive:
@@ -162,9 +163,8 @@ class MemoryLedger:
             users.setdefault(instance.served.program.device, set()).update(instance.tenants)
             _divide(kept, instance.tenants, _prepared(instance))
             for tensor in instance.held:
-                storage = tensor.untyped_storage()
-                place = (tensor.device, storage.data_ptr())
-                weights.setdefault(place, (storage.nbytes(), set()))[1].update(instance.tenants)
+                place, nbytes = _storage(tensor)
+                weights.setdefault(place, (nbytes, set()))[1].update(instance.tenants)
         for nbytes, tenants in weights.values():
             _divide(kept, tenants, nbytes)
         for device, nbytes in self._pools():
@@ -176,6 +176,15 @@ def _divide(kept: dict[str, float], tenants: Iterable[str], nbytes: int) -> None
     names = list(tenants)
     for name in names:
         kept[name] = kept.get(name, 0.0) + nbytes / len(names)
+
+
+def _storage(tensor: Tensor) -> tuple[object, int]:
+    """(what tells its memory from others', bytes); subclasses and sparse tensors have no storage to ask."""
+    try:
+        storage = tensor.untyped_storage()
+        return (tensor.device, storage.data_ptr()), storage.nbytes()
+    except (RuntimeError, NotImplementedError):
+        return id(tensor), tensor.numel() * tensor.element_size()
 
 
 def _prepared(instance: Instance) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch_mux.runtime.instance import Instance
     from torch_mux.runtime.served import ServedProgram
 
-__all__ = ["Request", "RequestState", "Waiter"]
+__all__ = ["Request", "RequestState", "Waiter", "by_dispatcher"]
 
 
 class RequestState(Enum):
@@ -183,3 +183,16 @@ class Request:
                 wait_if_leaving()
             raise self.error
         return self.outputs
+
+
+def by_dispatcher(requests: Sequence[Request]) -> list[tuple[Dispatcher, Sequence[Request]]]:
+    """The requests of each dispatcher, in order."""
+    if not requests:
+        return []
+    first = requests[0].dispatcher
+    if len(requests) == 1 or all(request.dispatcher is first for request in requests):
+        return [(first, requests)]
+    groups: dict[Dispatcher, list[Request]] = {}
+    for request in requests:
+        groups.setdefault(request.dispatcher, []).append(request)
+    return list(groups.items())

@@ -198,7 +198,7 @@ def warmup(model: Any, *inputs: Any, sizes: Sequence[int] = (1,)) -> Warmup:
     Args:
         model: compiled with ``backend="mux"``.
         inputs: as the requests will bring them: shapes, strides, dtypes and devices count, values do not.
-        sizes: bundle sizes to make ready, each at least 1. Grad and inference mode are the caller's.
+        sizes: bundle sizes to make ready, from 1 to ``max_bundle``. Grad and inference mode are the caller's.
 
     Raises:
         NotCompiled, InvalidSetting: see the messages.
@@ -206,6 +206,10 @@ def warmup(model: Any, *inputs: Any, sizes: Sequence[int] = (1,)) -> Warmup:
     wrong = next((size for size in sizes if not isinstance(size, int) or size < 1), None)
     if wrong is not None:
         raise InvalidSetting(name="sizes", value=wrong, detail="bundle sizes are whole numbers from 1")
+    most = state.settings().max_bundle
+    if max(sizes, default=0) > most:
+        detail = f"a bundle has at most max_bundle={most} requests; torch_mux.configure(max_bundle=...) first"
+        raise InvalidSetting(name="sizes", value=max(sizes), detail=detail)
     start = time.perf_counter()
     gather((model, *inputs))
     engine = state.engine()

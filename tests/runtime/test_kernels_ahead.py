@@ -7,8 +7,13 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+import triton
+from torch import nn
 
+import torch_mux
+from torch_mux import state
 from torch_mux.lowering.kernels.ahead import Builder
 from torch_mux.lowering.kernels.transport import gather, scatter
 from torch_mux.runtime.compile_thread import CompileThread, Rank
@@ -93,3 +98,22 @@ def test_a_bundles_launches_are_known_without_a_device(lab: Any) -> None:
     assert [launch.kernel.__name__ for launch in launches] == ["dense_kernel"] * 3
     assert [launch.arguments["TO_BATCH"] for launch in launches] == [True, False, False]
     assert all(launch.arguments["slots"] == 6 for launch in launches)
+
+
+@pytest.mark.gpu
+def test_a_size_never_seen_compiles_no_super_kernel() -> None:
+    nets = [nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)) for _ in range(5)]
+    models = [torch.compile(net.eval().half().cuda(), backend="mux", dynamic=False) for net in nets]
+    x, compiled = torch.randn(64, 256, device="cuda", dtype=torch.float16), []
+    with torch.inference_mode():
+        for model in models:
+            torch_mux.gather((model, x))
+        assert state.engine().compile_thread.quiesce(300, Rank.AHEAD)
+        triton.knobs.runtime.jit_cache_hook = lambda **found: compiled.append(found["repr"])
+        try:
+            torch_mux.gather(*((model, x) for model in models))
+            torch_mux.gather(*[(models[0], x)] * 24)
+            assert state.engine().compile_thread.quiesce(300, Rank.AHEAD)
+        finally:
+            triton.knobs.runtime.jit_cache_hook = None
+    assert compiled == []

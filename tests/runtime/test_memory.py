@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_mux.errors import ClosedError, DeviceMismatch, ExecutionFailed, MemoryQuotaExceeded
+from torch_mux.runtime.lanes import Lane
 from torch_mux.types import Quota
 
 WEIGHTS, PREPARED, OUTPUTS = 2 * 4 * 4, 2 * 4 * 4, 2 * 4 * 4
@@ -221,3 +222,23 @@ def test_outputs_that_find_no_memory(lab: Any, ready: Any, monkeypatch: pytest.M
         lab.submit(engine, program, model)
     assert engine._memory._flying == {}
     assert lab.call(engine, program, model)[0].item() == 2.0
+
+
+def test_the_pool_of_a_lanes_graphs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [{"total_size": 100, "segment_pool_id": (0, 0)}, {"total_size": 7, "segment_pool_id": (0, 3)}]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: parts * 2)
+    lane = object.__new__(Lane)
+    lane.pool = (0, 3)
+    lane.measure_pool()
+    assert lane.pool_bytes == 14
+
+
+def test_weights_without_a_storage_are_counted_too(lab: Any, ready: Any) -> None:
+    engine, _ = ready
+    program = lab.program("sparse", parameters=1)
+    engine.register(program)
+    sparse = torch.eye(4).to_sparse()
+    instance = engine.instance(program, [sparse])
+    engine._memory.reserve([(instance, Quota("alice"))])
+    assert engine._memory.held("alice") >= 4 * 4 * 4 + OUTPUTS
+    engine._memory.cancel([(instance, Quota("alice"))])

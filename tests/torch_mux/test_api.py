@@ -23,7 +23,6 @@ from torch_mux.errors import (
     ExecutionFailed,
     InvalidRequest,
     InvalidSetting,
-    MemoryQuotaExceeded,
     ModelRemoved,
     NotCompiled,
     UnknownOption,
@@ -338,6 +337,9 @@ def test_warmup_makes_bundle_sizes_ready() -> None:
     assert set(bundles()) == {1, 3}
     with pytest.raises(InvalidSetting, match="sizes"):
         torch_mux.warmup(model, torch.randn(2, 8), sizes=(0,))
+    torch_mux.configure(max_bundle=4)
+    with pytest.raises(InvalidSetting, match="max_bundle=4"):
+        torch_mux.warmup(model, torch.randn(2, 8), sizes=(1, 5))
 
 
 def test_configure() -> None:
@@ -387,34 +389,3 @@ def test_a_model_can_be_collected() -> None:
     del model
     gc.collect()
     assert gone() is None
-
-
-@pytest.mark.parametrize("model_kind", [Net, Counting])
-def test_a_request_above_its_memory_quota_is_its_own_error(model_kind: type[Net]) -> None:
-    rich, poor = make(2, model_kind)
-    x = torch.randn(2, 8)
-    for model in (rich, poor):
-        torch_mux.gather((model, x))
-    with torch_mux.quota("alice", memory="300B"):
-        with pytest.raises(MemoryQuotaExceeded, match=r"alice.*(Net|Counting).*memory=300"):
-            torch_mux.gather((poor, x))
-        with pytest.raises(MemoryQuotaExceeded):
-            poor(x)
-        future = torch_mux.submit(poor, x)
-        with pytest.raises(MemoryQuotaExceeded):
-            future.result(timeout=60)
-    close(torch_mux.gather((rich, x))[0], Net.forward(rich._orig_mod, x))
-    assert torch_mux.stats().tenants["default"].held > 0
-    assert "held MiB" in str(torch_mux.stats())
-
-
-def test_a_refused_request_of_a_round_stops_no_other() -> None:
-    one, other = make(2)
-    x = torch.randn(2, 8)
-    torch_mux.gather((one, x), (other, x))
-    torch_mux.gather((one, x), (other, x))
-    ok = torch_mux.stats().tenants["default"].ok
-    small = torch_mux.stats().tenants["default"].held + 2 * 4 * 4 + 8
-    with torch_mux.quota(memory=small), pytest.raises(MemoryQuotaExceeded):
-        torch_mux.gather((one, x), (other, x))
-    assert torch_mux.stats().tenants["default"].ok == ok + 1
