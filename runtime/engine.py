@@ -232,7 +232,7 @@ class Engine:
                 instance = self._live(instance)
             served = instance.served
             served.check(inputs)
-            outputs = served.empty_outputs() if served.coalesced else []
+            outputs = served.empty_outputs(instance, inputs) if served.coalesced else []
             requests.append(Request(served.dispatcher, instance, inputs, outputs, quota, inference, arrival))
         for dispatcher, own in _by_dispatcher(requests):
             mark = dispatcher.executor.mark()
@@ -272,7 +272,7 @@ class Engine:
             MuxError: what :meth:`submit` or :meth:`Request.result` raises.
         """
         inputs, parameters = program.split(args)
-        return self.submit(self.instance(program, parameters), inputs, quota).result()
+        return program.visible(self.submit(self.instance(program, parameters), inputs, quota).result())
 
     # Life.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_mux.errors import DeviceMismatch, ExecutionFailed
 from torch_mux.lowering.program import Program
-from torch_mux.runtime.instance import InstanceTable
+from torch_mux.runtime.instance import Instance, InstanceTable
 from torch_mux.runtime.request import Request
 
 if TYPE_CHECKING:
@@ -70,14 +70,20 @@ class ServedProgram:
             if got != device:
                 raise DeviceMismatch(index=index, model=self.program.name, got=str(got), want=str(device))
 
-    def empty_outputs(self) -> list[object]:
-        """Uninitialised outputs, each with its own storage; inference tensors in inference mode."""
-        return [
+    def empty_outputs(self, instance: Instance, inputs: Sequence[object]) -> list[object]:
+        """Uninitialised outputs, inference tensors in inference mode.
+
+        Each has its own storage, except those that are views of an input, a parameter or another.
+        """
+        outputs: list[object] = [
             literal
             if spec is None
             else torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
             for spec, literal in zip(self.program.outputs, self.program.literals, strict=True)
         ]
+        if self.program.derived:
+            self.program.derive(outputs, inputs, instance.current())
+        return outputs
 
     @property
     def compiled(self) -> CompiledPlan:

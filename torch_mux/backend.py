@@ -65,7 +65,7 @@ class Entry:
         inputs, parameters = program.split(args)
         instance = engine.instance(program, parameters)
         request = engine.submit(instance, inputs, current_quota())
-        outputs = request.result()
+        outputs = program.visible(request.result())
         recorder = recording.current()
         if recorder is not None:
             recorder.append(recording.Call(self, tuple(args), instance, tuple(outputs)))
