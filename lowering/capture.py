@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 from .fingerprint import fingerprint
 from .graphs import ROLE, call_nodes, dead_code, outputs_of, placeholders, restrides_only
+from .outputs import Derived, Unresolved, resolve_views
 from .program import Program
 
 __all__ = ["capture", "mutated_by"]
@@ -71,61 +71,14 @@ def mutated_by(module: GraphModule) -> str | None:
     return None
 
 
-def _viewed(node: Node) -> Node | None:
-    """The node that ``node`` is a view of, as far as its schema tells; None where it has its own storage."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    for argument, schema in zip(node.args, node.target._schema.arguments, strict=False):
-        if isinstance(argument, Node) and schema.alias_info is not None and not schema.alias_info.is_write:
-            return argument
-    return None
-
-
-def _storage_root(node: Node) -> tuple[Node, tuple[Node, object] | None]:
-    """The node whose storage ``node``'s value shares, and which piece of which split of it the value is."""
-    piece: tuple[Node, object] | None = None
-    while True:
-        split = node.args[0] if node.target is operator.getitem else None
-        if isinstance(split, Node) and _viewed(split) is not None:
-            node, piece = split, (split, node.args[1])
-        source = _viewed(node)
-        if source is None:
-            return node, piece
-        node = source
-
-
-def _aliased_output(module: GraphModule) -> str | None:
-    """An output that shares storage with a placeholder or another output; pieces of a split do not."""
-    pieces: dict[Node, set[tuple[Node, object] | None]] = {}
-    for output in outputs_of(module.graph):
-        if not isinstance(output, Node):
-            continue
-        root, piece = _storage_root(output)
-        others = pieces.setdefault(root, set())
-        apart = piece is not None and all(other is not None and other[0] is piece[0] for other in others)
-        if root.op in ("placeholder", "get_attr") or piece in others or (others and not apart):
-            return output.name
-        others.add(piece)
-    return None
-
-
 def _fallback(module: GraphModule) -> FallbackReason | None:
     written = mutated_by(module)
     if written is not None:
         return FallbackReason(FallbackKind.MUTATES_INPUT, written)
-    aliased = _aliased_output(module)
-    if aliased is not None:
-        return FallbackReason(FallbackKind.ALIASED_OUTPUT, aliased)
     for node in call_nodes(module.graph):
         if node.target is torch.ops.aten.as_strided.default and not restrides_only(node):
             # it reads memory, whose order a plan chooses
             return FallbackReason(FallbackKind.SUBCLASS, str(node.target), "it depends on strides")
-        if isinstance(node.target, torch._ops.OpOverload) and (
-            torch.Tag.nondeterministic_seeded in node.target.tags and node.target.namespace == "aten"
-        ):
-            if "dropout" in str(node.target) or "scaled_dot_product" in str(node.target):
-                continue
-            return FallbackReason(FallbackKind.RANDOM, str(node.target))
     if not any(
         node.meta.get(ROLE) == "input" and isinstance(node.meta["val"], Tensor) for node in module.graph.nodes
     ):
@@ -173,13 +126,21 @@ def capture(module: GraphModule, static_positions: Sequence[int], name: str) -> 
         value = value.meta.get("val") if isinstance(value, Node) else value
         return TensorSpec.of(value) if isinstance(value, Tensor) else None
 
+    identity, fallback = fingerprint(module), _fallback(module)
+    derived: tuple[Derived | None, ...] = ()
+    hidden = 0
+    if fallback is None:
+        try:
+            derived, hidden = resolve_views(module)
+        except Unresolved as unresolved:
+            fallback = FallbackReason(FallbackKind.ALIASED_OUTPUT, str(unresolved))
     inputs = tuple(i for i, node in enumerate(arguments) if node.meta[ROLE] == "input")
     parameters = tuple(i for i, node in enumerate(arguments) if node.meta[ROLE] == "parameter")
     specs = [spec(node) for node in arguments]
     tensors = [item for item in specs if item is not None]
     device = next((item.device for item in tensors if item.device.type != "cpu"), torch.device("cpu"))
     return Program(
-        fingerprint=fingerprint(module),
+        fingerprint=identity,
         name=name,
         device=device,
         inputs=tuple(specs[i] for i in inputs),
@@ -188,7 +149,9 @@ def capture(module: GraphModule, static_positions: Sequence[int], name: str) -> 
         input_positions=inputs,
         parameter_positions=parameters,
         mutates=mutated_by(module) is not None,
-        fallback=_fallback(module),
+        fallback=fallback,
         graph=module,
+        derived=derived,
+        hidden=hidden,
         literals=tuple(None if isinstance(v, Node) else v for v in outputs_of(module.graph)),
     )

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch_mux import compat
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
-from .graphs import ROLE, call_nodes, placeholders, tensors_in
+from .graphs import ROLE, call_nodes, is_random, outputs_of, placeholders, tensors_in
 from .ops.semantic import CONVOLUTION, LINEAR, LINEARS
 from .prepare import INDEX, Prepare
 from .rules import Context, NoRule, Parameter, Slotted, rule_for
@@ -36,8 +36,8 @@ _FEWEST_SLOTS = 64
 
 
 def lay_out(body: GraphModule, prepare: Prepare, nodes: Sequence[Node]) -> Layout:
-    """Pointer columns and arena fields for the prepared values that ``nodes`` read."""
-    reading = set(nodes)
+    """Pointer columns and arena fields for the prepared values that ``nodes`` read or the body returns."""
+    reading, returned = set(nodes), set(tensors_in(outputs_of(body.graph)))
     columns: list[int] = []
     fields: dict[int, Field] = {}
     widths: dict[torch.dtype, int] = {}
@@ -48,7 +48,7 @@ def lay_out(body: GraphModule, prepare: Prepare, nodes: Sequence[Node]) -> Layou
         pointed = {user: _pointed(user).count(value) for user in users}
         if any(pointed.values()):
             columns.append(index)
-        if any(list(_operands(user)).count(value) > pointed[user] for user in users):
+        if value in returned or any(list(_operands(user)).count(value) > pointed[user] for user in users):
             spec = prepare.specs[index]
             step = max(1, ALIGNMENT // spec.dtype.itemsize)
             offset = -(-widths.get(spec.dtype, 0) // step) * step
@@ -191,6 +191,8 @@ def evaluate(context: Context, module: GraphModule, node: Node, values: Mapping[
             raise NoRule(f"result {args[1]} of {node.args[0]}")
         return args[0][args[1]]
     if not _slotted((args, tuple(kwargs.values()))):
+        if is_random(node):
+            raise NoRule(str(target))
         return target(*args, **kwargs)
     return _checked(node, rule_for(target)(context, node, args, kwargs))
 
@@ -213,7 +215,7 @@ def mark(
             if min(space.limits()) < _FEWEST_SLOTS:
                 raise NoRule(f"it needs to know the slot count: {space.shapes.knowledge()}")
         except Exception as error:  # any failure of a rule is that operation's reason, never the program's
-            kind = FallbackKind.RANDOM if _random(node) else FallbackKind.NO_RULE
+            kind = FallbackKind.RANDOM if is_random(node) else FallbackKind.NO_RULE
             name, detail = str(node.target), str(error).split("\n")[0]
             reasons[node] = FallbackReason(kind, name, "" if detail == name else detail)
             if min(space.limits()) < _FEWEST_SLOTS:
@@ -241,13 +243,6 @@ def _renewed(
         if node.op != "placeholder":
             values[node] = _stand_in(space, node) if _slotted(value) else value
     return space, space.context(space.arguments, layout, "", allow_tf32), values
-
-
-def _random(node: Node) -> bool:
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-    )
 
 
 def _stand_in(space: SlotSpace, node: Node) -> Any:

@@ -17,6 +17,7 @@ __all__ = [
     "emit",
     "fake_of",
     "fresh_meta",
+    "is_random",
     "outputs_of",
     "parameter_only",
     "placeholders",
@@ -94,9 +95,11 @@ def fresh_meta(module: GraphModule) -> GraphModule:
 
 
 def dead_code(graph: Graph) -> None:
-    """Removes pure nodes without users; placeholders stay."""
+    """Removes pure nodes without users, random ones too; placeholders stay."""
     for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "get_attr") and not node.users and not node.is_impure():
+        if node.op not in ("call_function", "get_attr") or node.users:
+            continue
+        if is_random(node) or not node.is_impure():
             graph.erase_node(node)
 
 
@@ -117,6 +120,14 @@ def restrides_only(node: Node) -> bool:
     )
 
 
+def is_random(node: Node) -> bool:
+    """Whether ``node`` may draw random numbers."""
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
+
+
 def parameter_only(graph: Graph) -> set[Node]:
     """Nodes whose value depends on parameters and constants only, parameters included."""
     found: set[Node] = set()
@@ -128,9 +139,6 @@ def parameter_only(graph: Graph) -> set[Node]:
             found.add(node)
         elif node.op == "call_function":
             sources = list(tensors_in((node.args, tuple(node.kwargs.values()))))
-            random = isinstance(node.target, torch._ops.OpOverload) and (
-                torch.Tag.nondeterministic_seeded in node.target.tags
-            )
-            if not random and all(source in found for source in sources):
+            if not is_random(node) and all(source in found for source in sources):
                 found.add(node)
     return found

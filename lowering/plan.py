@@ -162,7 +162,9 @@ class CompiledPlan:
         """One request of a program that is not coalesced; all graph outputs in fresh storage, in order."""
         if self._alone is None:
             raise TypeError(f"{self.program.name} is coalesced; use run()")
-        return list(self._alone(self.program.join(inputs, parameters)))
+        outputs = list(self._alone(self.program.join(inputs, parameters)))
+        self.program.derive(outputs, inputs, parameters)
+        return outputs
 
 
 def compile_plan(program: Program, settings: Settings) -> CompiledPlan:

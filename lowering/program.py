@@ -11,6 +11,8 @@ from torch import Tensor
 
 from torch_mux.types import FallbackReason, TensorSpec
 
+from .outputs import Derived
+
 __all__ = ["Program"]
 
 
@@ -31,6 +33,8 @@ class Program:
         fallback: why the whole program runs per instance, or None.
         graph: the canonical ATen graph; it takes the flat argument list.
         literals: for each output that is no tensor, its value; None for tensors.
+        derived: for each output how it is a view of something else, or None; empty where none is.
+        hidden: how many of the last outputs are there for views alone; a caller does not see them.
         artifact: code for the flat argument list that was compiled at capture, where the graph has no static
             form.
     """
@@ -47,6 +51,8 @@ class Program:
     fallback: FallbackReason | None
     graph: torch.fx.GraphModule
     literals: tuple[object, ...] = ()
+    derived: tuple[Derived | None, ...] = ()
+    hidden: int = 0
     artifact: Callable[[list[Any]], Any] | None = None
 
     def split(self, args: Sequence[object]) -> tuple[list[object], list[Tensor]]:
@@ -63,3 +69,13 @@ class Program:
         for position, parameter in zip(self.parameter_positions, parameters, strict=True):
             flat[position] = parameter
         return flat
+
+    def derive(self, outputs: list[object], inputs: Sequence[object], parameters: Sequence[Tensor]) -> None:
+        """Puts the outputs that are views into their places."""
+        for position, derived in enumerate(self.derived):
+            if derived is not None:
+                outputs[position] = derived.of(inputs, parameters, outputs)
+
+    def visible(self, outputs: list[object]) -> list[object]:
+        """What a caller of the graph gets."""
+        return outputs[: -self.hidden] if self.hidden else outputs

@@ -44,7 +44,7 @@ def cut(body: GraphModule, alone: Collection[Node]) -> list[Segment]:
     """Segments in an order in which each finds its inputs ready; as few as the dependencies allow.
 
     A node's stage is the smallest that is not before any of its operands' and has its kind: even stages are
-    coalesced, odd ones per instance.
+    coalesced, odd ones per instance. What is returned and does not depend on the request belongs to stage 0.
     """
     constants = {node for node in parameter_only(body.graph) if node.op != "placeholder"}
     stages: dict[Node, int] = {}
@@ -54,23 +54,31 @@ def cut(body: GraphModule, alone: Collection[Node]) -> list[Segment]:
         stage = max((stages[source] for source in node.all_input_nodes if source in stages), default=0)
         stages[node] = stage + ((stage % 2 == 1) != (node in alone))
     returned = set(tensors_in(outputs_of(body.graph)))
-    lifted = [node for node in returned if node in constants or node.op == "placeholder"]
-    if lifted:
-        raise ValueError(f"output {lifted[0]} does not depend on the request")
+    lifted = {node for node in body.graph.nodes if node in returned and node not in stages}
     return [
         _segment(
-            body, [node for node in stages if stages[node] == stage], constants, returned, stage % 2 == 0
+            body,
+            [node for node in stages if stages[node] == stage],
+            constants,
+            returned,
+            stage % 2 == 0,
+            lifted if stage == 0 else set(),
         )
-        for stage in sorted(set(stages.values()))
+        for stage in sorted({*stages.values(), *([0] if lifted else [])})
     ]
 
 
 def _segment(
-    body: GraphModule, members: Sequence[Node], constants: set[Node], returned: set[Node], coalesced: bool
+    body: GraphModule,
+    members: Sequence[Node],
+    constants: set[Node],
+    returned: set[Node],
+    coalesced: bool,
+    lifted: set[Node],
 ) -> Segment:
     inside = set(members)
-    needed: set[Node] = set()
-    pending = list(members)
+    needed = lifted & constants
+    pending = [*members, *needed]
     while pending:
         for source in pending.pop().all_input_nodes:
             if source in constants and source not in needed:
@@ -79,9 +87,9 @@ def _segment(
     nodes = tuple(node for node in body.graph.nodes if node in inside or node in needed)
     outside = {
         source for node in members for source in node.all_input_nodes if source not in inside | constants
-    }
+    } | (lifted - constants)
     ordered = [node for node in body.graph.nodes if node in outside]
-    results = tuple(
+    results = tuple(node for node in body.graph.nodes if node in lifted) + tuple(
         node for node in members if node in returned or any(user not in inside for user in node.users)
     )
     return Segment(

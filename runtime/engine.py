@@ -254,7 +254,7 @@ class Engine:
             inference, arrival = torch.is_inference_mode_enabled(), self.clock()
             for (instance, quota), (_, inputs, _) in zip(live, calls, strict=True):
                 served = instance.served
-                outputs = served.allocate() if served.coalesced else []
+                outputs = served.allocate(instance, inputs) if served.coalesced else []
                 requests.append(
                     Request(served.dispatcher, instance, inputs, outputs, quota, inference, arrival)
                 )
@@ -306,7 +306,7 @@ class Engine:
             MuxError: what :meth:`submit` or :meth:`Request.result` raises.
         """
         inputs, parameters = program.split(args)
-        return self.submit(self.instance(program, parameters), inputs, quota).result()
+        return program.visible(self.submit(self.instance(program, parameters), inputs, quota).result())
 
     # Life.
 

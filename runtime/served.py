@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_mux.errors import DeviceMismatch, ExecutionFailed
 from torch_mux.lowering.program import Program
-from torch_mux.runtime.instance import InstanceTable
+from torch_mux.runtime.instance import Instance, InstanceTable
 from torch_mux.runtime.memory import MemoryLedger, make_room, out_of_memory
 from torch_mux.runtime.request import Request
 
@@ -79,29 +79,35 @@ class ServedProgram:
         if self._memory is not None:
             self._memory.changed()
 
-    def empty_outputs(self) -> list[object]:
-        """Uninitialised outputs, each with its own storage; inference tensors in inference mode."""
-        return [
+    def empty_outputs(self, instance: Instance, inputs: Sequence[object]) -> list[object]:
+        """Uninitialised outputs, inference tensors in inference mode.
+
+        Each has its own storage, except those that are views of an input, a parameter or another.
+        """
+        outputs: list[object] = [
             literal
             if spec is None
             else torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
             for spec, literal in zip(self.program.outputs, self.program.literals, strict=True)
         ]
+        if self.program.derived:
+            self.program.derive(outputs, inputs, instance.current())
+        return outputs
 
-    def allocate(self) -> list[object]:
+    def allocate(self, instance: Instance, inputs: Sequence[object]) -> list[object]:
         """:meth:`empty_outputs`, tried again when torch has given back what it kept.
 
         Raises:
             ExecutionFailed: there is no memory for them.
         """
         try:
-            return self.empty_outputs()
+            return self.empty_outputs(instance, inputs)
         except Exception as error:
             if not out_of_memory(error):
                 raise
         make_room(self.program.device)
         try:
-            return self.empty_outputs()
+            return self.empty_outputs(instance, inputs)
         except Exception as error:
             raise failure(self, error) from error
 

@@ -122,8 +122,42 @@ def test_random_numbers_are_drawn_anew(kind: type[Base], values: set[float] | No
         assert bool(((answer >= 0) & (answer <= 2)).all())
         assert values is None or set(answer.flatten().tolist()) <= values
     (program,) = torch_mux.explain().programs
-    assert {reason.kind for reason in program.reasons} == {FallbackKind.RANDOM}
+    assert program.coalesced and {reason.kind for reason in program.reasons} == {FallbackKind.RANDOM}
     assert "draws random numbers" in str(program)
+
+
+class Drawing(Base):
+    """Every kind of draw, between operations that coalesce."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.line(x) * 0
+        return (
+            y + torch.rand(500, 6, device=x.device),
+            y + torch.randn_like(y),
+            F.dropout(y + 1, 0.25, training=True).relu(),
+            torch.bernoulli(y + 0.75),
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_draws_have_their_distribution_and_follow_the_seed(device: str) -> None:
+    models, x = [compiled(Drawing, device) for _ in range(2)], torch.randn(500, 6, device=device)
+    with torch.inference_mode():
+        for _ in range(2):
+            answers = []
+            for _ in range(2):
+                torch.manual_seed(7)
+                answers.append([*torch_mux.gather((models[0], x), (models[1], x))])
+            for one, other in zip(*answers, strict=True):
+                assert all(map(torch.equal, one, other))
+            for uniform, normal, dropped, coin in answers[0]:
+                assert uniform.min() >= 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.05
+                assert abs(normal.mean()) < 0.1 and abs(normal.std() - 1) < 0.1
+                torch.testing.assert_close(dropped.unique(), torch.tensor([0, 4 / 3], device=device))
+                assert abs(dropped.mean() - 1) < 0.1 and abs(coin.mean() - 0.75) < 0.05
+            assert not any(map(torch.equal, *answers[0]))
+    (program,) = torch_mux.explain().programs
+    assert program.coalesced and {reason.kind for reason in program.reasons} == {FallbackKind.RANDOM}
 
 
 @pytest.mark.parametrize("device", DEVICES)

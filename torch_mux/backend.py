@@ -75,7 +75,7 @@ class Entry:
         if assembly is not None:
             assembly.arrive()
         try:
-            outputs = request.result()
+            outputs = program.visible(request.result())
         except RefreshNeeded as error:
             return self._reform(inputs, parameters, error)(args)
         recorder = recording.current()

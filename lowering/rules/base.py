@@ -134,7 +134,8 @@ def rule_for(target: Any) -> Rule:
     found = _rules.get(target)
     if found is not None:
         return found
-    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+    tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
+    if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
         return _rules[torch.Tag.pointwise]
     raise NoRule(str(target))
 

@@ -136,13 +136,31 @@ def test_mutated_buffer_runs_per_instance() -> None:
     assert first.steps.item() == 3.0 and second.steps.item() == 1.0
 
 
-def test_random_operations_run_per_instance(program_of: Callable[..., Program]) -> None:
-    program = program_of(lambda x: x + torch.rand_like(x), [torch.randn(2)], [])
-    assert program.fallback is not None and program.fallback.kind is FallbackKind.RANDOM
+def test_random_operations_leave_the_rest_coalesced(batched: Callable[..., Any]) -> None:
+    lowering = batched(lambda x: (x * 2 + torch.rand_like(x)).relu(), [torch.randn(2)], [])
+    assert lowering.program.fallback is None
+    assert lowering.reasons == ["aten.rand_like.default: draws random numbers"]
 
 
-def test_aliased_output_runs_per_instance(program_of: Callable[..., Program]) -> None:
+def test_outputs_that_share_storage_are_made_outside(program_of: Callable[..., Program]) -> None:
     program = program_of(lambda x: (x.view(4), x * 2), [torch.randn(2, 2)], [])
+    assert program.fallback is None and program.outputs[0] is None and program.hidden == 0
+    assert (
+        program.derived[0] is not None and program.derived[0].kind == "input" and program.derived[1] is None
+    )
+    program = program_of(lambda x: (x.exp().t(), x.exp()[0] * 2, x.exp()), [torch.randn(2, 2)], [])
+    assert program.fallback is None and not program.hidden and not any(program.derived)
+
+
+def test_views_are_part_of_the_identity(program_of: Callable[..., Program]) -> None:
+    def make(row: int) -> str:
+        return program_of(lambda x: (x * 2, x[row]), [torch.randn(2, 2)], []).fingerprint
+
+    assert make(0) == make(0) != make(1)
+
+
+def test_a_graph_of_views_alone_runs_per_instance(program_of: Callable[..., Program]) -> None:
+    program = program_of(lambda x: x.view(4), [torch.randn(2, 2)], [])
     assert program.fallback is not None and program.fallback.kind is FallbackKind.ALIASED_OUTPUT
 
 

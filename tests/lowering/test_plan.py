@@ -151,14 +151,14 @@ def test_joined_linears_give_the_bits_of_each_alone(
 
 
 def test_whole_program_runs_alone(program_of: Callable[..., Program]) -> None:
-    program = program_of(lambda x, w: (x.view(4), x @ w), [torch.randn(2, 2)], [torch.randn(2, 3)])
+    program = program_of(lambda x, w: (x.view(4), w[0]), [torch.randn(2, 2)], [torch.randn(2, 3)])
     plan = compile_plan(program, Settings())
     assert not plan.coalesced and plan.reasons[0].kind is FallbackKind.ALIASED_OUTPUT
     x, w = torch.randn(2, 2), torch.randn(2, 3)
     with torch.no_grad():
-        view, product = plan.run_alone([w], [x])
+        view, row = plan.run_alone([w], [x])
     torch.testing.assert_close(view, x.view(4))
-    torch.testing.assert_close(product, x @ w)
+    torch.testing.assert_close(row, w[0])
 
 
 def test_failed_lowering_is_a_reason_not_a_failure(
