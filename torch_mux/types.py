@@ -53,6 +53,7 @@ class FallbackKind(Enum):
     ALIASED_OUTPUT = "an output shares storage with an input, a parameter or another output"
     SUBCLASS = "tensor subclass or unsupported layout"
     TRAINING = "grad mode is enabled and a tensor requires grad"
+    TRAIN_MODE = "it is in train mode"
     COMPILE_FAILED = "the coalesced form did not compile"
     NOT_REACHED = "no graph of the model reached the backend"
     LIMIT = "Dynamo's recompile limit is reached, so it runs in eager PyTorch"
