@@ -117,7 +117,11 @@ def test_keywords_and_what_is_left_out(learned: bool) -> None:
     for keywords in ({}, {"scale": scale}, {"negate": True}, {"scale": scale, "negate": True}):
         want = model._orig_mod(x, **keywords)
         for _ in range(2):
-            got = torch_mux.submit(model, x, **keywords).result(timeout=120) if learned else model(x, **keywords)
+            got = (
+                torch_mux.submit(model, x, **keywords).result(timeout=120)
+                if learned
+                else model(x, **keywords)
+            )
             assert list(got) == list(want) and got["scale"] is keywords.get("scale") and got["count"] == 2
             close(got["y"], want["y"])
         if learned:
@@ -159,9 +163,9 @@ def test_switched_off_and_on_again_while_it_serves(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_train_mode_and_grad_are_named(way: str) -> None:
     model, x = compiled(), torch.randn(2, 8)
-    with torch.inference_mode(False), torch.enable_grad():
-        with pytest.warns(UserWarning, match="Net is in eval mode but grad is enabled"):
-            assert ask(way, model, torch.randn(2, 8)).requires_grad
+    named = pytest.warns(UserWarning, match="Net is in eval mode but grad is enabled")
+    with torch.inference_mode(False), torch.enable_grad(), named:
+        assert ask(way, model, torch.randn(2, 8)).requires_grad
     training = compiled(Dropping, training=True)
     with pytest.warns(UserWarning, match="Dropping is in train mode.*Dropping.eval()"):
         first = ask(way, training, x)
