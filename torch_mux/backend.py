@@ -152,6 +152,8 @@ def mux(
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         _report_training(name, owner)
         return compat.compile_whole(gm, example_inputs)
+    if isinstance(owner, torch.nn.Module) and owner.training:
+        _report_train_mode(name)
     return _capture(gm, example_inputs, name, compat.frame_guards(), compat.has_graph_break(gm))
 
 
@@ -171,6 +173,12 @@ def _report_training(name: str, owner: object) -> None:
             "Inductor alone, outside torch_mux: call it under torch.inference_mode() or torch.no_grad()",
             stacklevel=2,
         )
+
+
+def _report_train_mode(name: str) -> None:
+    advice = f"dropout and batch norm are not as in inference; call {name}.eval()"
+    state.note(FallbackReason(FallbackKind.TRAIN_MODE, name, advice))
+    warnings.warn(f"{name} is in train mode: {advice}", stacklevel=2)
 
 
 def _report_eager(code: CodeType, owner: object, limit: bool) -> None:

@@ -8,17 +8,16 @@ the model stays on Dynamo's guarded path, where it is right but slower to call.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from torch_mux import compat, state
-from torch_mux.plain import CONSTANTS, alike
+from torch_mux.forms import Form, Formless, form
+from torch_mux.plain import CONSTANTS
 from torch_mux.recording import Call, Frame, Recorder, recorded_call, recording
 from torch_mux.routes import Arranged, Route, containers, flat_positions
 from torch_mux.types import FallbackKind, FallbackReason
@@ -97,7 +96,7 @@ def _route(
     if not structure.unchanged():
         raise _Refused("a module has forward hooks")
     positions, same = flat_positions(arranged.leaves)
-    taken, nesting = _results(result, call, arranged.leaves)
+    taken, nesting = _results(result, call, arranged.leaves, containers(args, kwargs))
     route = Route(
         engine=call.entry.engine,
         instance=call.instance,
@@ -179,9 +178,14 @@ def _inputs(call: Call, leaves: Sequence[Any]) -> tuple[tuple[bool, Any], ...]:
     return tuple(found)
 
 
-def _results(result: Any, call: Call, leaves: Sequence[Any]) -> tuple[tuple[tuple[str, Any], ...], Any]:
+def _results(
+    result: Any, call: Call, leaves: Sequence[Any], given: Sequence[object]
+) -> tuple[tuple[tuple[str, Any], ...], Form | None]:
     """Where every leaf of the result comes from, and how the leaves nest."""
-    flat, spec = pytree.tree_flatten(result)
+    try:
+        flat, nesting = form(result, given)
+    except Formless as formless:
+        raise _Refused(str(formless)) from None
     outputs = {
         id(value): position for position, value in enumerate(call.outputs) if isinstance(value, torch.Tensor)
     }
@@ -196,38 +200,11 @@ def _results(result: Any, call: Call, leaves: Sequence[Any]) -> tuple[tuple[tupl
             taken.append(("argument", arguments[id(leaf)]))
         elif type(leaf) in CONSTANTS:
             taken.append(("constant", leaf))
-        elif isinstance(leaf, torch.Tensor):
+        else:
             raise _Refused(
                 "a returned tensor is a parameter, a buffer or a view that its graph did not return"
             )
-        else:
-            raise _Refused(f"it returns a {type(leaf).__name__}")
-    if spec.is_leaf():
-        return tuple(taken), None
-    _rebuilt(result, pytree.tree_unflatten(flat, spec))
-    return tuple(taken), spec
-
-
-def _rebuilt(one: Any, other: Any) -> None:
-    """Refuses a result that its leaves do not determine: ``other`` was nested anew from those of ``one``."""
-    if alike(one, other):
-        return
-    inner = isinstance(one, (dict, list, tuple, deque)) or hasattr(one, "__dict__")
-    if type(one) is not type(other) or not inner or isinstance(one, torch.Tensor):
-        raise _Refused(f"it returns a {type(one).__name__} that its leaves do not determine")
-    for held, again in ((vars(one), vars(other)),) if hasattr(one, "__dict__") else ():
-        if held.keys() != again.keys():
-            raise _Refused(f"it returns a {type(one).__name__} that its leaves do not determine")
-        for name, value in held.items():
-            _rebuilt(value, again[name])
-    if isinstance(one, dict):
-        _rebuilt(tuple(dict.keys(one)), tuple(dict.keys(other)))
-        one, other = tuple(dict.values(one)), tuple(dict.values(other))
-    if isinstance(one, (list, tuple, deque)):
-        if len(one) != len(other):
-            raise _Refused(f"it returns a {type(one).__name__} that its leaves do not determine")
-        for value, again in zip(one, other, strict=True):
-            _rebuilt(value, again)
+    return tuple(taken), None if flat and flat[0] is result else nesting
 
 
 def _own_hooks(model: Any, module: nn.Module | None) -> tuple[dict[Any, Any], ...]:

@@ -276,6 +276,7 @@ class Replay:
             raise Refusal(f"side effect: {name} of a {type(held).__name__} that was there before")
         if name == "clear" and not args:
             self.cleared.append(held)
+            self.note("size", held, None, len(held))
         elif name == "update" and len(args) == 1:
             self._refill(held, args[0])
         else:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torch_mux import compat
+from torch_mux.forms import Form
 from torch_mux.plain import CONSTANTS
 from torch_mux.types import FallbackReason, Quota
 from torch_mux.watching import Structure, Watches
@@ -84,7 +85,7 @@ class Route:
         watches: outside values that the graph was specialised on.
         result: where every leaf of the result comes from: ("output" or "argument", position) or
             ("constant", value).
-        nesting: how the result's leaves nest, or None where the result is one leaf.
+        nesting: makes the result of its leaves, or None where the result is one leaf.
     """
 
     engine: Submits
@@ -98,7 +99,7 @@ class Route:
     structure: Structure
     watches: Watches
     result: tuple[tuple[str, Any], ...]
-    nesting: Any
+    nesting: Form | None
 
     def matches(self, arranged: Arranged) -> bool:
         """Whether the call has this route's signature; its key is equal already."""
@@ -126,7 +127,7 @@ class Route:
             outputs[value] if kind == "output" else leaves[value] if kind == "argument" else value
             for kind, value in self.result
         ]
-        return values[0] if self.nesting is None else pytree.tree_unflatten(values, self.nesting)
+        return values[0] if self.nesting is None else self.nesting(values)
 
 
 def _no_routes() -> dict[tuple[object, ...], list[Route]]:

@@ -54,6 +54,7 @@ class FallbackKind(Enum):
     SUBCLASS = "tensor subclass or unsupported layout"
     TRAINING = "grad mode is enabled and a tensor requires grad"
     NO_TRITON = "Triton cannot be imported, and the super-kernels are written in it"
+    TRAIN_MODE = "it is in train mode"
     COMPILE_FAILED = "the coalesced form did not compile"
     NOT_REACHED = "no graph of the model reached the backend"
     LIMIT = "Dynamo's recompile limit is reached, so it runs in eager PyTorch"

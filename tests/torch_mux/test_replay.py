@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from torch_mux.bytecode import rests
 from torch_mux.learned import Lesson, learn
+from torch_mux.replay import Refusal
 from torch_mux.routes import Route, arrange
 from torch_mux.types import Quota
 
@@ -280,26 +282,72 @@ def test_a_returned_attribute_is_watched(fake: Any) -> None:
     assert not found.route.holds()
 
 
-def test_a_result_with_more_than_its_leaves_is_refused(fake: Any) -> None:
-    found = lesson(_annotated, fake)[1]
+def test_a_result_has_all_that_its_class_gave_it(fake: Any) -> None:
+    model, found = lesson(_annotated, fake)
+    assert found.route is not None, found.refusal
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        got, want = answer(found.route, x), model(x)
+    assert type(got) is Tagged and got.tag == want.tag == "made" and torch.equal(got["y"], want["y"])
+
+
+def test_an_argument_that_comes_back_is_the_very_object_or_guarded(fake: Any) -> None:
+    given = {"x": torch.randn(2, 4)}
+    _, found = lesson(lambda self, x, **options: (self.fc(x), options["given"]), fake, given=given)
     assert found.route is None and found.refusal is not None
-    assert "leaves do not determine" in found.refusal.detail or "after its graph" in found.refusal.detail
+    assert found.result[1] is given
 
 
 class Tagged(dict):  # type: ignore[type-arg]
-    """A dict with an attribute that pytree does not know of."""
+    """A dict with an attribute besides its items."""
 
     tag = "none"
-
-
-torch.utils._pytree.register_pytree_node(
-    Tagged,
-    lambda value: (list(value.values()), list(value)),
-    lambda values, keys: Tagged(zip(keys, values)),
-)
 
 
 def _annotated(self: Net, x: Tensor) -> Tagged:
     made = Tagged(y=self.fc(x))
     made.tag = "made"
     return made
+
+
+def __compiled_fn_plain(*args: Any) -> tuple[Any, ...]:
+    """Stands for a graph in a frame that this Python compiled by itself."""
+    return args
+
+
+def _returns(x: Any, **options: Any) -> Any:
+    out = __compiled_fn_plain(x, x)
+    made = dict.__new__(Tagged)
+    options.update({"name": PLACE.depth})
+    kind = type(made).__mro__[1]
+    kind.clear(made)
+    for key, value in {"y": out[0]}.items():
+        kind.__setitem__(made, key, value)
+    PLACE.depth = 0
+    TABLE.clear()
+    TABLE.update({"a": 1})
+    one, other = out
+    return [one, (1, made), {"a": other, "b": 2}, Bag(total=3), (*out, None)]
+
+
+def _prints(x: Any, **options: Any) -> Any:
+    out = __compiled_fn_plain(x)
+    print(out)
+    return out
+
+
+def _appends(x: Any, **options: Any) -> Any:
+    out = __compiled_fn_plain(x)
+    for value in out:
+        STACK.append(value)
+    return out
+
+
+def test_reads_the_bytecode_of_this_python() -> None:
+    values = {"x": torch.ones(1), "options": {}}
+    found = rests(_returns.__code__, values, globals())
+    written = [(key, value) for _, holder, key, value in found if holder is TABLE or key == "depth"]
+    assert ("depth", 0) in written and ("a", 1) in written
+    for refused in (_prints, _appends):
+        with pytest.raises(Refusal, match="after its graph"):
+            rests(refused.__code__, values, globals())

@@ -44,7 +44,8 @@ def install_first_call_guard(backend: Callable[..., Any], eager: Eager | None = 
     threads that call one architecture for the first time compile it n times, beyond the recompile limit
     Dynamo goes silently eager, and on torch 2.11 the process's first compile from two threads crashes. A
     string backend has no hook before that, so Dynamo's frame callback itself is wrapped, for models of
-    guarded backends alone: a miss takes Dynamo's compile lock and then looks again. Idempotent.
+    guarded backends alone: a miss takes Dynamo's compile lock and then looks again. What is compiled is
+    also guarded on the hooks of submodules, so that one added later is honoured. Idempotent.
 
     Args:
         backend: whose models to guard.
@@ -69,9 +70,11 @@ def install_first_call_guard(backend: Callable[..., Any], eager: Eager | None = 
                 found = _find_entry(frame, own)
                 if found is not None:
                     return _run_entry(frame.f_code, found)
-                answer: ConvertFrameReturn = original(
-                    self, frame, _first_entry(frame.f_code, cache_entry), frame_state
-                )
+                # By default Dynamo reuses code across modules that differ in their submodules' hooks.
+                with _dynamo_config.patch(skip_nnmodule_hook_guards=False):
+                    answer: ConvertFrameReturn = original(
+                        self, frame, _first_entry(frame.f_code, cache_entry), frame_state
+                    )
             _tell(backend, frame, answer)
             return answer
 
