@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -13,8 +14,7 @@ import torch
 import zoo_subjects
 from torch import Tensor, nn
 
-from torch_mux.bench import zoo, zoo_entry, zoo_table
-from torch_mux.bench.vision import import_torchvision
+from torch_mux.bench import vision, zoo, zoo_entry, zoo_table
 from torch_mux.bench.workloads import WORKLOADS, Workload
 from torch_mux.bench.zoo_models import ZOO, answer, entry_of
 
@@ -130,14 +130,63 @@ def test_an_entry_that_takes_too_long_is_ended(
     assert "TimeoutError: not done after 3 s" in capsys.readouterr().out
 
 
+def test_torchvision_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiled operations do not load; their names are declared, and the second import succeeds."""
+    fails = [RuntimeError("operator torchvision::nms does not exist")]
+
+    def importing(name: str) -> str:
+        if fails:
+            raise fails.pop()
+        return name
+
+    monkeypatch.setattr(vision.importlib, "import_module", importing)  # type: ignore[attr-defined]
+    monkeypatch.setattr(vision, "_DECLARED", ("declared_by_a_test",))
+    monkeypatch.setattr(vision, "_libraries", [])
+    assert vision.import_torchvision() == "torchvision"
+    assert hasattr(torch.ops.torchvision, "declared_by_a_test")
+    fails.append(RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        vision.import_torchvision()
+
+
+def test_the_record_that_is_shown_is_of_this_table() -> None:
+    record = json.loads(RECORD.read_text())
+    assert len(record["results"]) >= 25 and record["environment"]["commit"]
+    text = zoo_table.table(record)
+    assert all(row["model"] in text for row in record["results"])
+    assert {row["model"] for row in record["results"]} <= set(ZOO)
+
+
+def test_a_later_run_keeps_the_rows_of_other_entries(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    old = {"results": [{"model": "mlp", "commit": "a"}, {"model": "bert", "commit": "a"}], "options": {}}
+    new = {
+        "results": [{"model": "mlp", "commit": "b"}, {"model": "vgg", "commit": "b"}],
+        "options": {"jobs": 1},
+    }
+    found = zoo.merged(old, new)
+    assert [(row["model"], row["commit"]) for row in found["results"]] == [
+        ("vgg", "b"),
+        ("bert", "a"),
+        ("mlp", "b"),
+    ]
+    assert found["options"] == {"jobs": 1}
+    path = tmp_path / "zoo.json"
+    path.write_text(json.dumps({"results": [], "options": {"device": "cpu", "dtype": "float16"}}))
+    with pytest.raises(SystemExit, match="2"):
+        zoo.main(["mlp", "--device", "cpu", "--keep", "--json", str(path)])
+    assert "was measured with another dtype, float16" in capsys.readouterr().err
+
+
 SOME = ("squeezenet", "fpn", "swin-v2", "mobilevit", "t5-encoder", "vit-mae", "unet")
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_architectures_are_built_and_answer(name: str) -> None:
-    if ZOO[name].package:
-        import_torchvision()
-        pytest.importorskip(ZOO[name].package)
+    packages = {ZOO[name].package, "torchvision"} if ZOO[name].package else set[str]()
+    if any(importlib.util.find_spec(package) is None for package in packages):
+        pytest.skip(f"needs {', '.join(sorted(packages))}")
     torch.manual_seed(0)
     model, args = ZOO[name].model(), ZOO[name].inputs(torch.Generator().manual_seed(0))
     assert not any(module.training for module in model.modules())

@@ -32,6 +32,7 @@ from torch_mux.bench.zoo_table import markdown, table
 __all__ = ["Options", "main", "run"]
 
 _POLL = 0.1
+_PLACES = {name: place for place, name in enumerate(ZOO)}
 _TAIL = 400
 
 
@@ -170,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, default=0, help="CPU threads an entry; 0: cores over jobs")
     result.add_argument("--limit", type=float, default=240.0, help="seconds that one entry may take")
     result.add_argument("--json", type=Path, default=None, help="write the record here after every entry")
+    result.add_argument("--keep", action="store_true", help="keep the rows of other entries in that record")
     result.add_argument("--markdown", type=Path, default=None, help="write the table as Markdown here")
     result.add_argument("--show", type=Path, default=None, help="run nothing, show this record")
     return result
@@ -178,6 +180,24 @@ def parser() -> argparse.ArgumentParser:
 def _progress(row: dict[str, Any], done: int, total: int) -> str:
     errors = "; ".join(f"{step}: {error}" for step, error in row["errors"].items())
     return f"[{done}/{total}] {row['model']}, {row['seconds']:.0f} s{': ' + errors if errors else ''}"
+
+
+def _kept(flags: argparse.ArgumentParser, arguments: argparse.Namespace, options: Options) -> dict[str, Any]:
+    """The record whose rows stay; an empty one without ``--keep``."""
+    if not arguments.keep or arguments.json is None or not arguments.json.exists():
+        return {"results": []}
+    found = measure.read(flags, arguments.json)
+    for name in ("device", "dtype"):
+        if found["options"][name] != getattr(options, name):
+            flags.error(f"{arguments.json} was measured with another {name}, {found['options'][name]}")
+    return found
+
+
+def merged(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """``report`` with the rows of ``before`` that it lacks, in the zoo's order; a row names its commit."""
+    rows = {row["model"]: row for row in [*before["results"], *report["results"]]}
+    order = sorted(rows, key=lambda name: _PLACES.get(name, len(_PLACES)))
+    return {**report, "results": [rows[name] for name in order]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,15 +226,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("no GPU is used: measuring on the CPU", file=sys.stderr)
         measure.announce(torch.device(options.device))
         told: set[str] = set()
+        before = _kept(flags, arguments, options)
 
         def save(report: dict[str, Any]) -> None:
-            measure.write(report, arguments.json)
+            measure.write(merged(before, report), arguments.json)
             for row in report["results"]:
                 if row["model"] not in told:
                     told.add(row["model"])
                     print(_progress(row, len(told), len(options.names)), file=sys.stderr, flush=True)
 
-        report = run(options, save)
+        report = merged(before, run(options, save))
     if arguments.markdown is not None:
         arguments.markdown.write_text(markdown(report))
     print(table(report))
