@@ -83,6 +83,7 @@ def _title(report: dict[str, Any]) -> str:
     return (
         f"{facts['device']}, {options['dtype']}, torch {facts['torch']}, triton {facts['triton']}, "
         f"commit {' and '.join(commits) or facts['commit']}"
+        + (", shared compile caches" if options.get("share_caches") else "")
     )
 
 
