@@ -116,6 +116,7 @@ def test_failing_entries_are_rows_and_do_not_end_the_run(
     record = json.loads(path.read_text())
     rows = {row["model"].rpartition(":")[2]: row for row in record["results"]}
     assert sorted(rows) == sorted([*wrong, "mlp"])
+    assert {row["commit"] for row in rows.values()} == {record["environment"]["commit"]}
     assert rows["mlp"]["errors"] == {} and rows["mlp"]["coalesced"] == 1.0
     assert set(rows["raising"]["errors"]) >= {"exact", "eager", "mux", "inductor"}
     assert rows["raising"]["errors"]["eager"] == "RuntimeError: there is no float64 answer to compare with"

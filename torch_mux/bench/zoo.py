@@ -90,6 +90,7 @@ class _Job:
             row["errors"]["process"] = verdict
         row |= {
             "model": self.name,
+            "commit": measure.commit(),
             "kind": ZOO[self.name].kind if self.name in ZOO else "own",
             "seconds": round(self.seconds, 1),
         }
