@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ def _crashing() -> nn.Module:
 
 
 def _hanging() -> nn.Module:
+    Path(os.environ["ZOO_SUBJECTS_PID"]).write_text(str(os.getpid()))
     time.sleep(600)
     return nn.Identity()
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,7 @@ import torch
 import zoo_subjects
 from torch import Tensor, nn
 
-from torch_mux.bench import zoo, zoo_entry, zoo_table
-from torch_mux.bench.vision import import_torchvision
+from torch_mux.bench import vision, zoo, zoo_entry, zoo_table
 from torch_mux.bench.workloads import WORKLOADS, Workload
 from torch_mux.bench.zoo_models import ZOO, answer, entry_of
 
@@ -96,22 +99,35 @@ def test_failing_entries_are_rows_and_do_not_end_the_run(
     path, page = tmp_path / "records" / "zoo.json", tmp_path / "zoo.md"
     wrong = ("raising", "unbuildable", "crashing", "missing")
     names = [*(f"zoo_subjects:{name}" for name in wrong), "mlp"]
-    flags = ["--device", "cpu", "--jobs", "3", "--threads", "1", "--json", str(path), "--markdown", str(page)]
+    flags = [
+        "--device",
+        "cpu",
+        "--jobs",
+        "3",
+        "--threads",
+        "1",
+        "--share-caches",
+        "--json",
+        str(path),
+        "--markdown",
+        str(page),
+    ]
     assert zoo.main([*names, *flags]) == 1
     record = json.loads(path.read_text())
     rows = {row["model"].rpartition(":")[2]: row for row in record["results"]}
-    assert list(rows) == [*wrong, "mlp"]
+    assert sorted(rows) == sorted([*wrong, "mlp"])
+    assert {row["commit"] for row in rows.values()} == {record["environment"]["commit"]}
     assert rows["mlp"]["errors"] == {} and rows["mlp"]["coalesced"] == 1.0
     assert set(rows["raising"]["errors"]) >= {"exact", "eager", "mux", "inductor"}
     assert rows["raising"]["errors"]["eager"] == "RuntimeError: there is no float64 answer to compare with"
     assert rows["raising"]["errors"]["exact"] == "ValueError: cannot | run"
-    assert "no such architecture" in rows["unbuildable"]["errors"]["build"]
+    assert rows["unbuildable"]["errors"] == {"build": "RuntimeError: no such architecture"}
     assert "SIGSEGV" in rows["crashing"]["errors"]["process"]
     assert "about to crash" in rows["crashing"]["errors"]["process"]
     assert "missing" in rows["missing"]["errors"]["process"]
     assert record["options"]["jobs"] == 3 and record["environment"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
-    assert "SIGSEGV" in printed and "5 architectures: 1 ran" in printed
+    assert "SIGSEGV" in printed and "shared compile caches" in printed and "5 architectures: 1 ran" in printed
     assert page.read_text().count("\n| ") == 6 and "cannot \\| run" in page.read_text()
     assert zoo.main(["--show", str(path)]) == 1
     assert capsys.readouterr().out == printed
@@ -121,6 +137,7 @@ def test_an_entry_that_takes_too_long_is_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(zoo_subjects.__file__).parent))
+    monkeypatch.setenv("ZOO_SUBJECTS_PID", str(tmp_path / "pid"))
     start, path = time.monotonic(), tmp_path / "zoo.json"
     flags = ["--device", "cpu", "--limit", "3", "--json", str(path)]
     assert zoo.main(["zoo_subjects:hanging", *flags]) == 1
@@ -130,14 +147,81 @@ def test_an_entry_that_takes_too_long_is_ended(
     assert "TimeoutError: not done after 3 s" in capsys.readouterr().out
 
 
+def test_a_run_that_is_ended_ends_its_entries(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(zoo_subjects.__file__).parent),
+        "ZOO_SUBJECTS_PID": str(path),
+    }
+    command = [sys.executable, "-m", "torch_mux.bench.zoo", "zoo_subjects:hanging", "--device", "cpu"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(path.read_text()), 0)
+
+
+def test_torchvision_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiled operations do not load; their names are declared, and the second import succeeds."""
+    fails = [RuntimeError("operator torchvision::nms does not exist")]
+
+    def importing(name: str) -> str:
+        if fails:
+            raise fails.pop()
+        return name
+
+    monkeypatch.setattr(vision.importlib, "import_module", importing)  # type: ignore[attr-defined]
+    monkeypatch.setattr(vision, "_DECLARED", ("declared_by_a_test",))
+    monkeypatch.setattr(vision, "_libraries", [])
+    assert vision.import_torchvision() == "torchvision"
+    assert hasattr(torch.ops.torchvision, "declared_by_a_test")
+    fails.append(RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        vision.import_torchvision()
+
+
+def test_the_record_that_is_shown_is_of_this_table() -> None:
+    record = json.loads(RECORD.read_text())
+    assert len(record["results"]) >= 25 and record["environment"]["commit"]
+    text = zoo_table.table(record)
+    assert all(row["model"] in text for row in record["results"])
+    assert {row["model"] for row in record["results"]} <= set(ZOO)
+
+
+def test_a_later_run_keeps_the_rows_of_other_entries(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    old = {"results": [{"model": "mlp", "commit": "a"}, {"model": "bert", "commit": "a"}], "options": {}}
+    new = {
+        "results": [{"model": "mlp", "commit": "b"}, {"model": "vgg", "commit": "b"}],
+        "options": {"jobs": 1},
+    }
+    found = zoo.merged(old, new)
+    assert [(row["model"], row["commit"]) for row in found["results"]] == [
+        ("vgg", "b"),
+        ("bert", "a"),
+        ("mlp", "b"),
+    ]
+    assert found["options"] == {"jobs": 1}
+    path = tmp_path / "zoo.json"
+    path.write_text(json.dumps({"results": [], "options": {"device": "cpu", "dtype": "float16"}}))
+    with pytest.raises(SystemExit, match="2"):
+        zoo.main(["mlp", "--device", "cpu", "--keep", "--json", str(path)])
+    assert "was measured with another dtype, float16" in capsys.readouterr().err
+
+
 SOME = ("squeezenet", "fpn", "swin-v2", "mobilevit", "t5-encoder", "vit-mae", "unet")
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_architectures_are_built_and_answer(name: str) -> None:
-    if ZOO[name].package:
-        import_torchvision()
-        pytest.importorskip(ZOO[name].package)
+    packages = {ZOO[name].package, "torchvision"} if ZOO[name].package else set[str]()
+    if any(importlib.util.find_spec(package) is None for package in packages):
+        pytest.skip(f"needs {', '.join(sorted(packages))}")
     torch.manual_seed(0)
     model, args = ZOO[name].model(), ZOO[name].inputs(torch.Generator().manual_seed(0))
     assert not any(module.training for module in model.modules())
@@ -160,3 +244,12 @@ def test_the_compared_tensor_is_the_first_of_floating_point() -> None:
     assert answer({"ids": whole, "more": (whole, [real, torch.ones(1)])}) is real
     with pytest.raises(TypeError, match="no floating-point tensor in a tuple"):
         answer((whole, None))
+
+
+@pytest.mark.gpu
+def test_a_row_on_a_gpu_counts_launches_and_bytes() -> None:
+    row = zoo_entry.row_of(ZOO["mlp"], torch.device("cuda"), torch.float16, lambda row: None)
+    assert row["errors"] == {} and row["same_bits"] is True and row["coalesced"] == 1.0
+    assert 0 < row["launches"]["kernels"] < row["inductor_launches"]["kernels"]
+    assert row["memory"]["device"] is not None and row["memory"]["device"] < 0.1 * row["weights"]
+    assert not zoo_table.inaccurate(row)

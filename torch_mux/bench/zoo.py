@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from torch_mux.bench.zoo_table import markdown, table
 __all__ = ["Options", "main", "run"]
 
 _POLL = 0.1
+_PLACES = {name: place for place, name in enumerate(ZOO)}
 _TAIL = 400
 
 
@@ -45,6 +47,7 @@ class Options:
         jobs: entries at a time.
         threads: CPU threads of one entry; 0 for the cores divided by the jobs.
         limit: seconds that one entry may take.
+        share_caches: entries share compile caches, for a quicker run whose compile times are not cold.
     """
 
     names: tuple[str, ...] = tuple(ZOO)
@@ -53,6 +56,7 @@ class Options:
     jobs: int = 1
     threads: int = 0
     limit: float = 240.0
+    share_caches: bool = False
 
 
 @dataclass
@@ -86,6 +90,7 @@ class _Job:
             row["errors"]["process"] = verdict
         row |= {
             "model": self.name,
+            "commit": measure.commit(),
             "kind": ZOO[self.name].kind if self.name in ZOO else "own",
             "seconds": round(self.seconds, 1),
         }
@@ -98,11 +103,12 @@ class _Job:
         return " | ".join(lines[-3:])[-_TAIL:]
 
 
-def _start(name: str, options: Options) -> _Job:
+def _start(name: str, options: Options, shared: str) -> _Job:
     folder = tempfile.TemporaryDirectory(prefix="torch-mux-zoo-", ignore_cleanup_errors=True)
     threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "TORCH_MUX_CACHE_DIR")
-    environment = os.environ | {cache: f"{folder.name}/{cache.lower()}" for cache in caches}
+    place = shared if options.share_caches else folder.name
+    environment = os.environ | {cache: f"{place}/{cache.lower()}" for cache in caches}
     environment |= {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "torch_mux.bench.zoo_entry", name, "--out", f"{folder.name}/row.json"]
     command += ["--device", options.device, "--dtype", options.dtype, "--threads", str(threads)]
@@ -133,6 +139,7 @@ def run(options: Options, save: Callable[[dict[str, Any]], object] | None = None
     waiting, running = list(options.names), list[_Job]()
     rows: dict[str, dict[str, Any]] = {}
     environment = measure.environment(torch.device(options.device))
+    shared = tempfile.TemporaryDirectory(prefix="torch-mux-zoo-", ignore_cleanup_errors=True)
 
     def report() -> dict[str, Any]:
         done = [rows[name] for name in options.names if name in rows]
@@ -141,7 +148,7 @@ def run(options: Options, save: Callable[[dict[str, Any]], object] | None = None
     try:
         while waiting or running:
             while waiting and len(running) < options.jobs:
-                running.append(_start(waiting.pop(0), options))
+                running.append(_start(waiting.pop(0), options, shared.name))
             time.sleep(_POLL)
             for job in list(running):
                 if job.process.poll() is None and job.seconds < options.limit:
@@ -156,6 +163,7 @@ def run(options: Options, save: Callable[[dict[str, Any]], object] | None = None
         for job in running:
             job.kill()
             job.folder.cleanup()
+        shared.cleanup()
     return report()
 
 
@@ -170,6 +178,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, default=0, help="CPU threads an entry; 0: cores over jobs")
     result.add_argument("--limit", type=float, default=240.0, help="seconds that one entry may take")
     result.add_argument("--json", type=Path, default=None, help="write the record here after every entry")
+    result.add_argument("--share-caches", action="store_true", help="quicker; compile times are not cold")
+    result.add_argument("--keep", action="store_true", help="keep the rows of other entries in that record")
     result.add_argument("--markdown", type=Path, default=None, help="write the table as Markdown here")
     result.add_argument("--show", type=Path, default=None, help="run nothing, show this record")
     return result
@@ -178,6 +188,34 @@ def parser() -> argparse.ArgumentParser:
 def _progress(row: dict[str, Any], done: int, total: int) -> str:
     errors = "; ".join(f"{step}: {error}" for step, error in row["errors"].items())
     return f"[{done}/{total}] {row['model']}, {row['seconds']:.0f} s{': ' + errors if errors else ''}"
+
+
+def _kept(flags: argparse.ArgumentParser, arguments: argparse.Namespace, options: Options) -> dict[str, Any]:
+    """The record whose rows stay; an empty one without ``--keep``."""
+    if not arguments.keep or arguments.json is None or not arguments.json.exists():
+        return {"results": []}
+    found = measure.read(flags, arguments.json)
+    for name in ("device", "dtype"):
+        if found["options"][name] != getattr(options, name):
+            flags.error(f"{arguments.json} was measured with another {name}, {found['options'][name]}")
+    return found
+
+
+def merged(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """``report`` with the rows of ``before`` that it lacks, in the zoo's order; a row names its commit."""
+    rows = {row["model"]: row for row in [*before["results"], *report["results"]]}
+    order = sorted(rows, key=lambda name: _PLACES.get(name, len(_PLACES)))
+    return {**report, "results": [rows[name] for name in order]}
+
+
+@contextmanager
+def _ending_entries() -> Iterator[None]:
+    """A run that is asked to end ends its entries, too: they are process groups of their own."""
+    former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -201,20 +239,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             jobs=arguments.jobs,
             threads=arguments.threads,
             limit=arguments.limit,
+            share_caches=arguments.share_caches,
         )
         if not half:
             print("no GPU is used: measuring on the CPU", file=sys.stderr)
         measure.announce(torch.device(options.device))
         told: set[str] = set()
+        before = _kept(flags, arguments, options)
 
         def save(report: dict[str, Any]) -> None:
-            measure.write(report, arguments.json)
+            measure.write(merged(before, report), arguments.json)
             for row in report["results"]:
                 if row["model"] not in told:
                     told.add(row["model"])
                     print(_progress(row, len(told), len(options.names)), file=sys.stderr, flush=True)
 
-        report = run(options, save)
+        with _ending_entries():
+            report = merged(before, run(options, save))
     if arguments.markdown is not None:
         arguments.markdown.write_text(markdown(report))
     print(table(report))

@@ -71,6 +71,8 @@ def row_of(workload: Workload, device: torch.device, dtype: torch.dtype, save: S
             traceback.print_exc()
             entry.row["errors"][name] = f"{type(error).__name__}: {str(error).strip()}"[:500]
         entry.put(seconds=time.perf_counter() - start)
+        if entry.made is None:
+            break
     return entry.row
 
 

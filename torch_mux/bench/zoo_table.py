@@ -79,9 +79,11 @@ def _why(row: dict[str, Any]) -> str:
 
 def _title(report: dict[str, Any]) -> str:
     facts, options = report["environment"], report["options"]
+    commits = dict.fromkeys(str(row.get("commit", facts["commit"]))[:12] for row in report["results"])
     return (
         f"{facts['device']}, {options['dtype']}, torch {facts['torch']}, triton {facts['triton']}, "
-        f"commit {facts['commit']}"
+        f"commit {' and '.join(commits) or facts['commit']}"
+        + (", shared compile caches" if options.get("share_caches") else "")
     )
 
 
