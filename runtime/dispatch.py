@@ -170,6 +170,17 @@ class Dispatcher:
             self._settings = settings
             self._line.rouse()
 
+    def catch_up(self) -> None:
+        """Counts what the device has finished; while somebody dispatches, he does."""
+        with self._mutex:
+            if self._holder is not None:
+                return
+            self._holder = threading.current_thread()
+        try:
+            self._runner.land()
+        finally:
+            self._release()
+
     def compiled(self, served: ServedProgram) -> None:
         """A program's plan is there, or its error: its requests can go out, or fail."""
         failed: list[Request] = []

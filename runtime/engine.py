@@ -322,7 +322,9 @@ class Engine:
         return self.compile_thread.quiesce(timeout)
 
     def stats(self) -> StatsSnapshot:
-        """What every tenant got so far."""
+        """What every tenant got so far; on an asynchronous device, of what has ended there."""
+        for dispatcher in list(self._dispatchers.values()):
+            dispatcher.catch_up()
         return self._accounting.snapshot()
 
     def plans(self) -> tuple[ProgramReport, ...]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_mux
+from subjects import bundle_sizes
 from torch_mux import CancelledRequest, backend
 from torch_mux.lowering import capture, plan
 
@@ -95,9 +96,9 @@ def test_forty_models_first_called_from_sixteen_threads(device: str, way: str, c
     assert sum(tenant.ok for tenant in tenants.values()) == MODELS and len(tenants) == THREADS
     with torch.inference_mode():
         for _ in range(2):
-            before = torch_mux.stats().sizes.get(MODELS, 0)
+            before = bundle_sizes().get(MODELS, 0)
             together = torch_mux.gather(*zip(models, inputs))
-        assert torch_mux.stats().sizes[MODELS] == before + 1
+        assert bundle_sizes()[MODELS] == before + 1
     assert all(torch.equal(one, answers[index]) for index, one in enumerate(together))
     assert counted == {"_capture": 1, "capture": 1, "compile_plan": 1}
 
@@ -135,7 +136,7 @@ def test_awaiting_under_quotas_from_many_tasks(device: str) -> None:
         "background": 40,
         **{f"tenant {index}": 10 for index in range(4)},
     }
-    assert max(torch_mux.stats().sizes) > 1
+    assert max(bundle_sizes()) > 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

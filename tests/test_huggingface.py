@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_mux
+from subjects import bundle_sizes
 from torch_mux.calls import prepare
 
 try:
@@ -118,15 +119,16 @@ def test_eight_models_go_out_together_on_the_learned_path(device: str, name: str
         expected = [model(*x) for model, x in zip(models, inputs)]
         torch_mux.gather(*requests)
         assert all(prepare(model, x, {}).route is not None for model, x in zip(compiled, inputs))
-        before = torch_mux.stats()
+        before = bundle_sizes()
         for got, want in zip(torch_mux.gather(*requests), expected):
             assert_same(got, want)
         keywords = torch_mux.submit(compiled[0], *inputs[0]).result(timeout=60)
         assert_same(keywords, expected[0])
     assert not torch_mux.explain().notes, torch_mux.explain()
-    after = torch_mux.stats()
-    assert after.sizes[COUNT] == before.sizes.get(COUNT, 0) + 1
-    assert after.requests - before.requests == COUNT + 1
+    after = bundle_sizes()
+    assert after[COUNT] == before.get(COUNT, 0) + 1
+    asked = [sum(size * number for size, number in sizes.items()) for sizes in (before, after)]
+    assert asked[1] - asked[0] == COUNT + 1
     (program,) = torch_mux.explain().programs
     assert program.coalesced and program.instances == COUNT
 

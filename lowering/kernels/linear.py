@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_mux import compat
 from torch_mux.lowering.kernels import choose
 from torch_mux.lowering.kernels.common import (
     Activation,
@@ -211,9 +212,16 @@ def linear_problems(
     return Problems(torch.tensor(records, dtype=torch.int64).to(device), tuple(sizes), divisors)
 
 
+def part_records(parts: tuple[Part, ...], like: Tensor) -> Tensor:
+    """``parts`` as int64 [a power of two, fields] where ``like`` is, and a fake tensor if that is one."""
+    if compat.is_fake(like):
+        return torch.empty((triton.next_power_of_2(len(parts)), 6), dtype=torch.int64, device=like.device)
+    return _records(parts, like.device)
+
+
 @cache
-def part_records(parts: tuple[Part, ...], device: torch.device) -> Tensor:
-    """``parts`` as int64 [a power of two, fields] on the device, kept for good: captured graphs read it."""
+def _records(parts: tuple[Part, ...], device: torch.device) -> Tensor:
+    """Kept for good: captured graphs read it."""
     ends = list(accumulate(part.n for part in parts))
     records = [
         (part.n, end - part.n, part.column, part.stride, part.scale_offset, part.shift_offset)
@@ -266,7 +274,7 @@ def _geometry(
     named |= {"PARTS": 1, "parts": None}
     if parts:  # each is a problem to the chooser
         widths, strides = [part.n for part in parts], [part.stride for part in parts]
-        records = part_records(parts, x.device)
+        records = part_records(parts, x)
         named |= {"PARTS": len(records), "parts": records}
     named |= {"K_DIV": divisor(k), "N_DIV": divisor(*widths), "DATA_DIV": 1, "STRIDE_DIV": divisor(*strides)}
     return named, tuple((m, width, k) for width in widths) * slots

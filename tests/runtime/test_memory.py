@@ -210,10 +210,10 @@ def test_outputs_that_find_no_memory(lab: Any, ready: Any, monkeypatch: pytest.M
     faults = [cuda_error()]
     real = served.empty_outputs
 
-    def empty() -> list[object]:
+    def empty(*given: Any) -> list[object]:
         if faults:
             raise faults.pop()
-        return real()  # type: ignore[no-any-return]
+        return real(*given)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(served, "empty_outputs", empty)
     assert lab.call(engine, program, model)[0].item() == 2.0

@@ -90,6 +90,13 @@ def ask(entry: str, model: Any, *args: Tensor) -> Any:
         return model(*args)
 
 
+def bundle_sizes() -> dict[int, int]:
+    """How many bundles of each size have ended, those that the device is still at work on included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return dict(torch_mux.stats().sizes)
+
+
 def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 

@@ -10,6 +10,7 @@ from .captures import (
 from .dispatch import (
     device_kernel,
     fake_tensors,
+    is_fake,
 )
 from .dynamo import (
     active_modes,
@@ -74,6 +75,7 @@ __all__ = [
     "hinted",
     "inductor_compile",
     "install_first_call_guard",
+    "is_fake",
     "is_symbolic",
     "native",
     "on_stream",

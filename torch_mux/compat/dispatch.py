@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["device_kernel", "fake_tensors"]
+__all__ = ["device_kernel", "fake_tensors", "is_fake"]
 
 
 def device_kernel(operator: Any, device_type: str) -> Callable[..., Any] | None:
@@ -31,3 +31,8 @@ def device_kernel(operator: Any, device_type: str) -> Callable[..., Any] | None:
 def fake_tensors() -> AbstractContextManager[Any]:
     """Tensors made inside have sizes and a device but no memory; the device need not exist."""
     return FakeTensorMode()
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` has sizes and no memory; what is made for it must not be kept for real ones."""
+    return isinstance(tensor, FakeTensor)

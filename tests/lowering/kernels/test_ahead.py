@@ -12,9 +12,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from torch_mux import compat
 from torch_mux.lowering.kernels.ahead import Builder, recording
 from torch_mux.lowering.kernels.common import Launch
-from torch_mux.lowering.kernels.linear import linear_launch
+from torch_mux.lowering.kernels.data import Part
+from torch_mux.lowering.kernels.linear import linear_launch, part_records
 from torch_mux.lowering.kernels.transport import gather, scatter
 
 HALF = torch.float16
@@ -144,3 +146,12 @@ def test_recorded_launches_do_not_run() -> None:
             scatter(batched, pointers, control, (1,))
     assert [len(found), len(inner)] == [1, 1]
     assert bool((batched == 7.0).all())
+
+
+def test_records_of_fake_tensors_are_not_kept() -> None:
+    parts = (Part(0, 32, 16), Part(1, 48, 16))
+    with compat.fake_tensors():
+        assert compat.is_fake(part_records(parts, torch.empty(1)))
+    real = part_records(parts, torch.empty(1))
+    assert not compat.is_fake(real)
+    assert real[:, 0].tolist() == [32, 48]
