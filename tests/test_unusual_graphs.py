@@ -1,4 +1,4 @@
-"""What first users bring besides floats in and floats out: a named behaviour each, for two tenants a round."""
+"""What first users bring besides floats in and floats out: one named behaviour each, in rounds of two."""
 
 from __future__ import annotations
 
