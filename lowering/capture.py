@@ -134,6 +134,7 @@ def capture(module: GraphModule, static_positions: Sequence[int], name: str) -> 
             derived, hidden = resolve_views(module)
         except Unresolved as unresolved:
             fallback = FallbackReason(FallbackKind.ALIASED_OUTPUT, str(unresolved))
+    returned = outputs_of(module.graph)
     inputs = tuple(i for i, node in enumerate(arguments) if node.meta[ROLE] == "input")
     parameters = tuple(i for i, node in enumerate(arguments) if node.meta[ROLE] == "parameter")
     specs = [spec(node) for node in arguments]
@@ -145,7 +146,7 @@ def capture(module: GraphModule, static_positions: Sequence[int], name: str) -> 
         device=device,
         inputs=tuple(specs[i] for i in inputs),
         parameters=tuple(item for i in parameters if (item := specs[i]) is not None),
-        outputs=tuple(_writable(spec(value)) for value in outputs_of(module.graph)),
+        outputs=tuple(_writable(spec(value)) for value in returned),
         input_positions=inputs,
         parameter_positions=parameters,
         mutates=mutated_by(module) is not None,
@@ -153,5 +154,5 @@ def capture(module: GraphModule, static_positions: Sequence[int], name: str) -> 
         graph=module,
         derived=derived,
         hidden=hidden,
-        literals=tuple(None if isinstance(v, Node) else v for v in outputs_of(module.graph)),
+        literals={i: v for i, v in enumerate(returned) if v is not None and not isinstance(v, Node)},
     )

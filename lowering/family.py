@@ -7,6 +7,7 @@ have given, so that it shares a program, a plan and bundles with every other req
 
 from __future__ import annotations
 
+import itertools
 import operator
 import threading
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ __all__ = ["MOST_SIZES", "Family", "Unspecialisable"]
 #: Sets of sizes of one family that get a program of their own.
 MOST_SIZES = 64
 _NUMBERS = (int, float, bool)
+_families = itertools.count()
 
 
 class Unspecialisable(Exception):
@@ -91,15 +93,22 @@ class Family:
     def _new(self, key: tuple[object, ...], arguments: Sequence[Any]) -> _Member:
         if len(self._members) >= MOST_SIZES:
             if self._general is None:
-                self._general = _Member(self._unbounded(arguments), None)
+                why = f"more than {MOST_SIZES} sets of sizes; the rest run operation by operation: "
+                self._general = _Member(self._symbolic(arguments, why + "pad inputs to fewer sizes"), None)
             return self._general
-        module = specialise(self._graph, arguments)
+        try:
+            module = specialise(self._graph, arguments)
+        except Unspecialisable as error:
+            why = f"sizes that it cannot be specialised for run operation by operation: {error}"
+            member = self._members[key] = _Member(self._symbolic(arguments, why), None)
+            return member
         tensors = tuple(p for p, value in enumerate(arguments) if isinstance(value, Tensor))
         static = [place for place, position in enumerate(tensors) if position in self._parameters]
         member = self._members[key] = _Member(capture(module, static, self._name), tensors)
         return member
 
-    def _unbounded(self, arguments: Sequence[Any]) -> Program:
+    def _symbolic(self, arguments: Sequence[Any], why: str) -> Program:
+        """The program that runs the symbolic graph as it is, an instance at a time."""
         tensors = [value for value in arguments if isinstance(value, Tensor)]
         graph = self._graph
 
@@ -107,7 +116,7 @@ class Family:
             return graph(*flat)
 
         return Program(
-            fingerprint=f"family-{id(self):x}",
+            fingerprint=f"family-{next(_families)}",
             name=self._name,
             device=next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu")),
             inputs=(None,) * len(self._inputs),
@@ -116,12 +125,7 @@ class Family:
             input_positions=self._inputs,
             parameter_positions=self._parameters,
             mutates=mutated_by(graph) is not None,
-            fallback=FallbackReason(
-                FallbackKind.DYNAMIC_SHAPE,
-                self._name,
-                f"more than {MOST_SIZES} sets of sizes; the rest run operation by operation: "
-                "pad inputs to fewer sizes",
-            ),
+            fallback=FallbackReason(FallbackKind.DYNAMIC_SHAPE, self._name, why),
             graph=graph,
             artifact=run,
         )

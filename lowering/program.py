@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -32,7 +32,7 @@ class Program:
         mutates: whether the graph writes one of its arguments.
         fallback: why the whole program runs per instance, or None.
         graph: the canonical ATen graph; it takes the flat argument list.
-        literals: for each output that is no tensor, its value; None for tensors.
+        literals: the values of outputs that are plain numbers, by position.
         derived: for each output how it is a view of something else, or None; empty where none is.
         hidden: how many of the last outputs are there for views alone; a caller does not see them.
         artifact: code for the flat argument list that was compiled at capture, where the graph has no static
@@ -50,7 +50,7 @@ class Program:
     mutates: bool
     fallback: FallbackReason | None
     graph: torch.fx.GraphModule
-    literals: tuple[object, ...] = ()
+    literals: Mapping[int, object] = field(default_factory=dict)
     derived: tuple[Derived | None, ...] = ()
     hidden: int = 0
     artifact: Callable[[list[Any]], Any] | None = None

@@ -85,10 +85,10 @@ class ServedProgram:
         Each has its own storage, except those that are views of an input, a parameter or another.
         """
         outputs: list[object] = [
-            literal
+            self.program.literals.get(position)
             if spec is None
             else torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
-            for spec, literal in zip(self.program.outputs, self.program.literals, strict=True)
+            for position, spec in enumerate(self.program.outputs)
         ]
         if self.program.derived:
             self.program.derive(outputs, inputs, instance.current())

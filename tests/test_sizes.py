@@ -141,6 +141,24 @@ def test_beyond_the_bound_sizes_run_per_instance_and_say_so(monkeypatch: pytest.
     assert "pad inputs to fewer sizes" in str(torch_mux.explain())
 
 
+def test_sizes_that_cannot_be_specialised_run_per_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    specialise = family.specialise
+
+    def only_three(module: Any, arguments: Any) -> Any:
+        if any(type(argument) is int and argument == 5 for argument in arguments):
+            raise family.Unspecialisable("five is right out")
+        return specialise(module, arguments)
+
+    monkeypatch.setattr(family, "specialise", only_three)
+    nets, (model, _) = two(Line, "cpu", dynamic=True)
+    with torch.inference_mode():
+        for rows in (3, 5, 3, 5):
+            x = torch.randn(rows, 6)
+            torch.testing.assert_close(torch_mux.gather((model, x))[0], nets[0](x), **CLOSE)
+    three, five = torch_mux.explain().programs
+    assert three.coalesced and not five.coalesced and "five is right out" in str(five)
+
+
 class Filtering(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x[x > 0].cumsum(0) * 2

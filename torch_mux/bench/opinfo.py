@@ -144,14 +144,14 @@ def _try(op: Any, given: tuple[Any, tuple[Any, ...], dict[str, Any]], outcome: O
     problem = _problem(model, tensors, want)
     _count(outcome)
     torch_mux.reset()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     if problem is None:
         outcome.right += 1
     elif _inductor_fails(model, tensors, want):
         outcome.shared += 1
     else:
         outcome.failures.append(problem)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def _called(model: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
