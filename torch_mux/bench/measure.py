@@ -252,6 +252,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch_mux": __version__,
         "commit": commit(),

@@ -93,6 +93,7 @@ class _Job:
             "commit": measure.commit(),
             "kind": ZOO[self.name].kind if self.name in ZOO else "own",
             "seconds": round(self.seconds, 1),
+            "load": round(os.getloadavg()[0], 1),  # others' too: compile times stretch with it
         }
         self.folder.cleanup()
         return row

@@ -90,12 +90,15 @@ def _title(report: dict[str, Any]) -> str:
 def _summary(report: dict[str, Any]) -> str:
     rows: Sequence[dict[str, Any]] = report["results"]
     shares = [row["coalesced"] for row in rows if row.get("coalesced") is not None]
+    load = max((row.get("load", 0.0) for row in rows), default=0.0)
+    cores = report["environment"].get("cores")
+    busy = f"; compile times are of a machine with a load of {load:.0f} on {cores} cores" if load else ""
     return (
         f"{len(rows)} architectures: {sum(not row['errors'] for row in rows)} ran, "
         f"{sum(share > 0.99 for share in shares)} with at least 99 % of their FLOPs together, "
         f"{sum('mux' in row and not inaccurate(row) for row in rows)} as accurate as the peers, "
         f"{sum(row.get('same_bits') is False for row in rows)} with other bits alone than together, "
-        f"{sum(row.get('path') == 'learned' for row in rows)} on the learned path"
+        f"{sum(row.get('path') == 'learned' for row in rows)} on the learned path{busy}"
     )
 
 
