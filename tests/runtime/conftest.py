@@ -174,15 +174,13 @@ class Lab:
         fallback = None
         if name in self.alone:
             fallback = FallbackReason(FallbackKind.NO_RULE, name)
-        outputs = (spec, None, spec) if name.startswith("holes") else (spec, spec)
         fields: dict[str, Any] = {
             "fingerprint": f"print-{name}",
             "name": name,
             "device": torch.device(device),
             "inputs": (spec,),
             "parameters": (spec,) * parameters,
-            "outputs": outputs,
-            "literals": (None,) * len(outputs),
+            "outputs": (spec, None, spec) if name.startswith("holes") else (spec, spec),
             "input_positions": (parameters,),
             "parameter_positions": tuple(range(parameters)),
             "mutates": mutates,
