@@ -8,6 +8,7 @@ else what an analytic model (:mod:`estimate`) expects to be fastest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -32,6 +33,8 @@ __all__ = [
 
 Sizes = Sequence[tuple[int, int, int]]
 
+#: Slots that a tile is chosen for where it may not follow their number.
+_TYPICAL = 4
 _STEP_EXTRA = 16  # what one step costs besides its elements, in elements
 _ADDRESSES = 12288  # elements of a step beyond which the addresses of narrow loads would be spilled
 
@@ -235,6 +238,7 @@ def tile(
     *,
     lean: bool = True,
     wide: bool = True,
+    settled: bool = True,
     table: measured.Table | None = None,
 ) -> Tile:
     """The tile of a linear layer's launch, of ``bit_class``; the first of equals.
@@ -243,9 +247,13 @@ def tile(
         sizes: (m, n, k) of every slot.
         sms: multiprocessors, of the device or of a cap.
         lean, wide: as for :func:`candidates`.
+        settled: tiles of one class were seen to give the same bits on this kind of device. If not, the tile
+            is a function of the shape and never of the number of slots: the bits follow from that alone.
         table: measurements instead of those that ship.
     """
     table = measured.shipped() if table is None else table
+    if not settled and sizes:
+        sizes = [max(sizes, key=math.prod)] * _TYPICAL
     return _best(tuple(sizes), None, dtype, bit_class, sms, lean, wide, table)
 
 
@@ -257,6 +265,7 @@ def conv_tile(
     sms: int,
     *,
     wide: bool = True,
+    settled: bool = True,
     table: measured.Table | None = None,
 ) -> Tile:
     """As :func:`tile` for a convolution, with steps that do not reach far beyond the channels of a tap.
@@ -265,6 +274,9 @@ def conv_tile(
         channels: input channels of every slot.
     """
     table = measured.shipped() if table is None else table
+    if not settled and sizes:
+        largest = max(zip(sizes, channels, strict=True), key=lambda pair: math.prod(pair[0]))
+        sizes, channels = [largest[0]] * _TYPICAL, [largest[1]] * _TYPICAL
     return _best(tuple(sizes), tuple(channels), dtype, bit_class, sms, False, wide, table)
 
 

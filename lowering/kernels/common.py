@@ -28,6 +28,7 @@ __all__ = [
     "epilogue",
     "find_slot",
     "multiprocessors",
+    "settled",
     "tile_ends",
     "tile_origin",
     "vector_arguments",
@@ -212,6 +213,16 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+#: Compute capabilities on which all tiles of a bit class were compared with ``torch.equal``.
+_SETTLED = frozenset({(9, 0)})
+
+
+@cache
+def settled(device: torch.device) -> bool:
+    """Whether the tile may follow the number of slots on ``device`` without changing bits."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) in _SETTLED
 
 
 def divisor(*sizes: int) -> int:

@@ -13,6 +13,7 @@ from torch_mux.lowering.kernels.common import (
     Launch,
     check_operands,
     multiprocessors,
+    settled,
     vector_arguments,
 )
 from torch_mux.lowering.kernels.conv_kernel import conv_kernel
@@ -84,7 +85,9 @@ def conv_launch(
     bit_class = bit_class or choose.conv_class(sizes, channels, taps, x.dtype, allow_tf32)
     if tile is None:
         wide = aligned and _words(named, bit_class) * x.dtype.itemsize >= 16
-        tile = choose.conv_tile(sizes, channels, x.dtype, bit_class, sms, wide=wide)
+        tile = choose.conv_tile(
+            sizes, channels, x.dtype, bit_class, sms, wide=wide, settled=settled(x.device)
+        )
     choose.check(tile, bit_class)
     arguments = {
         "x": x, "table": table, "rows": rows, "control": control, "out": out, "residual": residual,

@@ -25,6 +25,7 @@ from torch_mux.lowering.kernels.common import (
     epilogue,
     find_slot,
     multiprocessors,
+    settled,
     tile_ends,
     tile_origin,
     vector_arguments,
@@ -321,7 +322,7 @@ def linear_launch(
     if tile is None:
         divided = min(named["K_DIV"], named["STRIDE_DIV"], 16 if problems is None else named["DATA_DIV"])
         wide = aligned and divided * x.dtype.itemsize >= 16
-        tile = choose.tile(sizes, x.dtype, bit_class, sms, lean=k_major, wide=wide)
+        tile = choose.tile(sizes, x.dtype, bit_class, sms, lean=k_major, wide=wide, settled=settled(x.device))
     choose.check(tile, bit_class)
     tiles = choose.tiles_of(sizes, tile)
     arguments = {

@@ -201,3 +201,17 @@ def test_depthwise_tiles_follow_the_shape() -> None:
     assert tile(16, 49, 960).block_m <= 32  # few pixels: as many tiles as fill the device
     small, large = tile(1, 196, 240), tile(64, 56 * 56, 192)
     assert small.block_m * small.block_n < large.block_m * large.block_n
+
+
+@given(m=SIZE, n=SIZE, k=SIZE, slots=st.integers(1, 64))
+def test_where_no_class_was_established_the_tile_follows_the_shape_alone(
+    m: int, n: int, k: int, slots: int
+) -> None:
+    size = (m, n, k)
+    for dtype in (HALF, torch.float32):
+        own = choose.linear_class([size], dtype)
+        alone = choose.tile([size], dtype, own, 108, settled=False)
+        assert choose.tile([size] * slots, dtype, own, 108, settled=False) == alone
+    conv = choose.conv_class([(m, n, 9 * k)], [k], 9, HALF, False)
+    alone = choose.conv_tile([(m, n, 9 * k)], [k], HALF, conv, 108, settled=False)
+    assert choose.conv_tile([(m, n, 9 * k)] * slots, [k] * slots, HALF, conv, 108, settled=False) == alone
