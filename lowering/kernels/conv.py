@@ -84,10 +84,8 @@ def conv_launch(
     sms, taps = multiprocessors(x.device) if sms is None else sms, kernel[0] * kernel[1]
     bit_class = bit_class or choose.conv_class(sizes, channels, taps, x.dtype, allow_tf32)
     if tile is None:
-        wide = aligned and _words(named, bit_class) * x.dtype.itemsize >= 16
-        tile = choose.conv_tile(
-            sizes, channels, x.dtype, bit_class, sms, wide=wide, settled=settled(x.device)
-        )
+        wide, known = aligned and _words(named, bit_class) * x.dtype.itemsize >= 16, settled(x.device)
+        tile = choose.conv_tile(sizes, channels, x.dtype, bit_class, sms, wide=wide, settled=known)
     choose.check(tile, bit_class)
     arguments = {
         "x": x, "table": table, "rows": rows, "control": control, "out": out, "residual": residual,
