@@ -22,9 +22,11 @@ def flops_of(node: Node) -> int:
     """Floating-point operations of one call, by the formulas of ``torch.utils.flop_counter``.
 
     Convolutions, matrix products and attention count, two for a multiply-add; everything else is free.
-    Symbolic sizes count as their hints.
+    Symbolic sizes count as their hints, and an operation of a graph that knows no sizes counts as nothing.
     """
     target: Any = node.target
+    if any("val" not in source.meta for source in (node, *node.all_input_nodes)):
+        return 0
     namespace, name = getattr(target, "namespace", ""), str(target)
     if namespace == "mux":
         return _super_kernel(node, name)

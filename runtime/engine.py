@@ -317,9 +317,13 @@ class Engine:
             for dispatcher in self._dispatchers.values():
                 dispatcher.configure(settings)
 
-    def quiesce(self, timeout: float | None = None) -> bool:
-        """Waits until nothing compiles or is captured; False when ``timeout`` seconds passed before."""
-        return self.compile_thread.quiesce(timeout)
+    def quiesce(self, timeout: float | None = None, ahead: bool = False) -> bool:
+        """Waits until nothing compiles or is captured; False when ``timeout`` seconds passed before.
+
+        Args:
+            ahead: waits for kernels of bundle sizes that nobody asked for yet, too.
+        """
+        return self.compile_thread.quiesce(timeout, Rank.AHEAD if ahead else Rank.WANTED)
 
     def stats(self) -> StatsSnapshot:
         """What every tenant got so far; on an asynchronous device, of what has ended there."""

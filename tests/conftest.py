@@ -22,10 +22,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def full_precision() -> Iterator[None]:
     """Convolutions in true float32, as products are: answers are compared more closely than TF32 allows."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    # By the setters themselves: torch.testing's internals freeze torch.backends once they are imported.
+    allowed = torch._C._get_cudnn_allow_tf32()
+    torch._C._set_cudnn_allow_tf32(False)
     yield
-    torch.backends.cudnn.allow_tf32 = allowed
+    torch._C._set_cudnn_allow_tf32(allowed)
 
 
 @pytest.fixture(autouse=True)

@@ -184,3 +184,14 @@ class Dropping(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.two(self.drop(self.one(x)))  # type: ignore[no-any-return]
+
+
+def test_a_wrapper_in_train_mode_around_a_model_in_eval_mode_is_no_warning() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).eval()
+    wrapper = nn.Sequential(model)
+    compiled = torch.compile(wrapper, backend="mux")
+    x = torch.randn(2, 4)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(compiled(x), model(x))
+    assert not torch_mux.explain().notes

@@ -42,7 +42,7 @@ def test_ten_thousand_requests(device: str) -> None:
     with torch.inference_mode():
         for _ in range(300):
             torch_mux.gather(*bundle)
-        state.engine().quiesce()  # what compiles for sizes to come makes objects of its own
+        state.engine().quiesce(ahead=True)  # what compiles for sizes to come makes objects of its own
         before, objects = _memory(device), len(gc.get_objects())
         for _ in range(2500):
             torch_mux.gather(*bundle)

@@ -152,7 +152,7 @@ def mux(
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         _report_training(name, owner)
         return compat.compile_whole(gm, example_inputs)
-    if isinstance(owner, torch.nn.Module) and owner.training:
+    if isinstance(owner, torch.nn.Module) and any(map(_trains, owner.modules())):
         _report_train_mode(name)
     return _capture(gm, example_inputs, name, compat.frame_guards(), compat.has_graph_break(gm))
 
@@ -173,6 +173,12 @@ def _report_training(name: str, owner: object) -> None:
             "Inductor alone, outside torch_mux: call it under torch.inference_mode() or torch.no_grad()",
             stacklevel=2,
         )
+
+
+def _trains(module: torch.nn.Module) -> bool:
+    """Whether a module answers otherwise than in inference; most modules do not look at their mode."""
+    kind = type(module).__name__
+    return module.training and ("Dropout" in kind or "BatchNorm" in kind)
 
 
 def _report_train_mode(name: str) -> None:

@@ -92,7 +92,7 @@ class Prepared:
         """
         route = self.route
         assert route is not None
-        if not route.holds():
+        if not route.unchanged():
             return self._relearn()
         return self.settle(request)
 
@@ -100,7 +100,7 @@ class Prepared:
         """:meth:`finish` for a request that the engine has waited for on the caller's stream."""
         route = self.route
         assert route is not None
-        if not route.holds():
+        if not route.unchanged():
             return self._relearn()
         try:
             return route.finish(request.outcome(), self.arranged.leaves)

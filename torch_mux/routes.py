@@ -114,8 +114,15 @@ class Route:
         )
 
     def holds(self) -> bool:
-        """Whether the model and what it was specialised on are as they were when this was learned."""
-        return not self.instance.dropped and self.structure.unchanged() and self.watches.unchanged()
+        """Whether it may serve another call."""
+        return not self.instance.dropped and self.unchanged()
+
+    def unchanged(self) -> bool:
+        """Whether the model and what it was specialised on are as they were when this was learned.
+
+        An answer that is on its way stays right when the engine is closed or reset meanwhile.
+        """
+        return self.structure.unchanged() and self.watches.unchanged()
 
     def fill(self, leaves: Sequence[Any]) -> list[object]:
         """The program's inputs in order."""

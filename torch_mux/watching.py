@@ -33,6 +33,14 @@ _STRUCTURE = frozenset(
     "__dict__ forward __class__ _non_persistent_buffers_set".split()
 )
 _END = object()
+#: Ways of writing ``x.a`` and ``x[k]`` in a guard's source that some versions of torch prefer.
+_ACCESSORS = {
+    "object.__getattribute__": "attribute",
+    "getattr": "attribute",
+    "dict.__getitem__": "item",
+    "list.__getitem__": "item",
+    "tuple.__getitem__": "item",
+}
 
 
 class Unwatchable(Exception):
@@ -312,6 +320,14 @@ def _steps(name: str) -> list[tuple[str, Any]]:
             node = node.value
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 1:
             steps.append(("call", node.func.id))
+            node = node.args[0]
+        elif (
+            isinstance(node, ast.Call)
+            and len(node.args) == 2
+            and isinstance(node.args[1], ast.Constant)
+            and ast.unparse(node.func) in _ACCESSORS
+        ):
+            steps.append((_ACCESSORS[ast.unparse(node.func)], node.args[1].value))
             node = node.args[0]
         else:
             raise Unwatchable(f"it depends on {name}")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_mux
+from torch_mux.lowering.flops import flops_of
 from torch_mux.report import ProgramExplanation
 from torch_mux.types import FallbackKind, FallbackReason
 
@@ -103,3 +104,11 @@ class Windows(nn.Module):
 def test_reading_memory_by_strides_still_does() -> None:
     (reason,) = explained(Windows(), torch.randn(4, 4)).reasons
     assert (reason.kind, reason.target) == (FallbackKind.SUBCLASS, "aten.as_strided.default")
+
+
+def test_a_graph_that_knows_no_sizes_counts_as_nothing() -> None:
+    graph = torch.fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    product = graph.call_function(torch.ops.aten.mm.default, (x, y))
+    graph.output(product)
+    assert flops_of(product) == 0

@@ -189,6 +189,9 @@ class Mux:
             requests = tenants.requests[0][:count]
             share = self._settle(requests)
             self.recorded[f"coalesced share at {count}"] = share
+        # What compiles in the background would share the interpreter with what is timed.
+        if not state.engine().quiesce(self.patience, ahead=True):
+            raise TimeoutError(f"still compiling ahead after {self.patience:.0f} s")
         self.recorded["explain"] = str(torch_mux.explain())
 
     def _settle(self, requests: Arguments) -> float | None:

@@ -101,8 +101,7 @@ def varied(model: nn.Module) -> nn.Module:
 class Encoder(nn.Module):
     """Embeddings and layers of a transformers ``BertModel``: tokens to the last hidden state.
 
-    ``BertModel.forward`` of transformers 5 also writes to a global that collects intermediate outputs, a side
-    effect that has to run on every call.
+    The layers alone, without what ``BertModel.forward`` does around them in Python.
     """
 
     def __init__(self, bert: nn.Module) -> None:
@@ -194,7 +193,7 @@ class Tenants:
 
     def tensor_only(self) -> list[nn.Module]:
         """The models, each wrapped to return the compared tensor."""
-        return [TensorOnly(model, self.workload.tensor) for model in self.models]
+        return [TensorOnly(model, self.workload.tensor).eval() for model in self.models]
 
     def weight_bytes(self) -> int:
         """Bytes of one tenant's parameters and buffers."""
