@@ -71,3 +71,19 @@ def test_a_file_without_the_marks_is_refused(text: str) -> None:
 
 def test_the_readme_has_the_marks() -> None:
     assert "block" in plot.fill((ROOT / "README.md").read_text(), "block")
+
+
+def test_what_was_not_timed_is_said_and_not_drawn(report: dict[str, Any]) -> None:
+    first, second, third, fourth = report["results"]
+    del first["pipelined_us"], first["synchronised_us"], first["error"]
+    first["failed"] = "OutOfMemoryError: no memory\nand more"
+    for record in (third, fourth):
+        del record["pipelined_us"], record["synchronised_us"]
+    drawn = plot.svg(report)
+    ElementTree.fromstring(drawn)
+    assert "failed: OutOfMemoryError: no memory" in drawn
+    assert "a &lt;b&gt;" not in drawn  # a panel in which nothing was timed
+    rows = plot.markdown(report).splitlines()[2:]
+    assert rows[0].count("failed: OutOfMemoryError: no memory") == 2
+    assert rows[1].count("not timed") == 0
+    assert rows[2].count("not timed") == rows[3].count("not timed") == 2

@@ -29,6 +29,16 @@ def _throughput(record: dict[str, Any], which: str = "median") -> float:
     return float(record["tenants"] / record["pipelined_us"][which] * 1e6)
 
 
+def _timed(record: dict[str, Any]) -> bool:
+    return "pipelined_us" in record
+
+
+def _untimed(record: dict[str, Any]) -> str:
+    """Why a contender has no times: it failed, or the run ended before its turn."""
+    failed = record.get("failed")
+    return f"failed: {failed.splitlines()[0]}" if failed else "not timed"
+
+
 def _panels(report: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """Records by (model, tenants), in the order in which they were measured."""
     panels: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -42,9 +52,12 @@ def _text(x: float, y: float, content: str, style: str = "") -> str:
 
 
 def _bar(record: dict[str, Any], y: float, scale: float) -> list[str]:
-    """One contender: its name, its bar with the spread over the repetitions, its number."""
+    """One contender: its name, its bar with the spread of the repetitions, its number, or why not."""
     ours = record["contender"].startswith(_OURS)
     middle = y + _BAR / 2
+    if not _timed(record):
+        name = _text(_LABELS - 10, middle + 4, record["contender"], ' text-anchor="end"')
+        return [name, _text(_LABELS, middle + 4, _untimed(record), ' fill="#495057"')]
     ends = [_LABELS + scale * _throughput(record, which) for which in ("high", "low", "median")]
     colour = "#d9480f" if ours else "#868e96"
     number = f"{_throughput(record):,.0f} requests/s"
@@ -62,11 +75,15 @@ def svg(report: dict[str, Any]) -> str:
     parts: list[str] = []
     y = 30.0
     for records in _panels(report):
+        if not any(map(_timed, records)):
+            continue
         first = records[0]
         title = f"{first['model']}, {first['tenants']} tenants"
         parts.append(_text(10, y + 10, title, ' font-weight="bold"'))
         y += _PANEL - 10
-        scale = (_WIDTH - _LABELS - _VALUES) / max(_throughput(record, "low") for record in records)
+        scale = (_WIDTH - _LABELS - _VALUES) / max(
+            _throughput(record, "low") for record in records if _timed(record)
+        )
         for record in records:
             parts += _bar(record, y, scale)
             y += _BAR + _GAP
@@ -96,13 +113,17 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for records in _panels(report):
         for record in records:
+            times = [
+                _spread(record[kind]) if _timed(record) else _untimed(record)
+                for kind in ("pipelined_us", "synchronised_us")
+            ]
+            error = record.get("error")
             cells = (
                 record["model"],
                 str(record["tenants"]),
                 record["contender"],
-                _spread(record["pipelined_us"]),
-                _spread(record["synchronised_us"]),
-                f"{record['error']['mean']:.1e}",
+                *times,
+                f"{error['mean']:.1e}" if error else "-",
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
