@@ -20,7 +20,7 @@ commands.add_typer(bench, name="bench")
 def show_info() -> None:
     """Versions, device and settings."""
     for key, value in info().items():
-        typer.echo(f"{key:12} {value}")
+        typer.echo(f"{key:14} {value}")
 
 
 @commands.command()
@@ -43,6 +43,8 @@ _BENCHES = {
     "models": "Whole models for several tenants next to their peers.",
     "kernels": "Every tile of every super-kernel layer shape, on a GPU.",
     "table": "The chooser's measured table, from what `kernels` measured.",
+    "paper": "The papers' experiments: coalescing, blocks, constrained kernels together; on a GPU.",
+    "opinfo": "Every operation of PyTorch's operator database through mux, compared with eager.",
     "zoo": "Many architectures: what runs, what coalesces of each, and why the rest does not.",
 }
 

@@ -24,7 +24,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "prepare": (api, "prepare"),  # arguments flattened, their signature looked up
     "submit": (Engine, "submit_all"),  # outputs allocated, requests queued
     "launch": (Engine, "wait"),  # rows written, the bundle enqueued; on a CPU, run
-    "checks": (Route, "holds"),  # whether the model is as it was when the call was learned
+    "checks": (Route, "unchanged"),  # whether the model is as it was when the call was learned
     "finish": (Route, "finish"),  # results nested as the model returns them
 }
 
