@@ -273,3 +273,9 @@ def test_graph_peers_answer_and_count_launches() -> None:
                     assert four["kernels"] <= one["kernels"] + 4
                 else:
                     assert four["kernels"] >= 3 * one["kernels"]
+
+
+def test_a_record_names_its_command_and_no_folders() -> None:
+    argv = ["/somewhere/torch_mux/bench/models.py", "--json", "/out/models.json", "--models", "vit"]
+    assert measure.command(argv) == "python -m torch_mux.bench.models --json models.json --models vit"
+    assert measure.command(["/venv/bin/torch-mux", "bench", "zoo"]) == "torch-mux bench zoo"

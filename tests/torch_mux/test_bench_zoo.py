@@ -84,7 +84,13 @@ def test_a_wrong_answer_shows_in_the_table() -> None:
     assert not zoo_table.inaccurate({**good, "mux": {"mean": 2.1e-3}})
     assert zoo_table.inaccurate({**good, "mux": {"mean": 2.3e-3}})
     assert not zoo_table.inaccurate(good)
-    facts = {"device": "d", "torch": "t", "triton": "r", "commit": "c", "argv": ["zoo"]}
+    facts = {
+        "device": "d",
+        "torch": "t",
+        "triton": "r",
+        "commit": "c",
+        "command": "python -m torch_mux.bench.zoo",
+    }
     report = {"environment": facts, "options": {"dtype": "float32"}}
     report["results"] = [{**good, "mux": {"mean": 0.5}, "same_bits": False}]  # type: ignore[assignment]
     text = zoo_table.table(report)

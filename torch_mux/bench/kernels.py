@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 
 from torch_mux.bench.layers import LAYERS, Layer
-from torch_mux.bench.measure import announce
+from torch_mux.bench.measure import announce, command
 from torch_mux.bench.table import own_class
 from torch_mux.lowering.kernels import choose, reference
 from torch_mux.lowering.kernels.common import Launch, multiprocessors
@@ -303,7 +303,7 @@ def environment() -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "argv": sys.argv,
+        "command": command(sys.argv),
     }
 
 

@@ -244,6 +244,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def command(argv: Sequence[str]) -> str:
+    """What made a record, without the folders of the machine that it ran on."""
+    module = f"torch_mux.bench.{Path(argv[0]).stem}" if argv[0].endswith(".py") else Path(argv[0]).name
+    rest = [Path(word).name if os.path.isabs(word) else word for word in argv[1:]]
+    return " ".join(["python -m" if argv[0].endswith(".py") else "", module, *rest]).strip()
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, versions, commit and command line of a record."""
     import triton
@@ -256,7 +263,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch_mux": __version__,
         "commit": commit(),
-        "argv": sys.argv,
+        "command": command(sys.argv),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "neighbours": neighbours(device),
     }

@@ -115,6 +115,5 @@ def markdown(report: dict[str, Any]) -> str:
     """The same table as Markdown, with the command that made it."""
     rows = [_HEADER, tuple("---" for _ in _HEADER), *map(_cells, report["results"])]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    command = " ".join(report["environment"]["argv"][1:])
-    made = f"Made by `python -m torch_mux.bench.zoo {command}`".replace(" `", " `").rstrip()
+    made = f"Made by `{report['environment']['command']}`"
     return "\n".join([*lines, "", f"{_summary(report)}.", "", f"{_title(report)}. {made}.", ""])
