@@ -74,7 +74,7 @@ def test_the_readme_has_the_marks() -> None:
 
 
 def test_what_was_not_timed_is_said_and_not_drawn(report: dict[str, Any]) -> None:
-    first, second, third, fourth = report["results"]
+    first, _, third, fourth = report["results"]
     del first["pipelined_us"], first["synchronised_us"], first["error"]
     first["failed"] = "OutOfMemoryError: no memory\nand more"
     for record in (third, fourth):
