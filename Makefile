@@ -12,13 +12,18 @@ help:
 	@echo "make clean  remove the virtual environment and build outputs"
 
 $(VENV)/.ready: pyproject.toml constraints.txt .ci/bootstrap.py
-	$(PYTHON) .ci/bootstrap.py $(VENV)
+	$(PYTHON) .ci/bootstrap.py $(VENV) test
+	@touch $@ $(VENV)/.demo
+
+# What the demo alone needs is a part of what the tests need.
+$(VENV)/.demo: pyproject.toml constraints.txt .ci/bootstrap.py
+	$(PYTHON) .ci/bootstrap.py $(VENV) demo
 	@touch $@
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.demo
 	$(VENV)/bin/torch-mux demo
 
 ci:

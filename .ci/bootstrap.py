@@ -1,4 +1,4 @@
-"""Make the virtual environment of ``make test`` and ``make demo``: ``python3 .ci/bootstrap.py .venv``.
+"""Make the virtual environment of ``make test`` or ``make demo``: ``python3 .ci/bootstrap.py .venv [EXTRA]``.
 
 Where the interpreter that runs this already has a torch that sees a GPU, the environment borrows its
 packages and downloads only what is missing. Everywhere else the versions of constraints.txt are installed.
@@ -23,16 +23,18 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE = "import sys, torch, triton; sys.exit(0 if torch.cuda.is_available() else 3)"
-NEEDED = {
+DEMO = {
     "setuptools": "setuptools>=64",
     "numpy": "numpy",
     "sympy": "sympy",
     "sklearn": "scikit-learn",
     "typer": "typer",
     "rich": "rich",
-    "pytest": "pytest>=8",
-    "expecttest": "expecttest",
-    "hypothesis": "hypothesis",
+}
+#: Modules that an extra needs of a borrowed environment, and what brings them.
+NEEDED = {
+    "demo": DEMO,
+    "test": {**DEMO, "pytest": "pytest>=8", "expecttest": "expecttest", "hypothesis": "hypothesis"},
 }
 
 
@@ -70,11 +72,11 @@ def borrow(python: Path) -> None:
     (purelib(python) / "borrowed-packages.pth").write_text("\n".join(lines) + "\n")
 
 
-def missing(python: Path) -> list[str]:
-    names = sorted(NEEDED)
+def missing(python: Path, extra: str) -> list[str]:
+    names = sorted(NEEDED[extra])
     code = f"import importlib.util as u; print(*[n for n in {names!r} if u.find_spec(n) is None])"
     found = subprocess.check_output([str(python), "-c", code], text=True, cwd=tempfile.gettempdir())
-    return [NEEDED[name] for name in found.split()]
+    return [NEEDED[extra][name] for name in found.split()]
 
 
 def pip(python: Path, *arguments: str) -> bool:
@@ -91,8 +93,8 @@ def without_triton(target: Path) -> str:
     return str(path)
 
 
-def install_pinned(python: Path, target: Path) -> None:
-    """The versions of constraints.txt and the extra ``test``, then the project, editable."""
+def install_pinned(python: Path, target: Path, extra: str) -> None:
+    """The versions of constraints.txt and the packages of ``extra``, then the project, editable."""
     exact = [line for line in CONSTRAINTS.read_text().splitlines() if re.match(r"(torch|triton)==", line)]
     torch_alone = [line for line in exact if line.startswith("torch")]
     loose = without_triton(target)
@@ -109,14 +111,14 @@ def install_pinned(python: Path, target: Path) -> None:
             break
     else:
         sys.exit("[bootstrap] pip could not install torch; see its messages above")
-    if not pip(python, "-c", pinned, "--no-build-isolation", "-e", ".[test]"):
-        sys.exit("[bootstrap] pip could not install the packages of the extra `test`; see above")
+    if not pip(python, "-c", pinned, "--no-build-isolation", "-e", f".[{extra}]"):
+        sys.exit(f"[bootstrap] pip could not install the packages of the extra `{extra}`; see above")
 
 
-def install_borrowed(python: Path) -> None:
+def install_borrowed(python: Path, extra: str) -> None:
     """What the borrowed packages lack, then the project, editable, without pip where there is none."""
     borrow(python)
-    lacking = missing(python)
+    lacking = missing(python, extra)
     if (
         lacking
         and not pip(python, "-c", str(CONSTRAINTS), "--no-deps", *lacking)
@@ -146,14 +148,15 @@ def unpack_editable(python: Path) -> None:
 def main() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit("[bootstrap] Python 3.10 or newer is needed: make PYTHON=python3.12 ...")
-    target = Path(sys.argv[1]).absolute()
+    target, extra = Path(sys.argv[1]).absolute(), sys.argv[2] if len(sys.argv) > 2 else "test"
     on_gpu = gpu_torch_here()
     python = create(target, on_gpu)
     if on_gpu:
         say(f"using the torch with a GPU of {sys.executable}")
-        install_borrowed(python)
+        install_borrowed(python, extra)
     else:
-        install_pinned(python, target)
+        say("downloading PyTorch and what else is needed: some minutes the first time")
+        install_pinned(python, target, extra)
     code = "import torch, triton, torch_mux; print('torch', torch.__version__, 'triton', triton.__version__)"
     subprocess.run([str(python), "-c", code], check=True, cwd=tempfile.gettempdir())
 
