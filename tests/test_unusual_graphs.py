@@ -128,3 +128,37 @@ def test_several_devices_are_named() -> None:
     (program,) = torch_mux.explain().programs
     assert {reason.kind for reason in program.reasons} == {FallbackKind.SUBCLASS}
     assert "spans" in str(torch_mux.explain())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("entry", ["call", "gather", "submit"])
+def test_checks_that_raise_run_and_are_named(entry: str, device: str) -> None:
+    """``torch.linalg`` checks its matrices: an effect, which AOTAutograd orders by tokens."""
+
+    def solve(self: Any, a: Tensor, b: Tensor) -> Tensor:
+        return torch.linalg.solve(a, self.line(b))  # type: ignore[no-any-return]
+
+    models = [Applied(solve).eval().to(device) for _ in range(2)]
+    compiled: list[Any] = [torch.compile(model, backend="mux") for model in models]
+    inputs = [(torch.randn(3, 3, device=device) + 3 * torch.eye(3, device=device),
+               torch.randn(3, 6, device=device)) for _ in models]  # fmt: skip
+
+    def ask(round_: list[tuple[Tensor, Tensor]]) -> list[Any]:
+        if entry == "gather":
+            return list(torch_mux.gather(*[(model, *x) for model, x in zip(compiled, round_)]))
+        if entry == "submit":
+            futures = [torch_mux.submit(model, *x) for model, x in zip(compiled, round_)]
+            return [future.result(timeout=120) for future in futures]
+        return [model(*x) for model, x in zip(compiled, round_)]
+
+    with torch.inference_mode():
+        for _ in range(2):
+            for got, model, x in zip(ask(inputs), models, inputs):
+                torch.testing.assert_close(got, model(*x), rtol=1e-3, atol=1e-4)
+        singular = (torch.zeros(3, 3, device=device), inputs[0][1])
+        with pytest.raises(Exception, match="singular"):
+            ask([singular, inputs[1]])
+        for got, model, x in zip(ask(inputs), models, inputs):
+            torch.testing.assert_close(got, model(*x), rtol=1e-3, atol=1e-4)
+    kinds = {reason.kind for program in torch_mux.explain().programs for reason in program.reasons}
+    assert FallbackKind.EFFECT in kinds

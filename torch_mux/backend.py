@@ -207,6 +207,8 @@ def _capture(
     from torch_mux.lowering.family import Family, Unspecialisable
 
     def compiler(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        if compat.has_effect_tokens():
+            raise _Whole(FallbackReason(FallbackKind.EFFECT, name))
         static = compat.static_input_positions()
         if compat.is_symbolic([node.meta.get("val") for node in graph.graph.nodes]):
             family = Family(graph, static, name)
@@ -219,12 +221,24 @@ def _capture(
     try:
         return compat.aot_inference(gm, example_inputs, compiler)
     except Unspecialisable as error:
-        program = _dynamic_program(gm, example_inputs, name, str(error))
-        return _unboxed(Entry(program, guards, graph_break))
+        reason = FallbackReason(FallbackKind.DYNAMIC_SHAPE, name, str(error))
+    except _Whole as error:
+        reason = error.reason
+    return _unboxed(Entry(_whole_program(gm, example_inputs, name, reason), guards, graph_break))
 
 
-def _dynamic_program(gm: GraphModule, example_inputs: Sequence[Any], name: str, why: str) -> Program:
-    """A program for a graph whose shapes depend on data: Inductor's code for the whole, under the quota."""
+class _Whole(Exception):
+    """A graph that has no program of its own."""
+
+    def __init__(self, reason: FallbackReason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def _whole_program(
+    gm: GraphModule, example_inputs: Sequence[Any], name: str, reason: FallbackReason
+) -> Program:
+    """Inductor's code for a whole graph, under the quota: its shapes depend on data, or it has effects."""
     from torch_mux.lowering.program import Program
     from torch_mux.types import TensorSpec
 
@@ -242,7 +256,7 @@ def _dynamic_program(gm: GraphModule, example_inputs: Sequence[Any], name: str, 
         input_positions=tuple(i for i in range(count) if i not in static),
         parameter_positions=static,
         mutates=True,
-        fallback=FallbackReason(FallbackKind.DYNAMIC_SHAPE, name, why),
+        fallback=reason,
         graph=_bare(gm),
         artifact=lambda args: compiled(*args),
     )

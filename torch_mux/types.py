@@ -50,6 +50,7 @@ class FallbackKind(Enum):
     MUTATES_INPUT = "mutates an input, parameter or buffer"
     DYNAMIC_SHAPE = "symbolic or data-dependent shape"
     RANDOM = "draws random numbers"
+    EFFECT = "has effects beside its results"
     ALIASED_OUTPUT = "an output shares storage with an input, a parameter or another output"
     SUBCLASS = "tensor subclass or unsupported layout"
     TRAINING = "grad mode is enabled and a tensor requires grad"

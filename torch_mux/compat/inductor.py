@@ -25,6 +25,7 @@ __all__ = [
     "SymbolicWorld",
     "aot_inference",
     "compile_whole",
+    "has_effect_tokens",
     "hinted",
     "inductor_compile",
     "is_symbolic",
@@ -165,6 +166,12 @@ def static_input_positions() -> tuple[int, ...]:
     if metadata is None:
         raise RuntimeError("AOTAutograd left no metadata for the graph being compiled")
     return tuple(metadata.static_input_indices)
+
+
+def has_effect_tokens() -> bool:
+    """Whether the graph that AOTAutograd compiles passes tokens on, which order operations with effects."""
+    metadata = TracingContext.get().fw_metadata
+    return bool(getattr(metadata, "tokens", None))
 
 
 def static_placeholders(gm: GraphModule) -> tuple[int, ...]:
