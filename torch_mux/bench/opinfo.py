@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 import torch_mux
 from torch_mux import compat
+from torch_mux.bench import measure
 
 __all__ = ["Outcome", "interpreted", "main", "operations", "sweep"]
 
@@ -259,7 +260,7 @@ def _record(outcomes: dict[str, Outcome], interpret: bool, left: int) -> dict[st
     totals = {name: sum(getattr(outcome, name) for outcome in outcomes.values()) for name in numbers}
     totals["failures"] = sum(len(outcome.failures) for outcome in outcomes.values())
     return {
-        "torch": torch.__version__,
+        "environment": measure.environment(torch.device("cpu")),
         "interpreted": interpret,
         "operations": len(outcomes),
         "operations not reached": left,
