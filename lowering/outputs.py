@@ -85,8 +85,8 @@ def resolve_views(module: GraphModule) -> tuple[tuple[Derived | None, ...], int]
     """Takes outputs that share storage with a placeholder or each other out of a graph; changes ``module``.
 
     Returns:
-        (for every output how it is derived, or None where the graph computes it; how many outputs were added
-        at the end, from which others are derived).
+        (for every output how it is derived, or None where the graph computes it, and nothing at all where it
+        computes every one; how many outputs were added at the end, from which others are derived).
 
     Raises:
         Unresolved: an output shares storage with a constant, or everything that is returned is a view.
@@ -121,7 +121,7 @@ def resolve_views(module: GraphModule) -> tuple[tuple[Derived | None, ...], int]
             if source != ("output", position):
                 derived[position] = Derived(*source, _steps(chains[position]))
     if not any(derived):
-        return tuple(derived), 0
+        return (), 0
     kept = [None if derived[position] else value for position, value in enumerate(values)]
     if not any(isinstance(value, Node) for value in (*kept, *added)):
         raise Unresolved(str(next(value for value in values if isinstance(value, Node))))

@@ -130,10 +130,21 @@ def test_several_devices_are_named() -> None:
     assert "spans" in str(torch_mux.explain())
 
 
+def _raises(model: Any, *inputs: Tensor) -> bool:
+    try:
+        model(*inputs)
+    except RuntimeError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("entry", ["call", "gather", "submit"])
 def test_checks_that_raise_run_and_are_named(entry: str, device: str) -> None:
-    """``torch.linalg`` checks its matrices: an effect, which AOTAutograd orders by tokens."""
+    """``torch.linalg`` checks its matrices: an effect, which AOTAutograd orders by tokens.
+
+    Torch 2.11's AOTAutograd drops the check for every backend.
+    """
 
     def solve(self: Any, a: Tensor, b: Tensor) -> Tensor:
         return torch.linalg.solve(a, self.line(b))  # type: ignore[no-any-return]
@@ -156,9 +167,11 @@ def test_checks_that_raise_run_and_are_named(entry: str, device: str) -> None:
             for got, model, x in zip(ask(inputs), models, inputs):
                 torch.testing.assert_close(got, model(*x), rtol=1e-3, atol=1e-4)
         singular = (torch.zeros(3, 3, device=device), inputs[0][1])
-        with pytest.raises(Exception, match="singular"):
-            ask([singular, inputs[1]])
+        checked = _raises(torch.compile(models[0], backend="aot_eager"), *singular)
+        if checked:
+            with pytest.raises(Exception, match="singular"):
+                ask([singular, inputs[1]])
         for got, model, x in zip(ask(inputs), models, inputs):
             torch.testing.assert_close(got, model(*x), rtol=1e-3, atol=1e-4)
     kinds = {reason.kind for program in torch_mux.explain().programs for reason in program.reasons}
-    assert FallbackKind.EFFECT in kinds
+    assert (FallbackKind.EFFECT in kinds) == checked

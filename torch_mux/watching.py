@@ -32,7 +32,7 @@ _STRUCTURE = frozenset(
     "_forward_hooks_with_kwargs _forward_pre_hooks_with_kwargs _forward_hooks_always_called training "
     "__dict__ forward __class__ _non_persistent_buffers_set".split()
 )
-_END = object()
+_ABSENT = object()
 #: Ways of writing ``x.a`` and ``x[k]`` in a guard's source that some versions of torch prefer.
 _ACCESSORS = {
     "object.__getattribute__": "attribute",
@@ -57,6 +57,7 @@ class Structure:
         flags: ``__dict__`` of every module whose ``training`` flag the model looks at.
         training: those flags.
         hooks: every forward hook dict, and every table that was empty; all must be empty.
+        still: whether any of these dicts was written since they were last compared.
     """
 
     tables: tuple[dict[Any, Any], ...]
@@ -64,6 +65,7 @@ class Structure:
     flags: tuple[dict[str, Any], ...]
     training: list[bool]
     hooks: tuple[dict[Any, Any], ...]
+    still: compat.native.Stillness
 
     @classmethod
     def of(
@@ -85,16 +87,21 @@ class Structure:
         ]
         own = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
         full = tuple(table for table in tables if table)
+        still = compat.native.Stillness([*tables, *own, *hooks, *flags])
         return cls(
             full,
             list(chain.from_iterable(table.values() for table in full)),
             tuple(flags),
             [table["training"] for table in flags],
             (*hooks, *own, *(table for table in tables if not table)),
+            still,
         )
 
     def unchanged(self) -> bool:
         """Whether every slot holds the same object, every flag its value, and nothing was added."""
+        return self.still.confirmed(self._same)
+
+    def _same(self) -> bool:
         return compat.native.checks().same(
             self.tables, self.values, self.hooks, self.flags, "training", self.training
         )
@@ -106,35 +113,54 @@ def _empty() -> list[tuple[Any, Any, object]]:
 
 @dataclass(eq=False)
 class Watches:
-    """Values found by (container, key), compared on every learned call: by identity, plain ones by value."""
+    """Values found by (container, key), compared on every learned call: by identity, plain ones by value.
 
+    Attributes:
+        entries: of dicts, whose writes :class:`torch_mux.compat.native.Stillness` may count.
+        items: of other containers.
+        attributes: of objects that compute them or hold them in slots.
+        sizes: containers and how many items they have.
+    """
+
+    entries: list[tuple[dict[Any, Any], Any, object]] = field(default_factory=_empty)
     items: list[tuple[Any, Any, object]] = field(default_factory=_empty)
     attributes: list[tuple[Any, str, object]] = field(default_factory=_empty)
     sizes: list[tuple[Any, int]] = field(default_factory=list)
+    _still: compat.native.Stillness | None = field(default=None)
 
     def unchanged(self) -> bool:
         """Whether every watched value is what it was."""
-        try:
-            for container, key, value in self.items:
-                if not alike(container[key], value):
-                    return False
-        except (KeyError, IndexError):
-            return False
+        if self._still is None:
+            self._still = compat.native.Stillness({id(one): one for one, _, _ in self.entries}.values())
+        return self._still.confirmed(lambda: _hold(self.entries)) and _hold(self.items) and self._others()
+
+    def _others(self) -> bool:
         for holder, name, value in self.attributes:
-            if not alike(getattr(holder, name, _END), value):
+            if not alike(getattr(holder, name, _ABSENT), value):
                 return False
         return all(len(container) == size for container, size in self.sizes)
 
     def add(self, step: str, parent: Any, key: Any, value: object) -> None:
-        """Watch ``parent.key`` (step "attribute") or ``parent[key]`` (step "item")."""
-        if len(self.items) + len(self.attributes) >= _LIMIT:
+        """Watch ``parent.key`` (step "attribute") or ``parent[key]`` (step "item").
+
+        An attribute whose ``value`` is ``_ABSENT`` has to stay absent.
+        """
+        if len(self.entries) + len(self.items) + len(self.attributes) >= _LIMIT:
             raise Unwatchable(f"it depends on more than {_LIMIT} outside values")
+        self._still = None
         if step == "item":
-            self.items.append((parent, key, value))
+            (self.entries if type(parent) is dict else self.items).append((parent, key, value))
         elif isinstance(getattr(parent, "__dict__", None), dict) and key in parent.__dict__:
-            self.items.append((parent.__dict__, key, value))
+            self.entries.append((parent.__dict__, key, value))
         else:
             self.attributes.append((parent, key, value))
+
+
+def _hold(items: Sequence[tuple[Any, Any, object]]) -> bool:
+    try:
+        return all(alike(container[key], value) for container, key, value in items)
+    except (KeyError, IndexError):
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,23 +243,35 @@ class _Walk:
             return
         elif self._free(root) and not isinstance(value, (nn.Module, *_FUNCTIONS)):
             raise Unwatchable(f"it depends on the closure variable {root!r}")
-        for kind, key in steps:
+        last = len(steps) - 1
+        for position, (kind, key) in enumerate(steps):
             parent = value
             if isinstance(parent, type):
                 return  # code: what a class holds is frozen until refresh
             try:
                 value = _look_up(kind, key, parent)
-            except (AttributeError, KeyError, IndexError, TypeError):
+            except AttributeError:
+                if position == last:  # guarded on its absence, as by hasattr
+                    self.result.add(kind, parent, key, _ABSENT)
+                    return
+                raise Unwatchable(f"it depends on {name}") from None
+            except (KeyError, IndexError, TypeError):
                 raise Unwatchable(f"it depends on {name}") from None
             if kind == "call":
                 continue
-            if isinstance(parent, nn.Module) and key == "training":
-                self.flags[id(parent)] = parent.__dict__
-            if isinstance(parent, nn.Module) and key in _STRUCTURE and key != "_modules":
+            if isinstance(parent, nn.Module) and self._in_structure(parent, key):
                 return
             self._step(kind, parent, key, value)
         if steps[-1:] != [("attribute", "_modules")]:
             self._last(name, value)
+
+    def _in_structure(self, module: nn.Module, key: object) -> bool:
+        """Whether ``Structure`` covers ``module.key``: table, flag, hook dict, parameter or buffer."""
+        if key == "training":
+            self.flags[id(module)] = module.__dict__
+        if key in _STRUCTURE:
+            return key != "_modules"
+        return id(module) in self.members and (key in module._parameters or key in module._buffers)
 
     def rest(self, step: str, holder: Any, key: Any, value: object) -> None:
         """Watches what the frame reads or writes back after its graph."""

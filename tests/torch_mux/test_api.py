@@ -145,7 +145,11 @@ def test_gather_rejects_what_is_not_a_request() -> None:
         torch_mux.gather(())
 
 
-@pytest.mark.parametrize("other", [Net(), torch.compile(Net()), torch.compile(lambda x: x), len, 3], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [Net(), torch.compile(Net()), torch.compile(lambda x: x), len, 3],
+    ids=["a module", "another backend", "a function", "a builtin", "a number"],
+)
 def test_needs_a_model_compiled_with_mux(other: Any) -> None:
     for function in (lambda: torch_mux.gather((other, 1)), lambda: torch_mux.submit(other, 1)):
         with pytest.raises(NotCompiled, match='backend="mux"'):

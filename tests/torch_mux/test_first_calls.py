@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from torch_mux import compat
 from torch_mux.compat import first_calls
@@ -169,3 +170,38 @@ def test_forty_instances_from_sixteen_threads_through_mux() -> None:
     assert len(compat.cache_entries(net.forward.__code__)) == 1
     (program,) = torch_mux.explain().programs
     assert program.instances == 40
+
+
+def trace(meanwhile: Callable[[], object]) -> None:
+    """Calls ``meanwhile`` from inside a trace, as compilers make them."""
+
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        meanwhile()
+        return x + 1
+
+    make_fx(traced)(torch.ones(1))
+
+
+def test_a_trace_in_one_thread_does_not_refuse_the_calls_of_others() -> None:
+    model, x = fresh_class()(6).eval(), torch.randn(3, 8)
+    compiled = torch.compile(model, backend="mux")
+    with torch.inference_mode():
+        compiled(x)
+
+    def call() -> torch.Tensor:
+        with torch.inference_mode():
+            return compiled(x)  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor(1) as pool:
+        answers: list[torch.Tensor] = []
+        trace(lambda: answers.append(pool.submit(call).result(timeout=60)))
+    with torch.inference_mode():
+        torch.testing.assert_close(answers, [model(x)])
+
+
+def test_a_call_inside_of_a_trace_is_still_refused() -> None:
+    compiled = torch.compile(fresh_class()(6).eval(), backend="mux")
+    with torch.inference_mode():
+        compiled(torch.randn(3, 8))
+        with pytest.raises(RuntimeError, match="symbolically trace"):
+            trace(lambda: compiled(torch.randn(3, 8)))

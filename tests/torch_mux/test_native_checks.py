@@ -118,12 +118,67 @@ def test_structure_changes_are_seen(checks: Any, change: Any) -> None:
     assert not same()
 
 
+def _item(model: nn.Sequential) -> None:
+    vars(model[1])["training"] = not model[1].training
+
+
+def _attribute(model: nn.Sequential) -> None:
+    for _ in range(100):  # Python specialises a store that is made often
+        model[1].training = not model[1].training
+
+
+def _emptied(model: nn.Sequential) -> None:
+    model[0]._parameters.clear()
+
+
+@pytest.mark.parametrize("change", [_replace, _grow, _shrink, _retrain, _hook, _item, _attribute, _emptied])
+def test_after_a_write_it_looks_again(change: Any) -> None:
+    native.build()
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.PReLU(1))
+    dicts = [
+        table
+        for m in model.modules()
+        for table in (m._parameters, m._buffers, m._modules, m._forward_hooks, m.__dict__)
+    ]
+    still = native.Stillness(dicts)
+    looks: list[int] = []
+
+    def look() -> bool:
+        looks.append(1)
+        return True
+
+    for _ in range(3):
+        assert still.confirmed(look)
+    counted = sys.version_info >= (3, 12)
+    assert len(looks) == (1 if counted else 3)
+    change(model)
+    assert still.confirmed(look)
+    assert len(looks) == (2 if counted else 4)
+
+
+def test_what_was_not_true_is_looked_at_again() -> None:
+    native.build()
+    still = native.Stillness([{}])
+    assert not still.confirmed(lambda: False)
+    assert not still.confirmed(lambda: False)
+
+
+def test_without_counting_it_looks_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(native._state, "checks", native.PythonChecks())
+    still = native.Stillness([{}])
+    assert still.confirmed(lambda: True)
+    assert not still.confirmed(lambda: False)
+
+
 def test_arguments_of_the_wrong_kind_are_errors() -> None:
     module = native.build()
     with pytest.raises((TypeError, ValueError)):
         module.changed("no capsule")
     with pytest.raises(TypeError):
         module.same([], [], (), (), "training", [])  # type: ignore[arg-type]
+    if sys.version_info >= (3, 12):
+        with pytest.raises(TypeError):
+            module.watch([])  # type: ignore[arg-type]
 
 
 PROBE = """

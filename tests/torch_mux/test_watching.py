@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from torch_mux.recording import Frame
-from torch_mux.watching import Reached, Unwatchable, watches
+from torch_mux.watching import Reached, Structure, Unwatchable, watches
 
 
 class Net(nn.Module):
@@ -66,3 +67,37 @@ def test_a_grown_attribute_dict_is_seen() -> None:
 def test_what_is_computed_is_refused(guard: str) -> None:
     with pytest.raises(Unwatchable, match="depends on"):
         reach(Net(), guard)
+
+
+@pytest.mark.parametrize(
+    "guard", ["L['self'].config.depth", "object.__getattribute__(L['self'].config, 'depth')"]
+)
+def test_an_absent_attribute_has_to_stay_absent(guard: str) -> None:
+    model = Net()
+    reached = reach(model, guard)
+    assert reached.watches.unchanged()
+    model.config.depth = None
+    assert not reached.watches.unchanged()
+
+
+def test_what_an_absent_attribute_would_hold_is_refused() -> None:
+    with pytest.raises(Unwatchable, match="depends on"):
+        reach(Net(), "L['self'].config.depth.inner")
+
+
+def test_a_buffer_named_as_an_attribute_belongs_to_the_structure() -> None:
+    model = Net()
+    model.register_buffer("position", torch.arange(3), persistent=False)
+    reached = reach(model, "L['self'].position")
+    assert reached.watches.unchanged()
+    structure = Structure.of(reached.roots, reached.flags)
+    assert structure.unchanged()
+    model.position = torch.arange(3)
+    assert not structure.unchanged()
+
+
+def test_a_tensor_that_is_no_buffer_is_refused() -> None:
+    model = Net()
+    model.table = torch.arange(3)
+    with pytest.raises(Unwatchable, match="neither argument, parameter nor buffer"):
+        reach(model, "L['self'].table")

@@ -54,6 +54,7 @@ from .streams import (
     current_stream,
     on_stream,
 )
+from .tracing import install_tracing_check
 
 __all__ = [
     "SymbolicWorld",
@@ -77,6 +78,7 @@ __all__ = [
     "hinted",
     "inductor_compile",
     "install_first_call_guard",
+    "install_tracing_check",
     "is_fake",
     "is_symbolic",
     "native",

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-__all__ = ["Checks", "PythonChecks", "build", "checks", "status"]
+__all__ = ["Checks", "PythonChecks", "Stillness", "build", "checks", "status"]
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,14 @@ class Checks(Protocol):
         """
         ...
 
+    def watch(self, dicts: tuple[dict[Any, Any], ...]) -> bool:
+        """Has writes to these dicts counted from now on; False where nothing counts them."""
+        ...
+
+    def count(self) -> int:
+        """Writes to watched dicts so far; a write is counted before it is made, under the GIL."""
+        ...
+
 
 class PythonChecks:
     """The same in Python."""
@@ -112,6 +120,14 @@ class PythonChecks:
             and list(map(id, map(itemgetter(key), flags))) == list(map(id, wanted))
         )
 
+    def watch(self, dicts: tuple[dict[Any, Any], ...]) -> bool:
+        """See :class:`Checks`."""
+        return False
+
+    def count(self) -> int:
+        """See :class:`Checks`."""
+        return 0
+
 
 class _NativeChecks:
     """The module built from ``checks.cpp``."""
@@ -120,10 +136,39 @@ class _NativeChecks:
         self._weights = module.weights
         self.changed = module.changed
         self.same = module.same
+        self.watch = module.watch
+        self.count = module.count
 
     def weights(self, counted: Sequence[Tensor], placed: Sequence[Tensor]) -> Any:
         """See :class:`Checks`."""
         return self._weights(list(map(_cdata, counted)), list(map(_cdata, placed)))
+
+
+class Stillness:
+    """Dicts whose entries need no second look until one of them is written.
+
+    Python 3.12 counts writes (PEP 699's replacement of dict versions, ``PyDict_Watch``); before, and where no
+    compiler is, nothing is ever still and the caller looks every time.
+
+    Args:
+        dicts: from now on; what they hold has to be looked at once after this.
+    """
+
+    __slots__ = ("_counted", "_seen")
+
+    def __init__(self, dicts: Iterable[dict[Any, Any]]) -> None:
+        self._counted = checks().watch(tuple(dicts))
+        self._seen = -1
+
+    def confirmed(self, look: Callable[[], bool]) -> bool:
+        """``look()``, not asked again while no watched dict anywhere was written since it was true."""
+        now = checks().count()
+        if self._counted and now == self._seen:
+            return True
+        true = look()
+        if true:
+            self._seen = now  # counted before the look: what is written meanwhile makes it look again
+        return true
 
 
 _lock = threading.Lock()

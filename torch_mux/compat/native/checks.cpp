@@ -20,21 +20,24 @@ struct Counted {
   uint32_t seen;
 };
 
+// The tensor itself may go; its storage is held, so that both can be looked at without counting references.
 struct Placed {
   weak_intrusive_ptr<TensorImpl> tensor;
+  c10::Storage storage;
+  int64_t offset;
   const void* seen;
+
+  bool moved() const {
+    const TensorImpl* now = tensor._unsafe_get_target();
+    return now->unsafe_storage().unsafeGetStorageImpl() != storage.unsafeGetStorageImpl() ||
+        now->storage_offset() != offset || storage.data() != seen;
+  }
 };
 
 struct Weights {
   std::vector<Counted> counted;
   std::vector<Placed> placed;
 };
-
-const void* address(const TensorImpl& tensor) {
-  if (!tensor.has_storage() || tensor.numel() == 0) return nullptr;
-  const auto* start = static_cast<const char*>(tensor.unsafe_storage().data());
-  return start + tensor.storage_offset() * static_cast<int64_t>(tensor.itemsize());
-}
 
 void destroy(PyObject* capsule) {
   delete static_cast<Weights*>(PyCapsule_GetPointer(capsule, kName));
@@ -68,7 +71,11 @@ PyObject* weights(PyObject*, PyObject* args) {
     return counter.enabled();
   }) && each(placed, [&](TensorImpl* impl) {
     auto strong = c10::intrusive_ptr<TensorImpl>::unsafe_reclaim_from_nonowning(impl);
-    found->placed.push_back({weak_intrusive_ptr<TensorImpl>(strong), address(*impl)});
+    const c10::Storage& storage = impl->unsafe_storage();
+    if (storage) {  // a sparse tensor has none
+      found->placed.push_back(
+          {weak_intrusive_ptr<TensorImpl>(strong), storage, impl->storage_offset(), storage.data()});
+    }
     return true;
   });
   if (!good) return nullptr;
@@ -84,13 +91,44 @@ PyObject* changed(PyObject*, PyObject* capsule) {
   for (const Counted& one : known->counted)
     if (one.counter.current_version() != one.seen) Py_RETURN_TRUE;
   bool moved = false;
-  for (const Placed& one : known->placed) {
-    const auto tensor = one.tensor.lock();
-    if (!tensor) Py_RETURN_FALSE;  // collected with its model
-    moved = moved || address(*tensor) != one.seen;
-  }
+  for (const Placed& one : known->placed) moved = moved || one.moved();
+  if (moved)
+    for (const Placed& one : known->placed)
+      if (one.tensor.expired()) Py_RETURN_FALSE;  // collected with its model
   return PyBool_FromLong(moved);
 }
+
+// Counts writes to watched dicts (PEP 699): a dict is told of before it is written, both under the GIL.
+#if PY_VERSION_HEX >= 0x030C0000 && !defined(Py_GIL_DISABLED)
+#define TORCH_MUX_WATCHES 1
+#endif
+
+int64_t writes = 0;
+#ifdef TORCH_MUX_WATCHES
+int watcher = -1;
+
+int written(PyDict_WatchEvent, PyObject*, PyObject*, PyObject*) {
+  ++writes;
+  return 0;
+}
+#endif
+
+// watch(dicts: tuple[dict, ...]) -> bool
+PyObject* watch(PyObject*, PyObject* dicts) {
+#ifdef TORCH_MUX_WATCHES
+  if (watcher < 0) Py_RETURN_FALSE;
+  if (!PyTuple_Check(dicts)) return PyErr_Format(PyExc_TypeError, "expected a tuple of dicts");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dicts); ++i)
+    if (PyDict_Watch(watcher, PyTuple_GET_ITEM(dicts, i)) < 0) return nullptr;
+  Py_RETURN_TRUE;
+#else
+  (void)dicts;
+  Py_RETURN_FALSE;
+#endif
+}
+
+// count() -> int
+PyObject* count(PyObject*, PyObject*) { return PyLong_FromLongLong(writes); }
 
 // same(tables: tuple[dict, ...], values: list, empty: tuple[dict, ...], flags: tuple[dict, ...], key: str, wanted: list) -> bool
 PyObject* same(PyObject*, PyObject* args) {
@@ -126,6 +164,8 @@ PyObject* same(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"weights", weights, METH_VARARGS, "Remembers version counters and addresses of tensors given by _cdata."},
     {"changed", changed, METH_O, "Whether a counter or an address is another one now."},
+    {"watch", watch, METH_O, "Has writes to dicts counted from now on; False where this Python cannot."},
+    {"count", count, METH_NOARGS, "Writes to watched dicts so far."},
     {"same", same, METH_VARARGS, "Whether dicts hold the very same objects, flags are as they were, and no hook is there."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -134,4 +174,10 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "torch_mux_checks", nullptr, -1, me
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit_torch_mux_checks() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit_torch_mux_checks() {
+#ifdef TORCH_MUX_WATCHES
+  if (watcher < 0) watcher = PyDict_AddWatcher(written);
+  if (watcher < 0) PyErr_Clear();  // others took them all: dicts are compared entry by entry
+#endif
+  return PyModule_Create(&module);
+}
