@@ -8,10 +8,12 @@ from typing import Any, cast
 
 import torch
 
+from torch_mux import compat
+from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Flight
 from torch_mux.runtime.ring import TableRing
 
-__all__ = ["CudaFlight", "Executable", "Lane", "new_event", "new_stream", "passed"]
+__all__ = ["CudaFlight", "Executable", "Lane", "Mark", "Marks", "new_event", "new_stream", "passed"]
 
 _WORDS = 1 << 15
 # More than are enqueued at once, so that a bundle that is enqueued again never meets its own entry.
@@ -37,8 +39,58 @@ def passed(event: torch.cuda.Event) -> bool:
     return bool(cast(Any, event).query())
 
 
-def _timed() -> torch.cuda.Event:
-    return new_event(timing=True)
+class Marks:
+    """Events that are recorded again and again: making one costs as much as recording it.
+
+    An event is lent as long as somebody holds its :class:`Mark`.
+    """
+
+    def __init__(self, timing: bool = False) -> None:
+        self._timing = timing
+        self._free: deque[tuple[torch.cuda.Event, int]] = deque()
+
+    def take(self, stream: torch.cuda.Stream) -> Mark:
+        """An event that is recorded somewhere already; a new one is recorded on ``stream``."""
+        try:
+            event, address = self._free.pop()
+        except IndexError:
+            event = new_event(self._timing)
+            event.record(stream)
+            address = event.cuda_event
+        return Mark(event, address, self._free)
+
+
+class Mark:
+    """A lent event.
+
+    Attributes:
+        event: of torch.
+        address: its ``cudaEvent_t``.
+    """
+
+    __slots__ = ("_home", "address", "event")
+
+    def __init__(
+        self, event: torch.cuda.Event, address: int, home: deque[tuple[torch.cuda.Event, int]]
+    ) -> None:
+        self.event = event
+        self.address = address
+        self._home = home
+
+    def record(self, stream: torch.cuda.Stream) -> None:
+        """Records it on ``stream``."""
+        native = compat.native.enqueue()
+        if native is None:
+            self.event.record(stream)
+        else:
+            native.record(self.address, stream.cuda_stream)
+
+    def wait(self) -> None:
+        """Blocks the host, without the GIL, until the device has reached it."""
+        self.event.synchronize()
+
+    def __del__(self) -> None:
+        self._home.append((self.event, self.address))
 
 
 @dataclass(eq=False)
@@ -50,13 +102,13 @@ class CudaFlight(Flight):
         kept: what the device still reads or writes.
     """
 
-    start: torch.cuda.Event = field(default_factory=_timed)
-    end: torch.cuda.Event = field(default_factory=_timed)
+    start: Mark = field(kw_only=True)
+    end: Mark = field(kw_only=True)
     kept: tuple[object, ...] = field(default=())
 
     def wait(self) -> None:
         """Blocks the host, without the GIL, until the device finished it."""
-        self.end.synchronize()
+        self.end.wait()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +117,13 @@ class Executable:
 
     Attributes:
         graph: the captured graph.
+        address: its ``cudaGraphExec_t``.
         slots: the bundle size it was captured for.
         generation: the storage's generation then; tables that moved since make it invalid.
     """
 
     graph: torch.cuda.CUDAGraph
+    address: int
     slots: int
     generation: int
 
@@ -79,7 +133,9 @@ class Lane:
 
     Attributes:
         stream: where its bundles run.
+        address: its ``cudaStream_t``.
         ring: its tables.
+        marks: timing events for its flights.
         flights: bundles under way, oldest first.
         executables: captured graphs by program key and number of slots.
         pool_bytes: what the pool takes of the device, measured after the last capture.
@@ -89,6 +145,8 @@ class Lane:
     def __init__(self, index: int, device: torch.device, priority: int = 0) -> None:
         self.index = index
         self.stream = new_stream(device, priority)
+        self.address: int = self.stream.cuda_stream
+        self.marks = Marks(timing=True)
         self.ring = TableRing(_ENTRIES, _WORDS, device)
         self.flights: deque[CudaFlight] = deque()
         self.executables: dict[str, dict[int, Executable]] = {}
@@ -97,6 +155,10 @@ class Lane:
         self.free_at = 0.0
         # The table was zeroed on the creating thread's stream.
         torch.cuda.current_stream(device).synchronize()
+
+    def flight(self, bundle: Bundle, now: float) -> CudaFlight:
+        """A flight for ``bundle`` that is about to be enqueued at ``now``."""
+        return CudaFlight(bundle, now, start=self.marks.take(self.stream), end=self.marks.take(self.stream))
 
     @staticmethod
     def words() -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ class TableLayout:
         """Words of the whole table."""
         return _CONTROL_WORDS + self.stride * (1 + self.inputs + self.outputs)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole table."""
+        return 8 * self.words
+
     def section(self, number: int) -> slice:
         """The words of section ``number``: 0 is the rows, then the inputs, then the outputs."""
         start = _CONTROL_WORDS + self.stride * number
@@ -74,14 +79,23 @@ class TableLayout:
         return table[self.section(1 + self.inputs + index)]
 
 
+class Waits(Protocol):
+    """The end of what may still read an entry."""
+
+    def wait(self) -> None:
+        """Blocks the host until it does no longer."""
+        ...
+
+
 class RingEntry:
     """One pinned table. It may be filled again once the bundle that reads it has ended."""
 
     def __init__(self, words: int, pinned: bool) -> None:
         self.host = torch.zeros(words, dtype=torch.int64, pin_memory=pinned)
-        self._words = (ctypes.c_int64 * words).from_address(self.host.data_ptr())
-        self._halves = (ctypes.c_int32 * (2 * words)).from_address(self.host.data_ptr())
-        self.read: torch.cuda.Event | None = None
+        self.address = self.host.data_ptr()
+        self._words = (ctypes.c_int64 * words).from_address(self.address)
+        self._halves = (ctypes.c_int32 * (2 * words)).from_address(self.address)
+        self.reader: Waits | None = None
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fill(
@@ -122,18 +136,19 @@ class TableRing:
         self._entries = [RingEntry(words, pinned) for _ in range(entries)]
         self._next = 0
         self.table = torch.zeros(words, dtype=torch.int64, device=device)
+        self.address = self.table.data_ptr()
 
-    def take(self, end: torch.cuda.Event | None) -> RingEntry:
+    def take(self, reader: Waits | None) -> RingEntry:
         """The entry that was used longest ago; blocks the host while its bundle has not ended.
 
         Args:
-            end: recorded when the bundle that is about to use the entry has been enqueued.
+            reader: the end of the flight that is about to use the entry.
         """
         entry = self._entries[self._next]
         self._next = (self._next + 1) % len(self._entries)
-        if entry.read is not None:
-            entry.read.synchronize()
-        entry.read = end
+        if entry.reader is not None:
+            entry.reader.wait()
+        entry.reader = reader
         return entry
 
     def send(self, entry: RingEntry, words: int) -> None:

@@ -258,8 +258,9 @@ def adopt(model: Any) -> int:
     """Re-strides a model's convolution weights in place to channels-last, the layout of the kernels.
 
     Those of depthwise convolutions become taps by channels. Transposed convolutions read a weight of another
-    shape, made once an instance, so theirs stay as they are. Values are unchanged and no second copy stays:
-    a further instance costs its weights and nothing more.
+    shape, made once an instance, so theirs stay as they are, and a GPU reads three input channels as four.
+    Values are unchanged and of all other weights no second copy stays: a further instance costs its weights
+    and nothing more.
 
     Args:
         model: a module, compiled or not.

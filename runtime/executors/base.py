@@ -28,6 +28,7 @@ __all__ = [
     "plain_context",
     "run_each_alone",
     "stale",
+    "written_rows",
 ]
 
 #: Makes the uninitialised [slots, *shape] input buffer of a spec.
@@ -167,6 +168,17 @@ def bound_rows(bundle: Bundle, verify: bool, before: Callable[[bool], object] | 
                     before(False)
                 instance.rewrite(row)
             seen[instance] = row
+        rows.append(row)
+    return rows
+
+
+def written_rows(bundle: Bundle) -> list[int] | None:
+    """The row of each slot, or None where one of them has to be written first."""
+    rows: list[int] = []
+    for request in bundle.requests:
+        row = request.instance.row
+        if row is None or request.instance.renew:
+            return None
         rows.append(row)
     return rows
 

@@ -216,7 +216,7 @@ class Capturer:
                     self._steps.run(served, layout, lane.ring.table)
                 finally:
                     graph.capture_end()
-        return Executable(graph, slots, served.storage.generation)
+        return Executable(graph, graph.raw_cuda_graph_exec(), slots, served.storage.generation)
 
     def _rehearse(self, served: ServedProgram, layout: TableLayout) -> None:
         """Runs the steps once on zeros with no slot active, so that capturing compiles and loads nothing."""

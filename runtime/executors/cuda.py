@@ -19,11 +19,13 @@ from torch_mux.runtime.executors.base import (
     plain_context,
     run_each_alone,
     stale,
+    written_rows,
 )
 from torch_mux.runtime.executors.capture import Capturer, Steps
-from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, new_event, passed
+from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, Mark, Marks, passed
 from torch_mux.runtime.request import Request
-from torch_mux.runtime.ring import TableLayout
+from torch_mux.runtime.ring import RingEntry, TableLayout
 from torch_mux.runtime.scheduler.base import LaneLoad
 from torch_mux.runtime.served import ServedProgram, failure
 from torch_mux.settings import Settings
@@ -39,9 +41,9 @@ class CudaExecutor:
     """One GPU.
 
     A coalesced bundle is a row of addresses in a pinned ring, one copy to the lane's table and one graph
-    replay. Until a graph of its size is captured, the same kernels are launched one by one. Whether weights
-    changed is checked while the device is already at work; a bundle that read an old row is enqueued again
-    before anybody is told.
+    replay: one native call where every row is written and the graph is there. Until a graph of its size is
+    captured, the same kernels are launched one by one. Whether weights changed is checked while the device is
+    already at work; a bundle that read an old row is enqueued again before anybody is told.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class CudaExecutor:
         self._capturer = capturer
         self._clock = clock
         self._lanes: list[Lane] = []
+        self._marks = Marks()
         self._used = 1
         self._capture = True
         compat.guard_synchronize()
@@ -87,37 +90,63 @@ class CudaExecutor:
 
     def mark(self) -> object:
         """An event on the caller's current stream."""
-        event = new_event()
-        event.record(compat.current_stream(self.device))
-        return event
+        stream = compat.current_stream(self.device)
+        mark = self._marks.take(stream)
+        mark.record(stream)
+        return mark
 
     def launch(self, bundle: Bundle) -> Flight | None:
         """Enqueues the bundle on its lane."""
         lane = self._lanes[bundle.lane]
-        flight = CudaFlight(bundle, self._clock())
-        with compat.on_stream(lane.stream), plain_context("cuda"):
-            try:
-                self._enqueue_flight(lane, flight)
-            except BaseException:
-                # What was enqueued before it failed reads inputs and writes outputs that are let go of now.
-                lane.stream.synchronize()
-                raise
+        flight = lane.flight(bundle, self._clock())
+        marks = list({id(request.mark): cast(Mark, request.mark) for request in bundle.requests}.values())
+        try:
+            if not self._at_once(lane, flight, marks):
+                with compat.on_stream(lane.stream), plain_context("cuda"):
+                    self._enqueue_flight(lane, flight, marks)
+        except BaseException:
+            # What was enqueued before it failed reads inputs and writes outputs that are let go of now.
+            lane.stream.synchronize()
+            raise
         for request in bundle.requests:
             request.flight = flight
         lane.flights.append(flight)
         return flight
 
-    def _enqueue_flight(self, lane: Lane, flight: CudaFlight) -> None:
+    def _at_once(self, lane: Lane, flight: CudaFlight, marks: Sequence[Mark]) -> bool:
+        """Enqueues a captured bundle whose rows are all written; False where there is more to do."""
+        native, bundle = compat.native.enqueue(), flight.bundle
+        if native is None or not bundle.served.compiled.coalesced or not compat.is_current(self.device):
+            return False
+        rows = written_rows(bundle)
+        executable = self._executable(lane, bundle) if rows is not None else None
+        if rows is None or executable is None:
+            return False
+        layout, entry = self._filled(lane, flight, rows, executable)
+        native.enqueue(
+            lane.address,
+            [mark.address for mark in marks],
+            flight.start.address,
+            lane.ring.address,
+            entry.address,
+            layout.nbytes,
+            executable.address,
+            flight.end.address,
+        )
+        flight.kept = (*[request.instance.held for request in bundle.requests], executable, entry, marks)
+        return not _announce(stale(bundle))
+
+    def _enqueue_flight(self, lane: Lane, flight: CudaFlight, marks: Sequence[Mark]) -> None:
         bundle = flight.bundle
-        for mark in {id(request.mark): request.mark for request in bundle.requests}.values():
-            lane.stream.wait_event(cast(torch.cuda.Event, mark))
-        flight.start.record(lane.stream)
+        for mark in marks:
+            lane.stream.wait_event(mark.event)
+        flight.start.event.record(lane.stream)
         if bundle.served.compiled.coalesced:
-            flight.kept = self._coalesced(lane, flight)
+            flight.kept = (flight.kept, self._coalesced(lane, flight))
         else:
             run_each_alone(bundle)
             flight.kept = tuple(request.instance.current() for request in bundle.requests)
-        flight.end.record(lane.stream)
+        flight.end.event.record(lane.stream)
 
     def _coalesced(self, lane: Lane, flight: CudaFlight) -> tuple[object, ...]:
         bundle = flight.bundle
@@ -127,11 +156,8 @@ class CudaExecutor:
             kept.extend(request.instance.held for request in bundle.requests)
             with torch.inference_mode():
                 kept.append(self._enqueue(lane, flight, rows))
-            changed = stale(bundle)
-            if not changed:
+            if not _announce(stale(bundle)):
                 break
-            for instance in changed:
-                instance.renew = True
         return tuple(kept)
 
     def _settle(self, lane: Lane, new: bool) -> None:
@@ -142,19 +168,26 @@ class CudaExecutor:
         for other in self._lanes:
             if new or other is not lane:
                 for flight in other.flights:
-                    flight.end.synchronize()
+                    flight.wait()
 
-    def _enqueue(self, lane: Lane, flight: CudaFlight, rows: list[int]) -> object:
+    def _executable(self, lane: Lane, bundle: Bundle) -> Executable | None:
+        """The captured graph to use; one of just this size is asked for."""
+        served, plan = bundle.served, bundle.served.compiled
+        if not (plan.capturable and self._capture):
+            return None
+        count = len(bundle.requests)
+        executable = lane.executable(served.key, count, plan.storage.generation)
+        if executable is None or executable.slots != count:
+            self._capturer.want(lane, served, count)
+        return executable
+
+    def _filled(
+        self, lane: Lane, flight: CudaFlight, rows: list[int], executable: Executable | None
+    ) -> tuple[TableLayout, RingEntry]:
+        """The bundle's table, ready to be copied."""
         bundle = flight.bundle
-        served, requests = bundle.served, bundle.requests
-        program, plan = served.program, served.compiled
-        count = len(requests)
-        executable: Executable | None = None
-        if plan.capturable and self._capture:
-            executable = lane.executable(served.key, count, plan.storage.generation)
-            if executable is None or executable.slots != count:
-                self._capturer.want(lane, served, count)
-        layout = TableLayout.of(program, count if executable is None else executable.slots)
+        program, requests = bundle.served.program, bundle.requests
+        layout = TableLayout.of(program, len(requests) if executable is None else executable.slots)
         entry = lane.ring.take(flight.end)
         entry.fill(
             layout,
@@ -167,9 +200,14 @@ class CudaExecutor:
                 if spec
             ],
         )
+        return layout, entry
+
+    def _enqueue(self, lane: Lane, flight: CudaFlight, rows: list[int]) -> object:
+        executable = self._executable(lane, flight.bundle)
+        layout, entry = self._filled(lane, flight, rows, executable)
         lane.ring.send(entry, layout.words)
         if executable is None:
-            self._steps.run(served, layout, lane.ring.table)
+            self._steps.run(flight.bundle.served, layout, lane.ring.table)
         else:
             executable.graph.replay()
         return executable
@@ -185,9 +223,9 @@ class CudaExecutor:
     def _ended(self, lane: Lane, flight: CudaFlight) -> bool:
         now = self._clock()
         try:
-            if not passed(flight.end):
+            if not passed(flight.end.event):
                 return False
-            flight.seconds = flight.start.elapsed_time(flight.end) * 1e-3
+            flight.seconds = flight.start.event.elapsed_time(flight.end.event) * 1e-3
         except Exception as error:
             flight.error = failure(flight.bundle.served, error)
         # It started when it was enqueued or when its predecessor ended; seen later, it still ended then.
@@ -218,7 +256,7 @@ class CudaExecutor:
             flight = cast("CudaFlight | None", request.flight)
             if flight is not None and not flight.finished and id(flight) not in waited:
                 waited.add(id(flight))
-                stream.wait_event(flight.end)
+                stream.wait_event(flight.end.event)
             if not request.served.coalesced and request.joined != address:
                 # These were allocated on the lane's stream, which could use their memory again too early.
                 request.joined = address
@@ -242,3 +280,10 @@ class CudaExecutor:
             tuple(sorted(lane.executables.get(served.key, {}))) for lane in self._lanes[: self._used]
         )
         return ExecutorReport(captured, self._capturer.failures(served))
+
+
+def _announce(changed: Sequence[Instance]) -> bool:
+    """Has the rows of these instances written again; whether there are any."""
+    for instance in changed:
+        instance.renew = True
+    return bool(changed)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from torch_mux.compat import native
+from torch_mux.runtime import lanes
 from torch_mux.runtime.scheduler.base import View
 from torch_mux.runtime.scheduler.fifo import FifoPolicy
 from torch_mux.types import Quota
@@ -17,6 +19,16 @@ from torch_mux.types import Quota
 pytestmark = pytest.mark.gpu
 
 CUDA = "cuda:0"
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test twice: bundles enqueued by one native call, and by calls of torch."""
+    native.build()
+    if request.param == "torch":
+        monkeypatch.setitem(native._state, "enqueue", None)
+    else:
+        assert native.enqueue() is not None, native.status()
 
 
 def work(rounds: int = 40) -> Tensor:
@@ -267,3 +279,23 @@ def test_device_memory_does_not_grow(lab: Any) -> None:
     before = torch.cuda.memory_allocated()
     churn(200)
     assert torch.cuda.memory_allocated() <= before
+
+
+def test_events_are_used_again(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    original = lanes.new_event
+
+    def counting(timing: bool = False) -> Any:
+        made.append(original(timing))
+        return made[-1]
+
+    monkeypatch.setattr(lanes, "new_event", counting)
+    engine = lab.gpu_engine()
+    program, models = served(engine, lab, 2)
+    for _ in range(20):
+        bundle(engine, lab, program, models)
+    torch.cuda.synchronize()
+    few = len(made)
+    for _ in range(200):
+        bundle(engine, lab, program, models)
+    assert len(made) <= few + 4

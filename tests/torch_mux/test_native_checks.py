@@ -212,3 +212,60 @@ def test_without_a_compiler_python_does_it_and_says_so(tmp_path: Path) -> None:
     assert said.startswith("Python (FileNotFoundError")
     assert "checks of weights run in Python" in warned
     assert _probe(tmp_path, TORCH_MUX_NATIVE="0")[0] == "Python (TORCH_MUX_NATIVE=0)"
+
+
+RUNTIME = """
+#include <stddef.h>
+#include <stdio.h>
+static int calls = 0;
+int cudaStreamWaitEvent(void* s, void* e, unsigned f) {
+  printf("wait %zu %zu\\n", (size_t)s, (size_t)e); return 0; }
+int cudaEventRecord(void* e, void* s) {
+  printf("record %zu %zu\\n", (size_t)e, (size_t)s); return 0; }
+int cudaMemcpyAsync(void* t, const void* f, size_t n, int k, void* s) {
+  printf("copy %zu %zu %zu %d %zu\\n", (size_t)t, (size_t)f, n, k, (size_t)s); return 0; }
+int cudaGraphLaunch(void* g, void* s) {
+  printf("launch %zu %zu\\n", (size_t)g, (size_t)s); fflush(stdout); return calls++ ? 700 : 0; }
+const char* cudaGetErrorString(int e) { return e == 700 ? "an illegal access" : "?"; }
+"""
+
+ENQUEUE = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+import torch_mux.compat.native as native
+native.build()
+enqueue = native.enqueue()
+enqueue.record(7, 1)
+enqueue.enqueue(1, [2, 3], 4, 5, 6, 80, 9, 10)
+try:
+    enqueue.enqueue(1, [], 4, 5, 6, 80, 9, 10)
+except RuntimeError as error:
+    library.fflush(None)
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA runtime is loaded already")
+def test_a_bundle_is_enqueued_in_order_and_errors_are_said(tmp_path: Path) -> None:
+    source, library = tmp_path / "runtime.c", tmp_path / "runtime.so"
+    source.write_text(RUNTIME)
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], check=True, timeout=120)
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    done = subprocess.run(
+        [sys.executable, "-c", ENQUEUE, str(library)], env=environment, capture_output=True, text=True,
+        check=True, timeout=240,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "record 7 1",
+        *("wait 1 2", "wait 1 3", "record 4 1", "copy 5 6 80 1 1", "launch 9 1", "record 10 1"),
+        *("record 4 1", "copy 5 6 80 1 1", "launch 9 1", "CUDA error: an illegal access"),
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.version.cuda is not None, reason="CUDA is there")
+def test_without_a_cuda_runtime_nothing_is_enqueued() -> None:
+    module: Any = native.build()
+    assert native.enqueue() is None
+    with pytest.raises(RuntimeError, match="no CUDA runtime"):
+        native._imported(Path(native.status()[5:-1])).record(1, 2)
+    assert module is not None

@@ -52,6 +52,7 @@ from .inductor import (
 )
 from .streams import (
     current_stream,
+    is_current,
     on_stream,
 )
 from .tracing import install_tracing_check
@@ -79,6 +80,7 @@ __all__ = [
     "inductor_compile",
     "install_first_call_guard",
     "install_tracing_check",
+    "is_current",
     "is_fake",
     "is_symbolic",
     "native",

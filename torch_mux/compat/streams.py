@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["current_stream", "on_stream"]
+__all__ = ["current_stream", "is_current", "on_stream"]
 
 _MOST = 256
 _known: dict[tuple[int, int], torch.cuda.Stream] = {}
@@ -23,6 +23,11 @@ def current_stream(device: torch.device) -> torch.cuda.Stream:
             _known.clear()
         found = _known[index, raw] = torch.cuda.current_stream(device)
     return found
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether ``device`` is the calling thread's current CUDA device."""
+    return device.index is None or device.index == torch.cuda.current_device()
 
 
 class on_stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 from torch.fx import _symbolic_trace
@@ -25,11 +26,11 @@ def install_tracing_check() -> None:
     def is_fx_symbolic_tracing() -> bool:
         if not original():
             return False
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame.f_code is trace:
                 return True
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return False
 
     replacement: Any = is_fx_symbolic_tracing

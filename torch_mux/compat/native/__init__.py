@@ -1,9 +1,10 @@
-"""Checks of many tensors in one call: C++ where a compiler builds it, Python where none does.
+"""Checks of many tensors, and the calls of one bundle, in one step: C++ where a compiler builds it.
 
 Whether the weights of 16 models are what they were is some 10,000 version counters, addresses and dict
 entries a round. At 50 to 100 ns each in Python that is as long as the device takes; in C++ it is a few ns
-each. The module is built once a machine and version of torch, as Triton builds its launchers, and kept on
-disk.
+each. A bundle's waits, events, copy and graph launch are one call in place of five through torch, each of
+which allocates, counts references or asks for the current device. The module is built once a machine and
+version of torch, as Triton builds its launchers, and kept on disk; Python does the same where no compiler is.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-__all__ = ["Checks", "PythonChecks", "Stillness", "build", "checks", "status"]
+__all__ = ["Checks", "Enqueue", "PythonChecks", "Stillness", "build", "checks", "enqueue", "status"]
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("checks.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("checks.cpp", "enqueue.cpp")]
+_HEADERS = [Path(__file__).with_name("enqueue.h")]
 _TORCH = Path(torch.__file__).parent
 _NAME = "torch_mux_checks"
 _TIMEOUT = 300.0
@@ -79,6 +81,37 @@ class Checks(Protocol):
 
     def count(self) -> int:
         """Writes to watched dicts so far; a write is counted before it is made, under the GIL."""
+        ...
+
+
+class Enqueue(Protocol):
+    """Puts a captured bundle on a stream; everything is given by address."""
+
+    def record(self, event: int, stream: int) -> None:
+        """Records an event that exists.
+
+        Raises:
+            RuntimeError: what CUDA says.
+        """
+        ...
+
+    def enqueue(
+        self,
+        stream: int,
+        marks: list[int],
+        start: int,
+        table: int,
+        host: int,
+        nbytes: int,
+        graph: int,
+        end: int,
+        /,
+    ) -> None:
+        """Waits for ``marks``, records ``start``, copies ``nbytes`` to ``table``, launches, records ``end``.
+
+        Raises:
+            RuntimeError: what CUDA says.
+        """
         ...
 
 
@@ -172,12 +205,23 @@ class Stillness:
 
 
 _lock = threading.Lock()
-_state: dict[str, Any] = {"checks": PythonChecks(), "status": "Python (not built yet)", "tried": False}
+_state: dict[str, Any] = {
+    "checks": PythonChecks(),
+    "enqueue": None,
+    "status": "Python (not built yet)",
+    "tried": False,
+}
 
 
 def checks() -> Checks:
     """The fastest form there is now. What one form remembers, only that form can compare."""
     found: Checks = _state["checks"]
+    return found
+
+
+def enqueue() -> Enqueue | None:
+    """The C++ form, where it is built and torch has loaded a CUDA runtime."""
+    found: Enqueue | None = _state["enqueue"]
     return found
 
 
@@ -213,11 +257,12 @@ def _attempt() -> None:
         )
         return
     _state["checks"] = _NativeChecks(module)
+    _state["enqueue"] = module if module.can_enqueue() else None
     _state["status"] = f"C++ ({module.__file__})"
 
 
 def _load() -> Any:
-    source = _SOURCE.read_bytes()
+    source = b"".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS))
     command = _command()
     versions = f"{torch.__version__} {sys.version} {' '.join(command)}"
     digest = hashlib.sha256(source + versions.encode()).hexdigest()[:20]
@@ -231,7 +276,7 @@ def _load() -> Any:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
         subprocess.run(
-            [*command, str(_SOURCE), "-o", str(made), f"-L{_TORCH / 'lib'}", "-lc10"],
+            [*command, *map(str, _SOURCES), "-o", str(made), f"-L{_TORCH / 'lib'}", "-lc10", "-ldl"],
             check=True, capture_output=True, text=True, timeout=_TIMEOUT,
         )  # fmt: skip
         os.replace(made, path)

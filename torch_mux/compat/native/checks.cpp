@@ -7,6 +7,8 @@
 #include <memory>
 #include <vector>
 
+#include "enqueue.h"
+
 namespace {
 
 using c10::TensorImpl;
@@ -167,6 +169,9 @@ PyMethodDef methods[] = {
     {"watch", watch, METH_O, "Has writes to dicts counted from now on; False where this Python cannot."},
     {"count", count, METH_NOARGS, "Writes to watched dicts so far."},
     {"same", same, METH_VARARGS, "Whether dicts hold the very same objects, flags are as they were, and no hook is there."},
+    {"can_enqueue", torch_mux_can_enqueue, METH_NOARGS, "Whether a CUDA runtime is loaded."},
+    {"record", torch_mux_record, METH_VARARGS, "Records an event on a stream, both by address."},
+    {"enqueue", torch_mux_enqueue, METH_VARARGS, "Puts one captured bundle on a stream."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,0 +1,85 @@
+// One bundle's work put on a stream in one call; see __init__.py beside this file.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <dlfcn.h>
+
+#include "enqueue.h"
+
+namespace {
+
+// Of the CUDA runtime that torch has loaded: a machine without CUDA has none, and headers are not needed.
+struct Runtime {
+  int (*wait)(void* stream, void* event, unsigned flags);
+  int (*record)(void* event, void* stream);
+  int (*copy)(void* to, const void* from, size_t bytes, int kind, void* stream);
+  int (*launch)(void* graph, void* stream);
+  const char* (*explain)(int error);
+
+  template <typename Function>
+  static void find(Function& function, const char* name) {
+    function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+  }
+
+  Runtime() {
+    find(wait, "cudaStreamWaitEvent");
+    find(record, "cudaEventRecord");
+    find(copy, "cudaMemcpyAsync");
+    find(launch, "cudaGraphLaunch");
+    find(explain, "cudaGetErrorString");
+  }
+
+  bool found() const { return wait && record && copy && launch && explain; }
+};
+
+const Runtime& runtime() {
+  static const Runtime found;
+  return found;
+}
+
+constexpr int kHostToDevice = 1;
+
+PyObject* failed(int error) {
+  return PyErr_Format(PyExc_RuntimeError, "CUDA error: %s", runtime().explain(error));
+}
+
+}  // namespace
+
+// can_enqueue() -> bool
+PyObject* torch_mux_can_enqueue(PyObject*, PyObject*) { return PyBool_FromLong(runtime().found()); }
+
+// record(event: int, stream: int)
+PyObject* torch_mux_record(PyObject*, PyObject* args) {
+  unsigned long long event, stream;
+  if (!PyArg_ParseTuple(args, "KK", &event, &stream)) return nullptr;
+  if (!runtime().found()) return PyErr_Format(PyExc_RuntimeError, "no CUDA runtime is loaded");
+  const int error = runtime().record(reinterpret_cast<void*>(event), reinterpret_cast<void*>(stream));
+  if (error != 0) return failed(error);
+  Py_RETURN_NONE;
+}
+
+// enqueue(stream: int, marks: list[int], start: int, table: int, host: int, bytes: int, graph: int, end: int)
+PyObject* torch_mux_enqueue(PyObject*, PyObject* args) {
+  unsigned long long stream, start, table, host, bytes, graph, end;
+  PyObject* marks;
+  if (!PyArg_ParseTuple(args, "KO!KKKKKK", &stream, &PyList_Type, &marks, &start, &table, &host, &bytes, &graph, &end))
+    return nullptr;
+  const Runtime& cuda = runtime();
+  if (!cuda.found()) return PyErr_Format(PyExc_RuntimeError, "no CUDA runtime is loaded");
+  auto* on = reinterpret_cast<void*>(stream);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(marks); ++i) {
+    void* mark = PyLong_AsVoidPtr(PyList_GET_ITEM(marks, i));
+    if (mark == nullptr && PyErr_Occurred()) return nullptr;
+    if (const int error = cuda.wait(on, mark, 0)) return failed(error);
+  }
+  int error = 0;
+  Py_BEGIN_ALLOW_THREADS;
+  error = cuda.record(reinterpret_cast<void*>(start), on);
+  if (!error)
+    error = cuda.copy(reinterpret_cast<void*>(table), reinterpret_cast<const void*>(host), bytes, kHostToDevice, on);
+  if (!error) error = cuda.launch(reinterpret_cast<void*>(graph), on);
+  if (!error) error = cuda.record(reinterpret_cast<void*>(end), on);
+  Py_END_ALLOW_THREADS;
+  if (error) return failed(error);
+  Py_RETURN_NONE;
+}
