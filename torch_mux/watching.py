@@ -132,9 +132,18 @@ class Watches:
         """Whether every watched value is what it was."""
         if self._still is None:
             self._still = compat.native.Stillness({id(one): one for one, _, _ in self.entries}.values())
-        return self._still.confirmed(lambda: _hold(self.entries)) and _hold(self.items) and self._others()
+        return self._still.confirmed(self._entries_hold) and self._others()
+
+    def _entries_hold(self) -> bool:
+        return all(alike(table.get(key, _ABSENT), value) for table, key, value in self.entries)
 
     def _others(self) -> bool:
+        try:
+            for container, key, value in self.items:
+                if not alike(container[key], value):
+                    return False
+        except (KeyError, IndexError):
+            return False
         for holder, name, value in self.attributes:
             if not alike(getattr(holder, name, _ABSENT), value):
                 return False
@@ -150,17 +159,11 @@ class Watches:
         self._still = None
         if step == "item":
             (self.entries if type(parent) is dict else self.items).append((parent, key, value))
-        elif isinstance(getattr(parent, "__dict__", None), dict) and key in parent.__dict__:
+        elif type(getattr(parent, "__dict__", None)) is dict and (key in parent.__dict__ or value is _ABSENT):
+            # Absent from the object: its class is code, and a module's tables belong to ``Structure``.
             self.entries.append((parent.__dict__, key, value))
         else:
             self.attributes.append((parent, key, value))
-
-
-def _hold(items: Sequence[tuple[Any, Any, object]]) -> bool:
-    try:
-        return all(alike(container[key], value) for container, key, value in items)
-    except (KeyError, IndexError):
-        return False
 
 
 @dataclass(frozen=True, eq=False)
