@@ -80,7 +80,7 @@ class Mark:
     def record(self, stream: torch.cuda.Stream) -> None:
         """Records it on ``stream``."""
         native = compat.native.enqueue()
-        if native is None:
+        if native is None or not compat.is_current(stream.device):
             self.event.record(stream)
         else:
             native.record(self.address, stream.cuda_stream)

@@ -254,7 +254,7 @@ class _Walk:
             try:
                 value = _look_up(kind, key, parent)
             except AttributeError:
-                if position == last:  # guarded on its absence, as by hasattr
+                if position == last and kind == "attribute":  # guarded on its absence, as by hasattr
                     self.result.add(kind, parent, key, _ABSENT)
                     return
                 raise Unwatchable(f"it depends on {name}") from None

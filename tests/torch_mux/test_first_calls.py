@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _config_module
 
 from torch_mux import compat
 from torch_mux.compat import first_calls
@@ -146,7 +150,12 @@ def test_a_disabled_frame_stays_disabled(backend: CountingBackend) -> None:
     assert ran_eagerly == [True, True]
 
 
-def test_recompile_limits_hold_in_other_threads(backend: CountingBackend) -> None:
+def test_recompile_limits_hold_in_other_threads(
+    backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On torch 2.11 what config.patch put back in another test counts as the user's own choice.
+    entry = torch._dynamo.config._config["recompile_limit"]
+    monkeypatch.setattr(entry, "user_override", _config_module._UNSET_SENTINEL)
     compat.raise_recompile_limits()
     net = fresh_class()
 
@@ -205,3 +214,17 @@ def test_a_call_inside_of_a_trace_is_still_refused() -> None:
         compiled(torch.randn(3, 8))
         with pytest.raises(RuntimeError, match="symbolically trace"):
             trace(lambda: compiled(torch.randn(3, 8)))
+
+
+@pytest.mark.parametrize("ask", ["former", "present"])
+def test_what_asks_for_a_trace_inside_of_a_graph_is_folded(ask: str) -> None:
+    """Modules of ``torch.export`` hold the function that ``torch.fx`` had before."""
+    importlib.import_module("torch.export.unflatten")
+    holder = sys.modules["torch.export.unflatten"] if ask == "former" else _symbolic_trace
+    asked = holder.is_fx_symbolic_tracing
+
+    def branching(x: torch.Tensor) -> torch.Tensor:
+        return x if asked() else x + 1
+
+    got = torch.compile(branching, backend="eager", fullgraph=True)(torch.ones(2))
+    assert torch.equal(got, torch.full((2,), 2.0))

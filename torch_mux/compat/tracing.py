@@ -6,6 +6,8 @@ import sys
 from types import FrameType
 from typing import Any
 
+import torch
+from torch._dynamo.variables.torch import tracing_state_functions
 from torch.fx import _symbolic_trace
 
 __all__ = ["install_tracing_check"]
@@ -22,9 +24,10 @@ def install_tracing_check() -> None:
     if getattr(original, "knows_threads", False):
         return
     trace = _symbolic_trace.Tracer.trace.__code__
+    tracing_state_functions()  # cached: Dynamo goes on folding the original, which torch's modules hold
 
     def is_fx_symbolic_tracing() -> bool:
-        if not original():
+        if torch.compiler.is_compiling() or not original():
             return False
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:

@@ -121,6 +121,8 @@ PyObject* watch(PyObject*, PyObject* dicts) {
   if (watcher < 0) Py_RETURN_FALSE;
   if (!PyTuple_Check(dicts)) return PyErr_Format(PyExc_TypeError, "expected a tuple of dicts");
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dicts); ++i)
+    if (!PyDict_Check(PyTuple_GET_ITEM(dicts, i))) Py_RETURN_FALSE;  // the tables of a scripted module
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dicts); ++i)
     if (PyDict_Watch(watcher, PyTuple_GET_ITEM(dicts, i)) < 0) return nullptr;
   Py_RETURN_TRUE;
 #else
@@ -181,7 +183,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "torch_mux_checks", nullptr, -1, me
 
 PyMODINIT_FUNC PyInit_torch_mux_checks() {
 #ifdef TORCH_MUX_WATCHES
-  if (watcher < 0) watcher = PyDict_AddWatcher(written);
+  // 3.13.0 does not tell watchers of attributes (gh-125608).
+  if (watcher < 0 && (Py_Version >> 8) != 0x030D00) watcher = PyDict_AddWatcher(written);
   if (watcher < 0) PyErr_Clear();  // others took them all: dicts are compared entry by entry
 #endif
   return PyModule_Create(&module);

@@ -15,6 +15,7 @@ struct Runtime {
   int (*copy)(void* to, const void* from, size_t bytes, int kind, void* stream);
   int (*launch)(void* graph, void* stream);
   const char* (*explain)(int error);
+  int (*forget)();
 
   template <typename Function>
   static void find(Function& function, const char* name) {
@@ -27,9 +28,10 @@ struct Runtime {
     find(copy, "cudaMemcpyAsync");
     find(launch, "cudaGraphLaunch");
     find(explain, "cudaGetErrorString");
+    find(forget, "cudaGetLastError");
   }
 
-  bool found() const { return wait && record && copy && launch && explain; }
+  bool found() const { return wait && record && copy && launch && explain && forget; }
 };
 
 const Runtime& runtime() {
@@ -39,7 +41,9 @@ const Runtime& runtime() {
 
 constexpr int kHostToDevice = 1;
 
+// The error is told here: the next kernel of this thread, which may be another tenant's, must not find it.
 PyObject* failed(int error) {
+  runtime().forget();
   return PyErr_Format(PyExc_RuntimeError, "CUDA error: %s", runtime().explain(error));
 }
 
@@ -53,7 +57,10 @@ PyObject* torch_mux_record(PyObject*, PyObject* args) {
   unsigned long long event, stream;
   if (!PyArg_ParseTuple(args, "KK", &event, &stream)) return nullptr;
   if (!runtime().found()) return PyErr_Format(PyExc_RuntimeError, "no CUDA runtime is loaded");
-  const int error = runtime().record(reinterpret_cast<void*>(event), reinterpret_cast<void*>(stream));
+  int error = 0;
+  Py_BEGIN_ALLOW_THREADS;  // a stream whose queue is full blocks
+  error = runtime().record(reinterpret_cast<void*>(event), reinterpret_cast<void*>(stream));
+  Py_END_ALLOW_THREADS;
   if (error != 0) return failed(error);
   Py_RETURN_NONE;
 }
