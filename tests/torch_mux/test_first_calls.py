@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -155,7 +156,8 @@ def test_recompile_limits_hold_in_other_threads(
 ) -> None:
     # On torch 2.11 what config.patch put back in another test counts as the user's own choice.
     entry = torch._dynamo.config._config["recompile_limit"]
-    monkeypatch.setattr(entry, "user_override", _config_module._UNSET_SENTINEL)
+    if not isinstance(entry.user_override, ContextVar):
+        monkeypatch.setattr(entry, "user_override", _config_module._UNSET_SENTINEL)
     compat.raise_recompile_limits()
     net = fresh_class()
 
