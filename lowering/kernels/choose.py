@@ -36,8 +36,6 @@ Sizes = Sequence[tuple[int, int, int]]
 #: Slots that a tile is chosen for where it may not follow their number.
 _TYPICAL = 4
 _STEP_EXTRA = 16  # what one step costs besides its elements, in elements
-_FEW_PIXELS, _LONG = 256, 2048
-_PARTS = (2, 3)
 _ADDRESSES = 12288  # elements of a step beyond which the addresses of narrow loads would be spilled
 
 
@@ -56,23 +54,15 @@ def _class(
     reduction it is the other way round.
     """
     m, n, k = size
-    gather = channels is not None and taps > 1 and channels < 64
-    split = 1 if channels is None or gather else _split(m, k, taps)
-    few = m <= 16 or (split == 1 and m <= 64 and k >= max(2048, 4 * n))
+    few = m <= 16 or (m <= 64 and k >= max(2048, 4 * n))
     family, precision = Family.MMA if few else Family.WGMMA, precision_of(dtype, allow_tf32)
+    gather = channels is not None and taps > 1 and channels < 64
     if precision != "tf32x3":
-        return BitClass(family, gather=gather, precision=precision, split=split)
+        return BitClass(family, gather=gather, precision=precision)
     step = _SPLIT[family][0].block_k
     if channels is not None:
         step = _step(step, [k if gather else channels])
-    return BitClass(family, gather=gather, precision=precision, step=step, split=split)
-
-
-def _split(m: int, k: int, taps: int) -> int:
-    """Parts of a long reduction over few pixels, whose tiles alone are too few to hide their waits."""
-    if m > _FEW_PIXELS or k < _LONG:
-        return 1
-    return max((part for part in _PARTS if taps % part == 0), default=1)
+    return BitClass(family, gather=gather, precision=precision, step=step)
 
 
 def linear_class(sizes: Sizes, dtype: torch.dtype, allow_tf32: bool = False) -> BitClass:
@@ -284,9 +274,6 @@ def conv_tile(
         channels: input channels of every slot.
     """
     table = measured.shipped() if table is None else table
-    split = bit_class.split
-    sizes = [(m, n, k // split) for m, n, k in sizes for _ in range(split)]
-    channels = [count for count in channels for _ in range(split)]
     if not settled and sizes:
         largest = max(zip(sizes, channels, strict=True), key=lambda pair: math.prod(pair[0]))
         sizes, channels = [largest[0]] * _TYPICAL, [largest[1]] * _TYPICAL

@@ -158,7 +158,7 @@ def weight_pointer(table, row, width, column, like, ALIGNED: tl.constexpr):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, ready to run or to be compiled without a device, and the one that completes it."""
+    """One kernel launch, ready to run or to be compiled without a device."""
 
     kernel: Any
     grid: int
@@ -166,7 +166,6 @@ class Launch:
     tile: Tile
     device: torch.device
     pdl: bool = False
-    then: "Launch | None" = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -199,12 +198,8 @@ class Launch:
 
     def run(self) -> None:
         """Launches on the current stream; neither synchronises nor allocates, so it may be captured."""
-        if self.grid and not noted(self):
-            self._run()
-        if self.then is not None:
-            self.then.run()
-
-    def _run(self) -> None:
+        if self.grid == 0 or noted(self):
+            return
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 self.kernel[(self.grid,)](**self.arguments, **self.options)

@@ -21,7 +21,6 @@ from torch_mux.lowering.kernels.data import BitClass, Problems, Tile, Vector
 from torch_mux.lowering.kernels.depthwise import depthwise_launch
 from torch_mux.lowering.kernels.geometry import Pair, conv_problems, geometry, out_size
 from torch_mux.lowering.kernels.linear import linear_launch
-from torch_mux.lowering.kernels.reduce import parts_of, reduce_launch
 
 __all__ = ["conv", "conv_launch", "conv_problems", "out_size"]
 
@@ -88,7 +87,7 @@ def conv_launch(
         wide, known = aligned and _words(named, bit_class) * x.dtype.itemsize >= 16, settled(x.device)
         tile = choose.conv_tile(sizes, channels, x.dtype, bit_class, sms, wide=wide, settled=known)
     choose.check(tile, bit_class)
-    arguments: dict[str, Any] = {
+    arguments = {
         "x": x, "table": table, "rows": rows, "control": control, "out": out, "residual": residual,
         "table_width": table.stride(0), "column": column,
         **named, **vector_arguments("scale", scale), **vector_arguments("shift", shift),
@@ -96,19 +95,10 @@ def conv_launch(
         "PH": padding[0], "PW": padding[1], "DH": dilation[0], "DW": dilation[1], "GROUPS": groups,
         **_cut(tile, bit_class, [taps * c for c in channels] if bit_class.gather else channels),
         "PRECISION": bit_class.precision, "ALIGNED": aligned, "PDL": pdl,
-        "ACTIVATION": Activation(activation).value, "SPLIT": bit_class.split, "span": out.numel(),
+        "ACTIVATION": Activation(activation).value,
     }  # fmt: skip
-    then = None
-    if bit_class.split > 1:
-        parts, whole = parts_of(out, bit_class.split), [(m, n * groups, k) for m, n, k in sizes]
-        then = reduce_launch(
-            parts, rows, control, out, split=bit_class.split, sizes=whole, sms=sms, fields=(9, 8),
-            arguments=arguments, pdl=pdl,
-        )  # fmt: skip
-        arguments |= {"out": parts, "residual": None, "ACTIVATION": Activation.NONE.value}
-        arguments |= vector_arguments("scale", None) | vector_arguments("shift", None)
-    programs = min(choose.tiles_of(sizes, tile) * bit_class.split, sms * tile.programs_per_sm)
-    return Launch(conv_kernel, programs, arguments, tile, x.device, pdl, then)
+    programs = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
+    return Launch(conv_kernel, programs, arguments, tile, x.device, pdl)
 
 
 def conv(

@@ -106,12 +106,12 @@ def flat_step(x, weight_at, base, top, left, index, length, channels, height, wi
 
 
 @triton.jit
-def conv_tile(x, weight, row, column, part, m, n, height, width, out_height, out_width, channels, pitch,
+def conv_tile(x, weight, row, column, m, n, height, width, out_height, out_width, channels, pitch,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, KH: tl.constexpr,
               KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
               DH: tl.constexpr, DW: tl.constexpr, GATHER: tl.constexpr, EVEN_K: tl.constexpr,
-              SWAP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One fp32 [BLOCK_M, BLOCK_N] tile of the convolution, or of ``part`` of its taps."""
+              SWAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One fp32 [BLOCK_M, BLOCK_N] tile of the convolution."""
     pixel = row % m  # past the end: other pixels, not one cache line for all
     area = out_height * out_width
     image = pixel // area
@@ -132,7 +132,7 @@ def conv_tile(x, weight, row, column, part, m, n, height, width, out_height, out
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for index in range(part * (steps // SPLIT), (part + 1) * (steps // SPLIT)):
+    for index in range(steps):
         if GATHER:
             a, b = flat_step(x, weight_at, base, top, left, index, length, channels, height, width, pitch,
                              BLOCK_K, KW, DH, DW, EVEN_K)  # fmt: skip
@@ -149,25 +149,22 @@ def conv_tile(x, weight, row, column, part, m, n, height, width, out_height, out
 
 
 TABLES = ["table", "rows", "control", "problems"]
-SIZES = ["slots", "m", "n", "height", "width", "out_height", "out_width", "span", "table_width", "column",
+SIZES = ["slots", "m", "n", "height", "width", "out_height", "out_width", "table_width", "column",
          "scale_width", "scale_offset", "shift_width", "shift_offset"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
 def conv_kernel(x, table, rows, control, out, residual, problems, scale, shift, slots, m, n, height, width,
-                out_height, out_width, span, table_width, column, scale_width, scale_offset, shift_width,
+                out_height, out_width, table_width, column, scale_width, scale_offset, shift_width,
                 shift_offset, C: tl.constexpr, GROUPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
                 SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr,
                 DW: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
                 SLOTS: tl.constexpr, RAGGED: tl.constexpr, PROGRAMS_PER_SM: tl.constexpr,
-                GATHER: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, C_DIV: tl.constexpr,
-                N_DIV: tl.constexpr, DATA_DIV: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
-                PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Programs take tiles in slot order until those of the active slots are done.
-
-    A split reduction writes its parts ``span`` elements apart and leaves the epilogue to who adds them up.
-    """
+                GATHER: tl.constexpr, EVEN_K: tl.constexpr, C_DIV: tl.constexpr, N_DIV: tl.constexpr,
+                DATA_DIV: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
+                ACTIVATION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Programs take tiles in slot order until those of the active slots are done."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     active, programs = working_set(control, slots, PROGRAMS_PER_SM)
@@ -176,10 +173,10 @@ def conv_kernel(x, table, rows, control, out, residual, problems, scale, shift, 
         sizes = problems + index * FIELDS
         ends = tile_ends(
             tl.load(sizes, mask=index < active, other=0), tl.load(sizes + 1, mask=index < active, other=0),
-            BLOCK_M, BLOCK_N) * (GROUPS * SPLIT)  # fmt: skip
+            BLOCK_M, BLOCK_N) * GROUPS  # fmt: skip
         total = tl.max(ends, 0)
     else:
-        each = ((m + BLOCK_M - 1) // BLOCK_M) * ((n + BLOCK_N - 1) // BLOCK_N) * (GROUPS * SPLIT)
+        each = ((m + BLOCK_M - 1) // BLOCK_M) * ((n + BLOCK_N - 1) // BLOCK_N) * GROUPS
         total = active * each
     first = tl.program_id(0)
     total = tl.where(first < programs, total, 0)
@@ -193,8 +190,6 @@ def conv_kernel(x, table, rows, control, out, residual, problems, scale, shift, 
             slot, problems, m, n, height, width, out_height, out_width, C, C_DIV, N_DIV, DATA_DIV,
             GROUPS, RAGGED)  # fmt: skip
         channels = channels if RAGGED else C
-        part = local % SPLIT
-        local = local // SPLIT
         if GROUPS > 1:
             tiles = ((mm + BLOCK_M - 1) // BLOCK_M) * ((nn + BLOCK_N - 1) // BLOCK_N)
             group = local // tiles
@@ -208,13 +203,10 @@ def conv_kernel(x, table, rows, control, out, residual, problems, scale, shift, 
         channel = first_column + tl.arange(0, BLOCK_N)
         before = group * nn
         acc = conv_tile(x + x_offset + group * channels, weight + before * (KH * KW * channels), row, channel,
-                        part, mm, nn, hh, ww, oh, ow, channels, channels * GROUPS, BLOCK_M, BLOCK_N, BLOCK_K,
-                        KH, KW, SH, SW, PH, PW, DH, DW, GATHER, EVEN_K, SWAP, SPLIT, PRECISION)  # fmt: skip
+                        mm, nn, hh, ww, oh, ow, channels, channels * GROUPS, BLOCK_M, BLOCK_N, BLOCK_K, KH,
+                        KW, SH, SW, PH, PW, DH, DW, GATHER, EVEN_K, SWAP, PRECISION)  # fmt: skip
         factors = None if scale is None else scale + line * scale_width + scale_offset + before
         terms = None if shift is None else shift + line * shift_width + shift_offset + before
         addend = None if residual is None else residual + out_offset + before
-        to = out + out_offset + before
-        if SPLIT > 1:
-            to += part.to(tl.int64) * span
-        epilogue(acc, factors, terms, addend, to, row, first_column, mm, nn,
+        epilogue(acc, factors, terms, addend, out + out_offset + before, row, first_column, mm, nn,
                  nn * GROUPS, ACTIVATION)  # fmt: skip

@@ -53,7 +53,6 @@ class BitClass:
         precision: see :func:`precision_of`.
         step: elements of the reduction that are summed before the sum is rounded, 0 where any number gives
             the same bits.
-        split: parts of a convolution's taps that are summed on their own and added up in order.
     """
 
     family: Family
@@ -61,7 +60,6 @@ class BitClass:
     gather: bool = False
     precision: str = "ieee"
     step: int = 0
-    split: int = 1
 
 
 @dataclass(frozen=True)

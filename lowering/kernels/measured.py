@@ -94,7 +94,7 @@ def _words(tile: Tile) -> str:
 def _entry(record: Mapping[str, Any]) -> Entry:
     m, n, k = record["size"]
     return Entry(
-        BitClass(Family(record["family"]), gather=record["gather"], split=record["split"]),
+        BitClass(Family(record["family"]), gather=record["gather"]),
         (m, n, k),
         record["channels"],
         record["slots"],
@@ -115,7 +115,6 @@ def dump(table: Table) -> str:
             {
                 "family": each.bit_class.family.value,
                 "gather": each.bit_class.gather,
-                "split": each.bit_class.split,
                 "size": each.size,
                 "channels": each.channels,
                 "slots": each.slots,

@@ -60,11 +60,6 @@ def classes(layer: Layer) -> list[BitClass]:
     """The layer's own bit class first, then what else would be worth having for so few rows."""
     own = own_class(layer)
     found = [own]
-    if own.split > 1:
-        splits = (
-            part for part in (1, 3, 9) if part != own.split and layer.conv and layer.conv[2] ** 2 % part == 0
-        )
-        return [own, *(replace(own, split=part) for part in splits)]
     if layer.m <= 64:
         for family, swap in ((Family.MMA, False), (Family.WGMMA, False), (Family.WGMMA, True)):
             other = replace(own, family=family, swap=swap)
@@ -202,11 +197,10 @@ def _warm(job: tuple[Layer, list[tuple[BitClass, Tile]]]) -> list[str]:
     layer, pairs = job
     data, failed = Data(layer, 1, 1), []
     for bit_class, tile in pairs:
-        launch: Launch | None = data.launch(0, bit_class, tile)
+        launch = data.launch(0, bit_class, tile)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
         try:
-            while launch is not None:
-                launch.kernel.warmup(**launch.arguments, grid=(launch.grid,), **launch.options)
-                launch = launch.then
+            launch.kernel.warmup(**launch.arguments, grid=(launch.grid,), **options)
         except Exception as error:
             failed.append(f"{layer.name} {tile}: {type(error).__name__}: {error}")
     return failed
@@ -267,8 +261,7 @@ def measure(layer: Layer, slots: int, alone: dict[BitClass, Tensor]) -> dict[str
 def _short(row: dict[str, Any]) -> str:
     tile, kind = row["tile"], row["class"]
     words = f"{tile['block_m']}x{tile['block_n']}x{tile['block_k']} w{tile['warps']} s{tile['stages']}"
-    kinds = f"{' swap' if kind['swap'] else ''} {kind['family'].value[:2]}/{kind['split']}"
-    return f"{words} p{tile['programs_per_sm']}{kinds}"
+    return f"{words} p{tile['programs_per_sm']}{' swap' if kind['swap'] else ''} {kind['family'].value[:2]}"
 
 
 def line(result: dict[str, Any]) -> str:
@@ -319,14 +312,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_mux.bench.kernels", description=__doc__)
     parser.add_argument("--json", type=Path, help="where the numbers go")
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 4, 16], help="slot counts")
-    parser.add_argument("--only", nargs="+", default=[""], help="layers whose model and name contain one")
+    parser.add_argument("--only", default="", help="layers whose model and name contain this")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1), help="compile processes")
     options = parser.parse_args(argv)
-    layers = [
-        layer for layer in LAYERS if any(word in f"{layer.model} {layer.name}" for word in options.only)
-    ]
+    layers = [layer for layer in LAYERS if options.only in f"{layer.model} {layer.name}"]
     if not layers:
-        parser.error(f"no layer contains {' or '.join(map(repr, options.only))}")
+        parser.error(f"no layer contains {options.only!r}")
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here, and super-kernels run on one only")
     announce(torch.device("cuda"))

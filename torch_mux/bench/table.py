@@ -101,8 +101,8 @@ def read(content: dict[str, Any]) -> list[Measurement]:
         layer = Layer(**{**fields, "conv": None if fields["conv"] is None else tuple(fields["conv"])})
         own, times = own_class(layer), {}
         for row in result["candidates"]:
-            kind = {"split": 1, **row["class"]}  # the first records knew no split
-            if BitClass(**{**kind, "family": Family(kind["family"])}) == own:
+            kind = row["class"]
+            if BitClass(Family(kind["family"]), kind["swap"], kind["gather"], kind["precision"]) == own:
                 times[Tile(**row["tile"])] = row["microseconds"]
         found.append(Measurement(layer, result["slots"], times))
     return found
