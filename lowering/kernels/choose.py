@@ -109,6 +109,11 @@ _LEAN = (
     Tile(128, 64, 64, 4, 3, 3),
     Tile(64, 128, 64, 4, 3, 3),
 )
+#: Many bytes under way for the long reduction of a convolution over few pixels.
+_DEEP = (
+    Tile(64, 32, 128, 4, 4, 2),
+    Tile(64, 16, 128, 4, 4, 2),
+)
 _MMA = (
     Tile(16, 16, 256, 4, 4, 3),
     Tile(16, 32, 256, 4, 3, 3),
@@ -159,8 +164,8 @@ def candidates(
             registers that it can have: eight warps of such threads fit.
     """
     base: tuple[Tile, ...] = _WGMMA if bit_class.family is Family.WGMMA else _MMA
-    if bit_class.family is Family.WGMMA and lean:
-        base += _LEAN
+    if bit_class.family is Family.WGMMA:
+        base += _LEAN if lean else _DEEP
     if bit_class.gather and bit_class.family is Family.WGMMA:
         base = _NARROW if narrow else _GATHER
     if bit_class.step:
@@ -212,8 +217,13 @@ def _best(
     found = candidates(bit_class, dtype, kind_of(bit_class, channels) == "narrow", lean, wide)
     if channels and not bit_class.step:
         reduction = [k for _, _, k in sizes] if bit_class.gather else channels
-        fitting = (replace(each, block_k=_step(each.block_k, reduction)) for each in found)
-        found = tuple(dict.fromkeys(fitting))
+        found = tuple(
+            dict.fromkeys(
+                replace(each, block_k=_step(each.block_k, reduction))
+                for each in found
+                if each not in _DEEP or all(count % each.block_k == 0 for count in reduction)
+            )
+        )
     entry = None
     if len(set(sizes)) == 1 and dtype.itemsize == 2 and wide:
         entry = table.nearest(bit_class, sizes[0], channels[0] if channels else None, len(sizes), sms)

@@ -10,12 +10,13 @@ import pytest
 
 from torch_mux.bench import table
 from torch_mux.bench.layers import LAYERS
-from torch_mux.bench.table import Measurement
+from torch_mux.bench.table import Measurement, merged
 from torch_mux.lowering.kernels import choose, measured
 from torch_mux.lowering.kernels.data import Tile
 from torch_mux.lowering.kernels.estimate import RATES, kind_of
 
-NUMBERS = Path(__file__).parents[2] / "docs" / "benchmarks" / "kernels-h100.json"
+FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
+NUMBERS = [FOLDER / name for name in ("kernels-h100.json", "kernels-split-h100.json")]
 
 
 def invented(factor: dict[str, float]) -> list[Measurement]:
@@ -70,7 +71,7 @@ def test_totals_weigh_layers_by_how_often_a_model_has_them() -> None:
 
 
 def test_the_command_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = json.loads(NUMBERS.read_text())
+    content = merged([json.loads(path.read_text()) for path in NUMBERS])
     some = tmp_path / "numbers.json"
     kept = [each for each in content["results"] if each["layer"]["m"] in (1, 197, 12544, 196)]
     some.write_text(json.dumps({**content, "results": kept}))

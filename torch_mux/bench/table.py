@@ -1,4 +1,4 @@
-"""Makes the chooser's measured table: ``python -m torch_mux.bench.table docs/benchmarks/kernels-h100.json``.
+"""Makes the chooser's measured table: ``python -m torch_mux.bench.table docs/benchmarks/kernels-*h100.json``.
 
 Reads what ``python -m torch_mux.bench.kernels --json`` wrote, writes the table that
 :mod:`torch_mux.lowering.kernels.choose` looks into, fits the constants of the analytic model again
@@ -9,6 +9,7 @@ table, without it and, on demand, with each shape left out of the fit as well.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections import defaultdict
@@ -93,6 +94,26 @@ def own_class(layer: Layer) -> BitClass:
     return choose.conv_class([size], [layer.channels], layer.conv[2] ** 2, HALF, False)
 
 
+def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first record with the tiles that others of the same kind of device have measured since.
+
+    Rows of a reduction that is split are left out: kernels cannot do that (it lost, see the design page).
+    """
+    first, *others = contents
+    results = {json.dumps([result["layer"], result["slots"]]): result for result in first["results"]}
+    for content in others:
+        for result in content["results"]:
+            key = json.dumps([result["layer"], result["slots"]])
+            if key not in results:
+                continue
+            before = results[key]["candidates"]
+            known = [row["tile"] for row in before]
+            new = [row for row in result["candidates"] if row["tile"] not in known]
+            whole = [row for row in new if row["class"].get("split", 1) == 1]
+            results[key] = {**results[key], "candidates": [*before, *whole]}
+    return {**first, "results": list(results.values())}
+
+
 def read(content: dict[str, Any]) -> list[Measurement]:
     """What the benchmark's JSON says of the class of every layer."""
     found = []
@@ -104,7 +125,8 @@ def read(content: dict[str, Any]) -> list[Measurement]:
             kind = row["class"]
             if BitClass(Family(kind["family"]), kind["swap"], kind["gather"], kind["precision"]) == own:
                 times[Tile(**row["tile"])] = row["microseconds"]
-        found.append(Measurement(layer, result["slots"], times))
+        if times:
+            found.append(Measurement(layer, result["slots"], times))
     return found
 
 
@@ -175,8 +197,11 @@ def totals(found: Sequence[Measurement], pick: Callable[[Measurement], Tile]) ->
     """By model and slots: what the picked tiles take together, divided by what the best take."""
     sums: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for each in found:
+        tile = pick(each)
+        if tile not in each.microseconds:  # the record is older than the tile
+            continue
         entry = sums[each.layer.model, each.slots]
-        entry[0] += each.layer.count * each.microseconds[pick(each)]
+        entry[0] += each.layer.count * each.microseconds[tile]
         entry[1] += each.layer.count * each.best
     return {key: own / best for key, (own, best) in sums.items() if best}
 
@@ -207,11 +232,11 @@ def left_out(found: Sequence[Measurement], sms: int) -> dict[tuple[str, int], fl
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the table and prints the constants and the chooser's distance from the best tiles."""
     parser = argparse.ArgumentParser(prog="python -m torch_mux.bench.table", description=__doc__)
-    parser.add_argument("json", type=Path, help="what the kernel benchmark wrote")
+    parser.add_argument("json", type=Path, nargs="+", help="what the kernel benchmark wrote")
     parser.add_argument("--out", type=Path, default=Path(measured.__file__).with_name("measured.json"))
     parser.add_argument("--leave-out", action="store_true", help="fit without each shape, too: a minute")
     options = parser.parse_args(argv)
-    content = measure.read(parser, options.json)
+    content = merged([measure.read(parser, path) for path in options.json])
     table, found = table_of(content), read(content)
     options.out.write_text(measured.dump(table))
     for kind in FITTED:
