@@ -18,7 +18,7 @@ def test_figure_and_table_follow_the_record() -> None:
     content = json.loads(RECORD.read_text())
     figure = plot_kernels.svg(content)
     assert RECORD.with_suffix(".svg").read_text() == figure
-    assert plot_kernels.markdown(content) in (ROOT / "README.md").read_text()
+    assert plot_kernels.markdown(content) in (ROOT / "docs" / "design" / "kernels.md").read_text()
     ElementTree.fromstring(figure)
 
 

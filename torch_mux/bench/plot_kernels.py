@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the figure, print the table, and fill the README if asked to."""
+    """Draw the figure, print the table, and fill a page's block if asked to."""
     parser = argparse.ArgumentParser(prog="python -m torch_mux.bench.plot_kernels", description=__doc__)
     parser.add_argument("json", type=Path, help="what the kernel benchmark wrote")
     parser.add_argument("--readme", type=Path, help="a file with the two marks")
@@ -110,9 +111,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     content = json.loads(options.json.read_text())
     figure = options.json.with_suffix(".svg")
     figure.write_text(svg(content))
-    block = f"![convolutions and GEMMs of 16 models]({figure})\n\n{markdown(content)}\n\n{_facts(content)}. "
-    block += f"From `{options.json}`: `{content['environment']['command']}`."
     if options.readme is not None:
+        link = Path(os.path.relpath(figure.resolve(), options.readme.resolve().parent)).as_posix()
+        block = (
+            f"![convolutions and GEMMs of 16 models]({link})\n\n{markdown(content)}\n\n{_facts(content)}. "
+        )
+        block += f"From `{options.json}`: `{content['environment']['command']}`."
         options.readme.write_text(fill(options.readme.read_text(), block))
     print(markdown(content))
 
