@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch_mux.runtime.request import Request, RequestState
 __all__ = ["Accounting", "StatsSnapshot", "TenantStats"]
 
 _WINDOW = 2048
+_DONE, _CANCELLED = RequestState.DONE, RequestState.CANCELLED
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,6 @@ class _Tenant:
         "device_seconds",
         "errors",
         "latencies",
-        "next",
         "ok",
         "queue_seconds",
         "shared",
@@ -85,15 +84,26 @@ class _Tenant:
         self.accepted = self.ok = self.errors = self.cancelled = 0
         self.coalescible = self.shared = 0
         self.device_seconds = self.queue_seconds = 0.0
-        self.latencies = array("d")
-        self.next = 0
+        self.latencies: deque[float] = deque(maxlen=_WINDOW)
 
-    def latency(self, seconds: float) -> None:
-        if len(self.latencies) < _WINDOW:
-            self.latencies.append(seconds)
-        else:
-            self.latencies[self.next] = seconds
-            self.next = (self.next + 1) % _WINDOW
+    def ended(self, requests: Sequence[Request], now: float) -> None:
+        arrivals = [request.arrival for request in requests if request.state is _DONE]
+        self.ok += len(arrivals)
+        self.latencies.extend([now - arrival if now > arrival else 0.0 for arrival in arrivals])
+        if len(arrivals) < len(requests):
+            cancelled = sum(request.state is _CANCELLED for request in requests)
+            self.cancelled += cancelled
+            self.errors += len(requests) - len(arrivals) - cancelled
+
+    def ran(self, requests: Sequence[Request], each: float, coalescible: bool, shared: bool) -> None:
+        count = len(requests)
+        self.device_seconds += each * count
+        self.queue_seconds += sum(
+            [one.started - one.arrival if one.started > one.arrival else 0.0 for one in requests]
+        )
+        if coalescible:
+            self.coalescible += count
+            self.shared += count if shared else 0
 
     def snapshot(self, name: str, held: int) -> TenantStats:
         ordered = sorted(self.latencies)
@@ -142,24 +152,25 @@ class Accounting:
             tenant = self._tenants[name] = _Tenant()
         return tenant
 
+    def _by_tenant(self, requests: Sequence[Request]) -> list[tuple[_Tenant, Sequence[Request]]]:
+        """Requests with the counters of their tenant: all together where they run under one quota."""
+        first = requests[0].quota if requests else None
+        for request in requests:
+            if request.quota is not first:
+                return [(self._tenant(one.quota.tenant), (one,)) for one in requests]
+        return [(self._tenant(first.tenant), requests)] if first is not None else []
+
     def accepted(self, requests: Sequence[Request]) -> None:
         """Requests were queued."""
         with self._lock:
-            for request in requests:
-                self._tenant(request.quota.tenant).accepted += 1
+            for tenant, group in self._by_tenant(requests):
+                tenant.accepted += len(group)
 
     def ended(self, requests: Sequence[Request], now: float) -> None:
         """Requests ended at ``now``; their state says how."""
         with self._lock:
-            for request in requests:
-                tenant = self._tenant(request.quota.tenant)
-                if request.state is RequestState.DONE:
-                    tenant.ok += 1
-                    tenant.latency(max(0.0, now - request.arrival))
-                elif request.state is RequestState.CANCELLED:
-                    tenant.cancelled += 1
-                else:
-                    tenant.errors += 1
+            for tenant, group in self._by_tenant(requests):
+                tenant.ended(group, now)
         if self.memory is not None:
             self.memory.release(requests)
 
@@ -172,13 +183,8 @@ class Accounting:
             self._requests += slots
             self._seconds += seconds
             self._sizes[slots] += 1
-            for request in requests:
-                tenant = self._tenant(request.quota.tenant)
-                tenant.device_seconds += each
-                tenant.queue_seconds += max(0.0, request.started - request.arrival)
-                if coalesced:
-                    tenant.coalescible += 1
-                    tenant.shared += slots > 1
+            for tenant, group in self._by_tenant(requests):
+                tenant.ran(group, each, coalesced, slots > 1)
 
     def snapshot(self) -> StatsSnapshot:
         """Everything counted so far, as frozen data."""

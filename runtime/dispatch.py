@@ -74,20 +74,20 @@ class Dispatcher:
             ClosedError: the engine was closed.
         """
         failed: list[Request] = []
+        taken: list[Request] = []
         with self._mutex:
             if self._closed:
                 raise ClosedError
             for request in requests:
-                instance, served = request.instance, request.instance.served
+                instance = request.instance
+                served = instance.served
                 instance.uses += 1
                 if instance.removed:
                     request.error = ModelRemoved(model=served.program.name)
                 elif served.error is not None:
                     request.error = failure(served, served.error)
-                if request.error is None:
-                    self._line.append(request)
-                else:
-                    failed.append(request)
+                (taken if request.error is None else failed).append(request)
+            self._line.extend(taken)
             self._line.rouse(requests)
         self._accounting.accepted(requests)
         if failed:
@@ -291,6 +291,8 @@ class Dispatcher:
 
     def _hand_on(self, poke: bool) -> None:
         """Offers the free role to a blocked caller, or else to the service thread; the mutex is held."""
+        if not self._line.active:
+            return
         waiter = self._line.waiter()
         if waiter is not None:
             waiter.signal()

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 import torch
@@ -249,14 +250,14 @@ class Engine:
             live.append((instance, quota))
         self._memory.reserve(live)
         requests: list[Request] = []
-        queued: set[Request | None] = set()
+        queued: list[Request] = []
         try:
-            inference, arrival = torch.is_inference_mode_enabled(), self.clock()
+            inference, arrival, client = torch.is_inference_mode_enabled(), self.clock(), get_ident()
             for (instance, quota), (_, inputs, _) in zip(live, calls, strict=True):
                 served = instance.served
                 outputs = served.allocate(instance, inputs) if served.coalesced else []
                 requests.append(
-                    Request(served.dispatcher, instance, inputs, outputs, quota, inference, arrival)
+                    Request(served.dispatcher, instance, inputs, outputs, quota, inference, arrival, client)
                 )
             for dispatcher, own in by_dispatcher(requests):
                 mark = dispatcher.executor.mark()
@@ -264,12 +265,11 @@ class Engine:
                     for request in own:
                         request.mark = mark
                 dispatcher.enqueue(own)
-                queued.update(own)
+                queued.extend(own)
         except BaseException:
             # What was queued gives its memory back when it ends.
-            self._memory.cancel(
-                call for call, request in zip_longest(live, requests) if request not in queued
-            )
+            kept = set(queued)
+            self._memory.cancel(call for call, request in zip_longest(live, requests) if request not in kept)
             if self._closed:
                 leaving.wait_if_leaving()
             raise

@@ -23,13 +23,14 @@ class Line:
         self._kicked = 0
         self._nap: tuple[Waiter, Mapping[str, int]] | None = None
 
-    def append(self, request: Request) -> None:
-        """Queues a request behind all others."""
-        served = request.served
-        request.seq = self._next
-        self._next += 1
-        served.requests.append(request)
-        self.active[served] = None
+    def extend(self, requests: Sequence[Request]) -> None:
+        """Queues requests behind all others."""
+        for request in requests:
+            served = request.instance.served
+            request.seq = self._next
+            self._next += 1
+            served.requests.append(request)
+            self.active[served] = None
 
     def put_back(self, requests: Sequence[Request]) -> None:
         """Requests of one program that had been taken out become its oldest again."""
@@ -43,13 +44,14 @@ class Line:
     def take_out(self, requests: Sequence[Request]) -> None:
         """Removes pending requests."""
         for request in requests:
-            queue = request.served.requests
+            served = request.instance.served
+            queue = served.requests
             if queue and queue[0] is request:
                 queue.popleft()
             else:
                 queue.remove(request)
             if not queue:
-                self.active.pop(request.served, None)
+                self.active.pop(served, None)
 
     def queued(self, unready_only: bool = False) -> list[Request]:
         """Everything pending, or what waits for its plan."""
@@ -62,7 +64,7 @@ class Line:
 
     def runnable(self) -> bool:
         """Whether a request with a plan is pending."""
-        return any(served.ready for served in self.active)
+        return True in [served.ready for served in self.active]
 
     def ordered(self) -> list[ServedProgram]:
         """The programs, that of the oldest request first."""
@@ -110,11 +112,17 @@ class Line:
         return True
 
 
-def go_out(request: Request) -> None:
-    """Marks a request as out and wakes those who wait for it; the mutex is held."""
-    if request.out:
-        return
-    request.out = True
+def go_out(requests: Sequence[Request]) -> None:
+    """Marks requests as out and wakes those who wait for them; the mutex is held."""
+    for request in requests:
+        if request.out:
+            continue
+        request.out = True
+        if request.waiters:
+            _tell(request)
+
+
+def _tell(request: Request) -> None:
     for waiter in request.waiters:
         waiter.left -= 1
         if waiter.left <= 0:

@@ -72,7 +72,7 @@ class MemoryLedger:
             MemoryQuotaExceeded: a tenant would hold more than its quota allows.
         """
         with self._lock:
-            done: list[tuple[Instance, Quota]] = []
+            done = 0
             joined: list[tuple[Instance, str]] = []
             try:
                 for instance, quota in calls:
@@ -83,14 +83,14 @@ class MemoryLedger:
                         joined.append((instance, name))
                         self._kept = None
                     self._flying[name] = self._flying.get(name, 0) + instance.served.output_bytes
-                    done.append((instance, quota))
+                    done += 1
                     if before is not None:
                         self._check(instance, quota, before)
             except MemoryQuotaExceeded:
                 for instance, name in joined:
                     instance.tenants -= {name}
                     self._kept = None
-                self._release(done)
+                self._release(calls[:done])
                 raise
 
     def _check(self, instance: Instance, quota: Quota, before: int) -> None:
@@ -109,7 +109,7 @@ class MemoryLedger:
     def release(self, requests: Iterable[Request]) -> None:
         """These requests ended: their outputs are their callers'."""
         with self._lock:
-            self._release((request.instance, request.quota) for request in requests)
+            self._release([(request.instance, request.quota) for request in requests])
 
     def cancel(self, calls: Iterable[tuple[Instance, Quota]]) -> None:
         """Takes back :meth:`reserve` for requests that were not queued after all."""
@@ -117,12 +117,14 @@ class MemoryLedger:
             self._release(calls)
 
     def _release(self, calls: Iterable[tuple[Instance, Quota]]) -> None:
+        flying = self._flying
         for instance, quota in calls:
-            left = self._flying.get(quota.tenant, 0) - instance.served.output_bytes
+            name = quota.tenant
+            left = flying.get(name, 0) - instance.served.output_bytes
             if left > 0:
-                self._flying[quota.tenant] = left
+                flying[name] = left
             else:
-                self._flying.pop(quota.tenant, None)
+                flying.pop(name, None)
 
     def unaffordable(self, request: Request) -> MemoryQuotaExceeded | None:
         """Why what has to be prepared for a request may not be: its plan was not there when it was queued."""

@@ -33,6 +33,7 @@ class RequestState(Enum):
     CANCELLED = "cancelled"
 
 
+_QUEUED = RequestState.QUEUED
 _TERMINAL = frozenset({RequestState.DONE, RequestState.ERROR, RequestState.CANCELLED})
 
 
@@ -117,6 +118,7 @@ class Request:
         quota: Quota,
         inference: bool,
         arrival: float,
+        client: int,
     ) -> None:
         self.dispatcher = dispatcher
         self.instance = instance
@@ -126,9 +128,9 @@ class Request:
         self.inference = inference
         self.arrival = arrival
         self.started = arrival
-        self.client = threading.get_ident()
+        self.client = client
         self.seq = 0
-        self.state = RequestState.QUEUED
+        self.state = _QUEUED
         self.out = False
         self.error: Exception | None = None
         self.mark: object = None
@@ -190,7 +192,10 @@ def by_dispatcher(requests: Sequence[Request]) -> list[tuple[Dispatcher, Sequenc
     if not requests:
         return []
     first = requests[0].dispatcher
-    if len(requests) == 1 or all(request.dispatcher is first for request in requests):
+    for request in requests:
+        if request.dispatcher is not first:
+            break
+    else:
         return [(first, requests)]
     groups: dict[Dispatcher, list[Request]] = {}
     for request in requests:

@@ -23,6 +23,9 @@ __all__ = ["Runner", "call_back"]
 
 logger = logging.getLogger(__name__)
 
+_RUNNING, _DONE = RequestState.RUNNING, RequestState.DONE
+_ERROR, _CANCELLED = RequestState.ERROR, RequestState.CANCELLED
+
 
 class Runner:
     """From an issued bundle to the ends of its requests.
@@ -56,7 +59,7 @@ class Runner:
         requests = cast("list[Request]", list(issue.requests))
         self._line.take_out(requests)
         for request in requests:
-            request.state = RequestState.RUNNING
+            request.state = _RUNNING
             request.started = now
         self._underway = requests
         self._policy.issued(issue, now)
@@ -108,9 +111,8 @@ class Runner:
             self._settle(bundle, ended, ended - started)
             return
         with self.mutex:
-            for request in bundle.requests:
-                go_out(request)
-                self.watched = self.watched or bool(request.callbacks)
+            go_out(bundle.requests)
+            self.watched = self.watched or any(request.callbacks for request in bundle.requests)
 
     def _settle(self, bundle: Bundle, ended: float, seconds: float) -> None:
         bundle.seconds = seconds
@@ -166,12 +168,12 @@ class Runner:
         """Requests ended: counts, tells those who wait, and calls back. Any thread may call it."""
         callbacks: list[tuple[Callable[[Request], object], Request]] = []
         for request in requests:
-            if request.state is not RequestState.CANCELLED:
-                request.state = RequestState.DONE if request.error is None else RequestState.ERROR
+            if request.state is not _CANCELLED:
+                request.state = _DONE if request.error is None else _ERROR
         self._accounting.ended(requests, now)
         with self.mutex:
+            go_out(requests)
             for request in requests:
-                go_out(request)
                 request.inputs = ()
                 request.mark = request.flight = None
                 if request.callbacks:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from torch_mux.errors import DeviceMismatch, ExecutionFailed
 from torch_mux.lowering.program import Program
@@ -62,15 +61,18 @@ class ServedProgram:
         self.devices = tuple(
             (index, spec.device) for index, spec in enumerate(program.inputs) if spec is not None
         )
+        self._outputs = tuple(
+            (spec, program.literals.get(position)) for position, spec in enumerate(program.outputs)
+        )
 
-    def check(self, inputs: Sequence[object]) -> None:
+    def check(self, inputs: Sequence[Any]) -> None:
         """Compares the devices of a request's inputs with the program's.
 
         Raises:
             DeviceMismatch: the first input that lies elsewhere.
         """
         for index, device in self.devices:
-            got = cast(Tensor, inputs[index]).device
+            got = inputs[index].device
             if got != device:
                 raise DeviceMismatch(index=index, model=self.program.name, got=str(got), want=str(device))
 
@@ -85,10 +87,10 @@ class ServedProgram:
         Each has its own storage, except those that are views of an input, a parameter or another.
         """
         outputs: list[object] = [
-            self.program.literals.get(position)
+            literal
             if spec is None
             else torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
-            for position, spec in enumerate(self.program.outputs)
+            for spec, literal in self._outputs
         ]
         if self.program.derived:
             self.program.derive(outputs, inputs, instance.current())

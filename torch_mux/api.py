@@ -19,7 +19,7 @@ from torch_mux.futures import Future
 from torch_mux.learned import name_of
 from torch_mux.quotas import current_quota, parse_duration
 from torch_mux.report import Explanation, Stats, explanation, statistics
-from torch_mux.routes import ATTRIBUTE
+from torch_mux.routes import ATTRIBUTE, Here
 from torch_mux.settings import Settings
 from torch_mux.together import Assembly
 
@@ -61,8 +61,8 @@ def gather(*requests: tuple[Any, ...]) -> tuple[Any, ...]:
     for index, item in enumerate(requests):
         if not isinstance(item, tuple) or not item:
             raise InvalidRequest(index=index, got=f"a {type(item).__name__}" if item != () else "empty")
-    round_ = _Round([prepare(item[0], item[1:], {}) for item in requests])
-    return round_.run()
+    here = Here()
+    return _Round([prepare(item[0], item[1:], {}, here) for item in requests]).run()
 
 
 class _Round:
@@ -75,35 +75,39 @@ class _Round:
 
     def run(self) -> tuple[Any, ...]:
         """Every answer in order, or the first error once all have ended."""
+        learned: list[int] = []
+        guarded: list[int] = []
         for index, call in enumerate(self.calls):
             call.look_again()
-            if call.learnable:
+            if call.route is not None:
+                learned.append(index)
+            elif call.learnable:
                 self._keep(index, call.call)
-        open_ = [
-            index
-            for index in range(len(self.calls))
-            if index not in self.answers and index not in self.errors
-        ]
-        requests = self._submit([index for index in open_ if self.calls[index].route is not None])
-        self._guarded([index for index in open_ if self.calls[index].route is None])
+            else:
+                guarded.append(index)
+        requests = self._submit(learned)
+        if guarded:
+            self._guarded(guarded)
         if requests:
             state.engine().wait(list(requests.values()))
         for index, request in requests.items():
-            self._keep(index, partial(self.calls[index].finish_waited, request))
+            self._keep(index, self.calls[index].finish_waited, request)
         if self.errors:
             raise self.errors[min(self.errors)]
-        return tuple(self.answers[index] for index in range(len(self.calls)))
+        return tuple([self.answers[index] for index in range(len(self.calls))])
 
-    def _keep(self, index: int, function: Callable[[], Any]) -> None:
+    def _keep(self, index: int, function: Callable[..., Any], *args: Any) -> None:
         try:
-            self.answers[index] = function()
+            self.answers[index] = function(*args)
         except Exception as error:
             self.errors[index] = error
 
     def _submit(self, indices: Sequence[int]) -> dict[int, Any]:
         quota, calls = current_quota(), [self.calls[index] for index in indices]
+        if not calls:
+            return {}
         try:
-            together = state.engine().submit_all([call.request(quota) for call in calls]) if calls else []
+            together = state.engine().submit_all([call.request(quota) for call in calls])
             return dict(zip(indices, together, strict=True))
         except MuxError:
             log.debug("one request of a round was refused; each is submitted on its own")
@@ -128,7 +132,7 @@ class _Round:
             model = self.calls[index].model
             module = compat.original_module(model)
             groups.setdefault(id(model if module is None else module), []).append(index)
-        *others, last = groups.values() or [[]]
+        *others, last = groups.values()
         assembly = Assembly(len(groups), carry.WORKERS + 1)
         with assembly.entered():
             futures = [carry.run(partial(self._member, group, assembly)) for group in others]

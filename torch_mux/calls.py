@@ -14,7 +14,7 @@ import torch
 from torch_mux import compat, state
 from torch_mux.errors import DeviceMismatch, MuxError, NotCompiled, RefreshNeeded
 from torch_mux.learned import learn, name_of
-from torch_mux.routes import ATTRIBUTE, Arranged, Route, RouteTable, arrange, table_of
+from torch_mux.routes import ATTRIBUTE, Arranged, Here, Route, RouteTable, arrange, table_of
 from torch_mux.types import FallbackKind, FallbackReason, Quota
 
 __all__ = ["Prepared", "is_mux", "prepare", "require_mux"]
@@ -42,7 +42,7 @@ def require_mux(model: Any) -> None:
         raise NotCompiled(model=name_of(model))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Prepared:
     """One call that was not made yet.
 
@@ -74,7 +74,7 @@ class Prepared:
         if self.route is None:
             self.route = self.table.find(self.arranged)
 
-    def request(self, quota: Quota) -> tuple[Any, list[object], Quota]:
+    def request(self, quota: Quota) -> tuple[Any, Sequence[object], Quota]:
         """What to give to ``Engine.submit_all`` for a learned signature."""
         assert self.route is not None
         return self.route.instance, self.route.fill(self.arranged.leaves), quota
@@ -160,19 +160,24 @@ class Prepared:
         return lesson.result
 
 
-def prepare(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
+def prepare(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], here: Here | None = None) -> Prepared:
     """Looks the call's signature up; a few microseconds for a learned one.
+
+    Args:
+        here: the modes of this thread where they have been looked at.
 
     Raises:
         NotCompiled: ``model`` was not compiled with mux.
     """
-    if not hasattr(model, "__dict__"):
+    known = getattr(model, "__dict__", None)
+    if known is None:
         raise NotCompiled(model=name_of(model))
-    if ATTRIBUTE not in vars(model):
+    if ATTRIBUTE not in known:
         require_mux(model)
+    here = here or Here()
     table = table_of(model, state.epoch())
-    arranged = arrange(args, kwargs)
-    return Prepared(model, args, kwargs, arranged, table, table.find(arranged))
+    arranged = arrange(args, kwargs, here)
+    return Prepared(model, args, kwargs, arranged, table, table.find(arranged, here))
 
 
 def _quota() -> Quota:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +21,15 @@ from torch_mux.plain import CONSTANTS
 from torch_mux.types import FallbackReason, Quota
 from torch_mux.watching import Structure, Watches
 
-__all__ = ["ATTRIBUTE", "Arranged", "Route", "RouteTable", "Submits", "arrange", "table_of"]
+__all__ = ["ATTRIBUTE", "Arranged", "Here", "Route", "RouteTable", "Submits", "arrange", "table_of"]
 
 ROUTE_LIMIT = 64
 ATTRIBUTE = "_torch_mux_routes"
 _TENSORS = (torch.Tensor, nn.Parameter)
 _PLAIN = frozenset(CONSTANTS)
+
+Pick = Callable[[Sequence[Any]], Sequence[Any]]
+"""Takes items of a sequence in a fixed order."""
 
 
 class Submits(Protocol):
@@ -36,7 +40,37 @@ class Submits(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+class Here:
+    """The modes of this thread, looked at once for calls between which no Python of the user's runs.
+
+    Attributes:
+        grad, inference: grad and inference mode.
+        modes: how many torch function and dispatch modes are active.
+    """
+
+    __slots__ = ("_held", "grad", "inference", "modes")
+
+    def __init__(self) -> None:
+        self.look()
+
+    def look(self) -> None:
+        """Looks again."""
+        self.grad = torch.is_grad_enabled()
+        self.inference = torch.is_inference_mode_enabled()
+        self.modes = compat.active_modes()
+        self._held: Callable[[], bool] | None = None
+
+    def holds(self, state: Callable[[], bool]) -> bool:
+        """Whether this check of grad mode, autocast and other global state succeeds."""
+        if state is self._held:
+            return True
+        if not state():
+            return False
+        self._held = state
+        return True
+
+
+@dataclass(eq=False, slots=True)
 class Arranged:
     """Arguments of one call, flattened.
 
@@ -51,21 +85,36 @@ class Arranged:
     key: tuple[object, ...] | None
 
 
-def arrange(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arranged:
-    """Flattens the arguments of one call; tensors in any nesting that ``torch.utils._pytree`` knows."""
-    key: list[object] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
-    leaves, spec = args, None
-    if kwargs or not all(type(leaf) in _TENSORS or type(leaf) in _PLAIN for leaf in args):
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        leaves = tuple(flat)
+def arrange(args: tuple[Any, ...], kwargs: dict[str, Any], here: Here | None = None) -> Arranged:
+    """Flattens the arguments of one call; tensors in any nesting that ``torch.utils._pytree`` knows.
+
+    Args:
+        here: the modes of this thread where they have been looked at.
+    """
+    here = here or Here()
+    grad, inference = here.grad, here.inference
+    if not kwargs:
+        key = _key(args, grad, inference)
+        if key is not None:
+            return Arranged(args, None, key)
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    here.look()  # classes may bring the Python that flattens them
+    leaves = tuple(flat)
+    return Arranged(leaves, spec, _key(leaves, grad, inference))
+
+
+def _key(leaves: Sequence[Any], grad: bool, inference: bool) -> tuple[object, ...] | None:
+    """``Arranged.key``, or None where a leaf is neither a tensor nor a constant."""
+    key: list[object] = [grad, inference]
     for leaf in leaves:
-        if type(leaf) in _TENSORS:
+        kind = type(leaf)
+        if kind in _TENSORS:
             key.append(leaf.shape)
-        elif type(leaf) in _PLAIN:
-            key.append((type(leaf), leaf))
+        elif kind in _PLAIN:
+            key.append((kind, leaf))
         else:
-            return Arranged(leaves, spec, None)
-    return Arranged(leaves, spec, tuple(key))
+            return None
+    return tuple(key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +135,10 @@ class Route:
         result: where every leaf of the result comes from: ("output" or "argument", position) or
             ("constant", value).
         nesting: makes the result of its leaves, or None where the result is one leaf.
+        checked: picks the tensors to check from the leaves.
+        fill: makes the program's inputs in order of the leaves.
+        places: (source, position) of every leaf of the result; the sources are outputs, leaves and constants.
+        constants: those of the result.
     """
 
     engine: Submits
@@ -100,17 +153,35 @@ class Route:
     watches: Watches
     result: tuple[tuple[str, Any], ...]
     nesting: Form | None
+    checked: Pick = field(init=False)
+    fill: Pick = field(init=False)
+    places: tuple[tuple[int, int], ...] = field(init=False)
+    constants: tuple[object, ...] = field(init=False)
 
-    def matches(self, arranged: Arranged) -> bool:
+    def __post_init__(self) -> None:
+        constants: list[object] = []
+        places: list[tuple[int, int]] = []
+        for kind, value in self.result:
+            if kind == "constant":
+                places.append((2, len(constants)))
+                constants.append(value)
+            else:
+                places.append((0 if kind == "output" else 1, value))
+        object.__setattr__(self, "checked", _picking(self.tensors))
+        object.__setattr__(self, "fill", _filling(self.inputs))
+        object.__setattr__(self, "places", tuple(places))
+        object.__setattr__(self, "constants", tuple(constants))
+
+    def matches(self, arranged: Arranged, here: Here | None = None) -> bool:
         """Whether the call has this route's signature; its key is equal already."""
-        leaves = arranged.leaves
+        here, leaves = here or Here(), arranged.leaves
         return (
             not self.instance.dropped
-            and self.state()
-            and self.check(*[leaves[position] for position in self.tensors])
-            and not compat.active_modes()
+            and here.holds(self.state)
+            and self.check(*self.checked(leaves))
+            and not here.modes
             and (self.spec is arranged.spec or self.spec == arranged.spec)
-            and all(leaves[one] is leaves[other] for one, other in self.same)
+            and (not self.same or all(leaves[one] is leaves[other] for one, other in self.same))
         )
 
     def holds(self) -> bool:
@@ -124,17 +195,27 @@ class Route:
         """
         return self.structure.unchanged() and self.watches.unchanged()
 
-    def fill(self, leaves: Sequence[Any]) -> list[object]:
-        """The program's inputs in order."""
-        return [leaves[value] if leaf else value for leaf, value in self.inputs]
-
     def finish(self, outputs: Sequence[object], leaves: Sequence[Any]) -> Any:
         """The model's result from the graph's outputs, nested as the model returned it."""
-        values = [
-            outputs[value] if kind == "output" else leaves[value] if kind == "argument" else value
-            for kind, value in self.result
-        ]
+        sources = (outputs, leaves, self.constants)
+        values = [sources[source][position] for source, position in self.places]
         return values[0] if self.nesting is None else self.nesting(values)
+
+
+def _picking(positions: Sequence[int]) -> Pick:
+    """What picks the items at ``positions`` of a sequence."""
+    first = positions[0] if positions else 0
+    neighbours = slice(first, first + len(positions))
+    if list(positions) == list(range(neighbours.start, neighbours.stop)):
+        return itemgetter(neighbours)
+    return itemgetter(*positions)
+
+
+def _filling(inputs: Sequence[tuple[bool, Any]]) -> Pick:
+    """What makes a program's inputs of the leaves of a call; see ``Route.inputs``."""
+    if all(leaf for leaf, _ in inputs):
+        return _picking([position for _, position in inputs])
+    return lambda leaves: [leaves[value] if leaf else value for leaf, value in inputs]
 
 
 def _no_routes() -> dict[tuple[object, ...], list[Route]]:
@@ -155,12 +236,12 @@ class RouteTable:
     routes: dict[tuple[object, ...], list[Route]] = field(default_factory=_no_routes)
     refusals: dict[tuple[object, ...], FallbackReason] = field(default_factory=dict)
 
-    def find(self, arranged: Arranged) -> Route | None:
+    def find(self, arranged: Arranged, here: Here | None = None) -> Route | None:
         """The route of this signature, if one was learned; ``Route.holds`` is still to be asked."""
         if arranged.key is None:
             return None
         for route in self.routes.get(arranged.key, ()):
-            if route.matches(arranged):
+            if route.matches(arranged, here):
                 return route
         return None
 
@@ -201,9 +282,10 @@ class RouteTable:
 
 def table_of(model: Any, epoch: int) -> RouteTable:
     """The route table on ``model``, emptied if the engine it was learned with is gone."""
-    table = vars(model).get(ATTRIBUTE)
+    known = vars(model)
+    table = known.get(ATTRIBUTE)
     if table is None:
-        table = vars(model)[ATTRIBUTE] = RouteTable(epoch)
+        table = known[ATTRIBUTE] = RouteTable(epoch)
     if table.epoch != epoch:
         table.clear()
         table.epoch = epoch

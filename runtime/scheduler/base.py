@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
@@ -71,16 +71,14 @@ class LaneLoad:
     bundles: int = 0
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """Everything pending, the queue with the oldest request first, and the load of every lane."""
 
     queues: Sequence[Queue]
     lanes: Sequence[LaneLoad]
 
 
-@dataclass(frozen=True)
-class Issue:
+class Issue(NamedTuple):
     """These requests of one program go out now.
 
     Attributes:
@@ -148,7 +146,10 @@ def share_of(requests: Sequence[Ticket]) -> float:
     largest.
     """
     limits: dict[str, float] = {}
+    last: Quota | None = None
     for request in requests:
         quota = request.quota
-        limits[quota.tenant] = max(limits.get(quota.tenant, 0.0), quota.sms)
+        if quota is not last:
+            last = quota
+            limits[quota.tenant] = max(limits.get(quota.tenant, 0.0), quota.sms)
     return min(1.0, sum(limits.values()))

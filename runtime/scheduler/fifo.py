@@ -22,6 +22,7 @@ from torch_mux.settings import Settings
 __all__ = ["FifoPolicy"]
 
 _MOST_MISSES = 6
+_NEVER = float("inf")
 
 
 @dataclass
@@ -51,7 +52,7 @@ class FifoPolicy:
 
     def form(self, view: View, now: float, settings: Settings) -> Decision:
         """The oldest request that can go out, with those of its program up to ``max_bundle``."""
-        until = float("inf")
+        until = _NEVER
         wake: dict[str, int] = {}
         held = full = False
         for queue in view.queues:
@@ -61,8 +62,7 @@ class FifoPolicy:
             if lane is None:
                 full = True
                 continue
-            limit = max(1, min(settings.max_bundle, queue.slots))
-            count = len(queue.requests)
+            limit, count = max(1, min(settings.max_bundle, queue.slots)), len(queue.requests)
             if count < limit:
                 awaited = self._awaited(queue, now, settings)
                 if awaited is not None:
@@ -73,7 +73,7 @@ class FifoPolicy:
                     continue
             requests = tuple(islice(queue.requests, limit))
             return Issue(queue.key, requests, share_of(requests), lane)
-        if until < float("inf"):
+        if until < _NEVER:
             return Later(until, wake)
         if held:
             return Busy(wake)
@@ -99,13 +99,15 @@ class FifoPolicy:
 
     def issued(self, issue: Issue, now: float) -> None:
         """Learns whether the cohort came back, and takes the bundle's clients as the next one."""
-        cohort = self._cohorts.setdefault(issue.key, _Cohort())
+        cohort = self._cohorts.get(issue.key)
+        if cohort is None:
+            cohort = self._cohorts[issue.key] = _Cohort()
         if cohort.skip:
             cohort.skip -= 1
         elif len(cohort.clients) > 1:
             cohort.misses = min(_MOST_MISSES, cohort.misses + 1) if _missing(cohort, issue.requests) else 0
             cohort.skip = (1 << (cohort.misses - 1)) - 1 if cohort.misses else 0
-        cohort.clients = frozenset(request.client for request in issue.requests)
+        cohort.clients = frozenset([request.client for request in issue.requests])
         cohort.under_way += 1
 
     def completed(self, key: str, now: float, seconds: float) -> None:
@@ -122,11 +124,14 @@ class FifoPolicy:
 
 
 def _missing(cohort: _Cohort, requests: Sequence[Ticket]) -> int:
-    return len(cohort.clients.difference(request.client for request in requests))
+    return len(cohort.clients.difference([request.client for request in requests]))
 
 
 def _lane(lanes: Sequence[LaneLoad], ordered: bool, settings: Settings) -> int | None:
     """The least loaded lane with room, or None."""
-    choice = range(1) if ordered else range(len(lanes))
-    best = min(choice, key=lambda lane: lanes[lane].bundles)
+    best = 0
+    if not ordered:
+        for lane, load in enumerate(lanes):
+            if load.bundles < lanes[best].bundles:
+                best = lane
     return best if lanes[best].bundles < settings.in_flight else None

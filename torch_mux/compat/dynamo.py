@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import types
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 import torch._dynamo.config as _dynamo_config
 import torch.utils._contextlib
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 from torch._dynamo import eval_frame as _dynamo_eval_frame
 from torch._dynamo import external_utils as _external_utils
@@ -35,6 +37,8 @@ __all__ = [
     "tensor_check",
     "unwrapped_by_dynamo",
 ]
+
+_states: deque[Callable[[], bool]] = deque(maxlen=8)
 
 RECOMPILE_LIMIT = 256
 ACCUMULATED_RECOMPILE_LIMIT = 4096
@@ -87,8 +91,16 @@ def original_module(model: Any) -> torch.nn.Module | None:
 
 
 def state_check() -> Callable[[], bool]:
-    """A check that grad mode, autocast, default dtype, determinism, TF32 and threads are as they are now."""
+    """A check that grad mode, autocast, default dtype, determinism, TF32 and threads are as they are now.
+
+    One that was made before and holds now says the same, and is returned: callers may compare checks by
+    identity.
+    """
+    for known in tuple(_states):
+        if known():
+            return known
     check: Callable[[], bool] = GlobalStateGuard().check
+    _states.append(check)
     return check
 
 
@@ -105,7 +117,8 @@ def tensor_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
 
 def active_modes() -> int:
     """How many torch function and dispatch modes are active in this thread."""
-    return int(torch._C._len_torch_function_stack()) + int(torch._C._len_torch_dispatch_stack())
+    count: int = _len_torch_function_stack() + _len_torch_dispatch_stack()
+    return count
 
 
 def caller_files() -> frozenset[str]:
