@@ -78,7 +78,8 @@ class _Round:
         learned: list[int] = []
         guarded: list[int] = []
         for index, call in enumerate(self.calls):
-            call.look_again()
+            if call.route is None:
+                call.look_again()
             if call.route is not None:
                 learned.append(index)
             elif call.learnable:

@@ -70,9 +70,8 @@ class Prepared:
         )
 
     def look_again(self) -> None:
-        """Finds a route that was learned since."""
-        if self.route is None:
-            self.route = self.table.find(self.arranged)
+        """Finds a route that was learned since, where there was none."""
+        self.route = self.table.find(self.arranged)
 
     def request(self, quota: Quota) -> tuple[Any, Sequence[object], Quota]:
         """What to give to ``Engine.submit_all`` for a learned signature."""
