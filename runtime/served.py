@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from torch_mux import compat
 from torch_mux.errors import DeviceMismatch, ExecutionFailed
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.instance import Instance, InstanceTable
@@ -61,8 +61,11 @@ class ServedProgram:
         self.devices = tuple(
             (index, spec.device) for index, spec in enumerate(program.inputs) if spec is not None
         )
-        self._outputs = tuple(
-            (spec, program.literals.get(position)) for position, spec in enumerate(program.outputs)
+        self._outputs: tuple[Callable[[], object], ...] = tuple(
+            compat.empties(tuple(spec.shape), tuple(spec.strides), spec.dtype, spec.device)
+            if spec is not None
+            else partial(program.literals.get, position)
+            for position, spec in enumerate(program.outputs)
         )
 
     def check(self, inputs: Sequence[Any]) -> None:
@@ -86,12 +89,7 @@ class ServedProgram:
 
         Each has its own storage, except those that are views of an input, a parameter or another.
         """
-        outputs: list[object] = [
-            literal
-            if spec is None
-            else torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
-            for spec, literal in self._outputs
-        ]
+        outputs = [make() for make in self._outputs]
         if self.program.derived:
             self.program.derive(outputs, inputs, instance.current())
         return outputs

@@ -29,6 +29,7 @@ from .dynamo import (
     tensor_check,
     unwrapped_by_dynamo,
 )
+from .empties import empties
 from .first_calls import (
     cache_entries,
     install_first_call_guard,
@@ -69,6 +70,7 @@ __all__ = [
     "compiled_backend",
     "current_stream",
     "device_kernel",
+    "empties",
     "fake_tensors",
     "frame_guards",
     "frame_name",
