@@ -130,24 +130,33 @@ class Watches:
 
     def unchanged(self) -> bool:
         """Whether every watched value is what it was."""
+        return (not self.entries or self._confirmed()) and self._others()
+
+    def _confirmed(self) -> bool:
         if self._still is None:
             self._still = compat.native.Stillness({id(one): one for one, _, _ in self.entries}.values())
-        return self._still.confirmed(self._entries_hold) and self._others()
+        return self._still.confirmed(self._entries_hold)
 
     def _entries_hold(self) -> bool:
-        return all(alike(table.get(key, _ABSENT), value) for table, key, value in self.entries)
+        for table, key, value in self.entries:
+            found = table.get(key, _ABSENT)
+            if found is not value and not alike(found, value):
+                return False
+        return True
 
     def _others(self) -> bool:
+        for container, size in self.sizes:
+            if len(container) != size:
+                return False
         try:
             for container, key, value in self.items:
                 if not alike(container[key], value):
                     return False
         except (KeyError, IndexError):
             return False
-        for holder, name, value in self.attributes:
-            if not alike(getattr(holder, name, _ABSENT), value):
-                return False
-        return all(len(container) == size for container, size in self.sizes)
+        return not self.attributes or all(
+            alike(getattr(holder, name, _ABSENT), value) for holder, name, value in self.attributes
+        )
 
     def add(self, step: str, parent: Any, key: Any, value: object) -> None:
         """Watch ``parent.key`` (step "attribute") or ``parent[key]`` (step "item").
