@@ -7,11 +7,10 @@ neither arguments nor module structure: globals, configuration objects, nested c
 
 from __future__ import annotations
 
-import ast
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from torch_mux import compat
+from torch_mux.guard_sources import Computed, Unwatchable, steps_of
 from torch_mux.plain import CONSTANTS, alike
 from torch_mux.recording import Frame
 
@@ -33,18 +33,6 @@ _STRUCTURE = frozenset(
     "__dict__ forward __class__ _non_persistent_buffers_set".split()
 )
 _ABSENT = object()
-#: Ways of writing ``x.a`` and ``x[k]`` in a guard's source that some versions of torch prefer.
-_ACCESSORS = {
-    "object.__getattribute__": "attribute",
-    "getattr": "attribute",
-    "dict.__getitem__": "item",
-    "list.__getitem__": "item",
-    "tuple.__getitem__": "item",
-}
-
-
-class Unwatchable(Exception):
-    """A guard that no learned call can respect; the message says which."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +105,14 @@ class Watches:
 
     Attributes:
         entries: of dicts, whose writes :class:`torch_mux.compat.native.Stillness` may count.
+        keys: (dict, which in its order, key).
         items: of other containers.
         attributes: of objects that compute them or hold them in slots.
         sizes: containers and how many items they have.
     """
 
     entries: list[tuple[dict[Any, Any], Any, object]] = field(default_factory=_empty)
+    keys: list[tuple[dict[Any, Any], int, object]] = field(default_factory=_empty)
     items: list[tuple[Any, Any, object]] = field(default_factory=_empty)
     attributes: list[tuple[Any, str, object]] = field(default_factory=_empty)
     sizes: list[tuple[Any, int]] = field(default_factory=list)
@@ -130,19 +120,20 @@ class Watches:
 
     def unchanged(self) -> bool:
         """Whether every watched value is what it was."""
-        return (not self.entries or self._confirmed()) and self._others()
+        return (not (self.entries or self.keys) or self._confirmed()) and self._others()
 
     def _confirmed(self) -> bool:
         if self._still is None:
-            self._still = compat.native.Stillness({id(one): one for one, _, _ in self.entries}.values())
-        return self._still.confirmed(self._entries_hold)
+            tables = [table for table, _, _ in (*self.entries, *self.keys)]
+            self._still = compat.native.Stillness({id(table): table for table in tables}.values())
+        return self._still.confirmed(self._tables_hold)
 
-    def _entries_hold(self) -> bool:
+    def _tables_hold(self) -> bool:
         for table, key, value in self.entries:
             found = table.get(key, _ABSENT)
             if found is not value and not alike(found, value):
                 return False
-        return True
+        return all(alike(_nth_key(table, place), key) for table, place, key in self.keys)
 
     def _others(self) -> bool:
         for container, size in self.sizes:
@@ -159,14 +150,16 @@ class Watches:
         )
 
     def add(self, step: str, parent: Any, key: Any, value: object) -> None:
-        """Watch ``parent.key`` (step "attribute") or ``parent[key]`` (step "item").
+        """Watch ``parent.key`` (step "attribute"), ``parent[key]`` ("item") or ``list(parent)[key]`` ("key").
 
         An attribute whose ``value`` is ``_ABSENT`` has to stay absent.
         """
         if len(self.entries) + len(self.items) + len(self.attributes) >= _LIMIT:
             raise Unwatchable(f"it depends on more than {_LIMIT} outside values")
         self._still = None
-        if step == "item":
+        if step == "key":
+            self.keys.append((parent, key, value))
+        elif step == "item":
             (self.entries if type(parent) is dict else self.items).append((parent, key, value))
         elif type(getattr(parent, "__dict__", None)) is dict and (key in parent.__dict__ or value is _ABSENT):
             # Absent from the object: its class is code, and a module's tables belong to ``Structure``.
@@ -242,7 +235,7 @@ class _Walk:
 
     def follow(self, name: str) -> None:
         """Walks a source expression such as ``L['self'].cfg['k']``, watching the steps that can change."""
-        (scope, root), *steps = _steps(name)
+        (scope, root), *steps = steps_of(name)
         table = self.frame.values if scope == "L" else self.frame.namespace
         if root not in table:
             raise Unwatchable(f"it depends on {name}, which is gone")
@@ -258,6 +251,8 @@ class _Walk:
         last = len(steps) - 1
         for position, (kind, key) in enumerate(steps):
             parent = value
+            if isinstance(key, Computed):
+                key = self._key(key.name)
             if isinstance(parent, type):
                 return  # code: what a class holds is frozen until refresh
             try:
@@ -276,6 +271,15 @@ class _Walk:
             self._step(kind, parent, key, value)
         if steps[-1:] != [("attribute", "_modules")]:
             self._last(name, value)
+
+    def _key(self, name: str) -> object:
+        """The value of a key that is an expression itself, watched like any other."""
+        self.follow(name)
+        (scope, root), *steps = steps_of(name)
+        value: Any = (self.frame.values if scope == "L" else self.frame.namespace)[root]
+        for kind, key in steps:
+            value = _look_up(kind, self._key(key.name) if isinstance(key, Computed) else key, value)
+        return value
 
     def _in_structure(self, module: nn.Module, key: object) -> bool:
         """Whether ``Structure`` covers ``module.key``: table, flag, hook dict, parameter or buffer."""
@@ -318,7 +322,15 @@ class _Walk:
                 self._adopt(value)
 
 
+def _nth_key(table: dict[Any, Any], place: int) -> object:
+    return next(islice(dict.keys(table), place, None), _ABSENT)
+
+
 def _look_up(kind: str, key: Any, parent: Any) -> Any:
+    if kind == "key":
+        if not isinstance(parent, dict) or len(parent) <= key:
+            raise KeyError(key)
+        return _nth_key(parent, key)
     if kind == "call":
         return _BUILTINS[key](parent)  # KeyError for dict, list, ...: a fresh copy cannot be watched
     return getattr(parent, str(key)) if kind == "attribute" else parent[key]
@@ -352,36 +364,3 @@ def _is_fixed(parent: Any, key: Any, value: object) -> bool:
 
 def _is_namespace(parent: Any) -> bool:
     return isinstance(parent, dict) and "__name__" in parent and "__doc__" in parent
-
-
-def _steps(name: str) -> list[tuple[str, Any]]:
-    """``L['self'].cfg['k']`` as [("L", "self"), ("attribute", "cfg"), ("item", "k")]."""
-    try:
-        node: ast.expr = ast.parse(name, mode="eval").body
-    except SyntaxError:
-        raise Unwatchable(f"it depends on {name}") from None
-    steps: list[tuple[str, Any]] = []
-    while not isinstance(node, ast.Name):
-        if isinstance(node, ast.Attribute):
-            steps.append(("attribute", node.attr))
-            node = node.value
-        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-            steps.append(("item", node.slice.value))
-            node = node.value
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 1:
-            steps.append(("call", node.func.id))
-            node = node.args[0]
-        elif (
-            isinstance(node, ast.Call)
-            and len(node.args) == 2
-            and isinstance(node.args[1], ast.Constant)
-            and ast.unparse(node.func) in _ACCESSORS
-        ):
-            steps.append((_ACCESSORS[ast.unparse(node.func)], node.args[1].value))
-            node = node.args[0]
-        else:
-            raise Unwatchable(f"it depends on {name}")
-    if node.id not in ("L", "G") or not steps or steps[-1][0] != "item":
-        raise Unwatchable(f"it depends on {name}")
-    steps.reverse()
-    return [(node.id, steps[0][1]), *steps[1:]]

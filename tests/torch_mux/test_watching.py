@@ -63,6 +63,28 @@ def test_a_grown_attribute_dict_is_seen() -> None:
     assert not reached.watches.unchanged()
 
 
+NTH = "list(dict.keys(L['self'].config.names))[0]"
+
+
+@pytest.mark.parametrize(
+    "guard", [NTH, f"L['self'].config.names[{NTH}]", f"dict.__getitem__(L['self'].config.names, {NTH})"]
+)
+def test_a_key_by_its_place_is_watched(guard: str) -> None:
+    model = Net()
+    reached = reach(model, guard)
+    model.config.names["b"] = 2  # behind it
+    assert reached.watches.unchanged()
+    model.config.names["a"] = 3
+    assert reached.watches.unchanged() == (guard == NTH)
+    del model.config.names["a"]
+    assert not reached.watches.unchanged()
+
+
+def test_a_key_that_is_not_there_is_refused() -> None:
+    with pytest.raises(Unwatchable, match="depends on"):
+        reach(Net(), "list(dict.keys(L['self'].config.names))[1]")
+
+
 @pytest.mark.parametrize("guard", ["sorted(L['self'].config.sizes, 1)", "L['self'].config.sizes[L['x']]"])
 def test_what_is_computed_is_refused(guard: str) -> None:
     with pytest.raises(Unwatchable, match="depends on"):
