@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import weakref
 from collections import deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,8 +18,11 @@ from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Flight
 from torch_mux.runtime.ring import TableRing
 
-__all__ = ["CudaFlight", "Executable", "Lane", "Mark", "Marks", "new_event", "new_stream", "passed"]
+__all__ = ["CudaFlight", "Executable", "Lane", "Mark", "Marks", "Side", "apart", "new_event", "passed"]
 
+log = logging.getLogger(__name__)
+
+_POOL = 32  # streams that torch hands out before it begins again
 _WORDS = 1 << 15
 # More than are enqueued at once, so that a bundle that is enqueued again never meets its own entry.
 _ENTRIES = 8
@@ -32,6 +40,39 @@ def new_event(timing: bool = False) -> torch.cuda.Event:
 def new_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
     """A stream of its own; a lower ``priority`` number goes first."""
     return cast(torch.cuda.Stream, _cuda.Stream(device, priority=priority))
+
+
+class Side:
+    """A stream that no other holder of this process draws, as a lane's is.
+
+    Torch hands out 32 streams a device in turn, the same again after that. Capturing on a stream on which
+    somebody dispatches meanwhile would fail both.
+
+    Attributes:
+        stream: of torch's pool.
+        address: its ``cudaStream_t``.
+    """
+
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
+        with _holding:
+            taken = {holder.address for holder in _holders}
+            self.stream = apart(partial(new_stream, device, priority), taken)
+            self.address: int = self.stream.cuda_stream
+            _holders.add(self)
+
+
+_holding = threading.Lock()
+_holders: weakref.WeakSet[Side] = weakref.WeakSet()
+
+
+def apart(draw: Callable[[], torch.cuda.Stream], taken: Collection[int]) -> torch.cuda.Stream:
+    """The first drawn stream whose address is not among ``taken``; the last one where all are taken."""
+    for _ in range(_POOL):
+        stream = draw()
+        if stream.cuda_stream not in taken:
+            return stream
+    log.warning("more than %d streams are in use: dispatching and capturing may meet on one", _POOL)
+    return stream
 
 
 def passed(event: torch.cuda.Event) -> bool:
@@ -144,8 +185,8 @@ class Lane:
 
     def __init__(self, index: int, device: torch.device, priority: int = 0) -> None:
         self.index = index
-        self.stream = new_stream(device, priority)
-        self.address: int = self.stream.cuda_stream
+        self._side = Side(device, priority)
+        self.stream, self.address = self._side.stream, self._side.address
         self.marks = Marks(timing=True)
         self.ring = TableRing(_ENTRIES, _WORDS, device)
         self.flights: deque[CudaFlight] = deque()

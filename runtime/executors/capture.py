@@ -15,7 +15,7 @@ from torch_mux import compat
 from torch_mux.lowering.kernels.ahead import FIRST_SIZES, Builder, recording
 from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.executors.base import Stack
-from torch_mux.runtime.lanes import Executable, Lane, new_stream
+from torch_mux.runtime.lanes import Executable, Lane, Side
 from torch_mux.runtime.ring import RingEntry, TableLayout
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.types import TensorSpec
@@ -102,6 +102,7 @@ class Capturer:
         self._compile_lock = compile_lock
         self._builder = builder
         self._lock = threading.Lock()
+        self._sides: dict[torch.device, Side] = {}
         self._rehearsed: set[ServedProgram] = set()
         self._wanted: dict[ServedProgram, set[tuple[int, int, int]]] = {}
         self._failures: dict[ServedProgram, list[str]] = {}
@@ -140,7 +141,7 @@ class Capturer:
             with (
                 self._compile_lock,
                 torch.cuda.device(device),
-                torch.cuda.stream(new_stream(device)),
+                torch.cuda.stream(self._side(device)),
                 torch.inference_mode(),
             ):
                 for slots in FIRST_SIZES:
@@ -203,7 +204,7 @@ class Capturer:
     def _capture(self, lane: Lane, served: ServedProgram, slots: int) -> Executable:
         device = served.program.device
         layout = TableLayout.of(served.program, slots)
-        side = new_stream(device)
+        side = self._side(device)
         with torch.cuda.device(device), torch.cuda.stream(side), torch.inference_mode():
             if lane.pool is None:
                 lane.pool = torch.cuda.graph_pool_handle()
@@ -217,6 +218,12 @@ class Capturer:
                 finally:
                     graph.capture_end()
         return Executable(graph, graph.raw_cuda_graph_exec(), slots, served.storage.generation)
+
+    def _side(self, device: torch.device) -> torch.cuda.Stream:
+        """Where the compile thread runs and captures."""
+        if device not in self._sides:
+            self._sides[device] = Side(device)
+        return self._sides[device].stream
 
     def _rehearse(self, served: ServedProgram, layout: TableLayout) -> None:
         """Runs the steps once on zeros with no slot active, so that capturing compiles and loads nothing."""
