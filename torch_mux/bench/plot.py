@@ -20,7 +20,7 @@ __all__ = ["BEGIN", "END", "fill", "main", "markdown", "svg"]
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
 _OURS = "torch-mux"
-_WIDTH, _LABELS, _VALUES = 860, 270, 150
+_WIDTH, _LABELS, _VALUES = 920, 320, 160
 _BAR, _GAP, _PANEL = 18, 6, 34
 
 
@@ -78,7 +78,7 @@ def svg(report: dict[str, Any]) -> str:
         if not any(map(_timed, records)):
             continue
         first = records[0]
-        title = f"{first['model']}, {first['tenants']} tenants"
+        title = f"{first['model']}, {first['tenants']} tenant{'s' * (first['tenants'] > 1)}"
         parts.append(_text(10, y + 10, title, ' font-weight="bold"'))
         y += _PANEL - 10
         scale = (_WIDTH - _LABELS - _VALUES) / max(
