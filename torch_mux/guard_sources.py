@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import ast
-import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 __all__ = ["Computed", "Unwatchable", "steps_of"]
 
 #: Ways of writing ``x.a`` and ``x[k]`` in a guard's source that some versions of torch prefer.
-_ACCESSORS = {
+_ACCESSORS: dict[str | None, str] = {
     "object.__getattribute__": "attribute",
     "getattr": "attribute",
     "dict.__getitem__": "item",
     "list.__getitem__": "item",
     "tuple.__getitem__": "item",
 }
-_KEYS = re.compile(r"list\(dict\.keys\((.*)\)\)")
 
 
 class Unwatchable(Exception):
@@ -35,8 +34,37 @@ def _key(source: ast.expr) -> Any:
     return source.value if isinstance(source, ast.Constant) else Computed(ast.unparse(source))
 
 
-def steps_of(name: str) -> list[tuple[str, Any]]:
-    """``L['self'].cfg['k']`` as [("L", "self"), ("attribute", "cfg"), ("item", "k")]."""
+def _call_of(node: ast.expr, name: str) -> ast.expr | None:
+    """The argument of a call of the function ``name`` with one argument."""
+    if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
+        return node.args[0] if _name(node.func) == name else None
+    return None
+
+
+def _name(node: ast.expr) -> str | None:
+    """``a`` or ``a.b``."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return f"{node.value.id}.{node.attr}"
+    return None
+
+
+def _keys_of(node: ast.expr) -> ast.expr | None:
+    """``x`` of ``list(dict.keys(x))``."""
+    keys = _call_of(node, "list")
+    return None if keys is None else _call_of(keys, "dict.keys")
+
+
+@lru_cache(maxsize=1 << 15)
+def steps_of(name: str) -> tuple[tuple[str, Any], ...]:
+    """``L['self'].cfg['k']`` as (("L", "self"), ("attribute", "cfg"), ("item", "k")).
+
+    Instances of one architecture have the same guards, some 2,000 for a ResNet-50.
+
+    Raises:
+        Unwatchable: not a chain of attributes and items that starts at a local or global name.
+    """
     try:
         node: ast.expr = ast.parse(name, mode="eval").body
     except SyntaxError:
@@ -47,18 +75,18 @@ def steps_of(name: str) -> list[tuple[str, Any]]:
             steps.append(("attribute", node.attr))
             node = node.value
         elif isinstance(node, ast.Subscript):
-            keys = _KEYS.fullmatch(ast.unparse(node.value))
-            steps.append(("item" if keys is None else "key", _key(node.slice)))
-            node = node.value if keys is None else ast.parse(keys[1], mode="eval").body
+            table = _keys_of(node.value)
+            steps.append(("item" if table is None else "key", _key(node.slice)))
+            node = node.value if table is None else table
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 1:
             steps.append(("call", node.func.id))
             node = node.args[0]
-        elif isinstance(node, ast.Call) and len(node.args) == 2 and ast.unparse(node.func) in _ACCESSORS:
-            steps.append((_ACCESSORS[ast.unparse(node.func)], _key(node.args[1])))
+        elif isinstance(node, ast.Call) and len(node.args) == 2 and _name(node.func) in _ACCESSORS:
+            steps.append((_ACCESSORS[_name(node.func)], _key(node.args[1])))
             node = node.args[0]
         else:
             raise Unwatchable(f"it depends on {name}")
     if node.id not in ("L", "G") or not steps or steps[-1][0] != "item":
         raise Unwatchable(f"it depends on {name}")
     steps.reverse()
-    return [(node.id, steps[0][1]), *steps[1:]]
+    return ((node.id, steps[0][1]), *steps[1:])
