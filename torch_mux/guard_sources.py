@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["Computed", "Unwatchable", "steps_of"]
+__all__ = ["Computed", "Source", "Unwatchable", "sources_of", "steps_of"]
 
 #: Ways of writing ``x.a`` and ``x[k]`` in a guard's source that some versions of torch prefer.
 _ACCESSORS: dict[str | None, str] = {
@@ -28,6 +28,25 @@ class Computed:
     """A key of an item that a guard's source computes."""
 
     name: str
+
+
+def _no_sources() -> dict[tuple[str, Any], Source]:
+    return {}
+
+
+@dataclass(eq=False)
+class Source:
+    """One step that guards have in common, and how they go on.
+
+    Attributes:
+        name: of the first guard that takes it.
+        ends: whether a guard ends here.
+        steps: the next ones, by kind and key.
+    """
+
+    name: str
+    ends: bool = field(default=False)
+    steps: dict[tuple[str, Any], Source] = field(default_factory=_no_sources)
 
 
 def _key(source: ast.expr) -> Any:
@@ -90,3 +109,22 @@ def steps_of(name: str) -> tuple[tuple[str, Any], ...]:
         raise Unwatchable(f"it depends on {name}")
     steps.reverse()
     return ((node.id, steps[0][1]), *steps[1:])
+
+
+@lru_cache(maxsize=256)
+def sources_of(guards: tuple[str, ...]) -> dict[tuple[str, Any], Source]:
+    """All steps of some guards by (scope, name) of where they start; each shared step is there once.
+
+    Raises:
+        Unwatchable: one that :func:`steps_of` does not understand.
+    """
+    found: dict[tuple[str, Any], Source] = {}
+    for name in guards:
+        if not name:
+            continue
+        here = found
+        for step in steps_of(name):
+            source = here.setdefault(step, Source(name))
+            here = source.steps
+        source.ends = True
+    return found

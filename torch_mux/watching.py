@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from torch_mux import compat
-from torch_mux.guard_sources import Computed, Unwatchable, steps_of
+from torch_mux.guard_sources import Computed, Source, Unwatchable, sources_of, steps_of
 from torch_mux.plain import CONSTANTS, alike
 from torch_mux.recording import Frame
 
@@ -195,9 +195,8 @@ def watches(guards: Iterable[str], frame: Frame, arguments: Sequence[object]) ->
         Unwatchable: a guard on something that cannot be watched cheaply.
     """
     walk = _Walk(frame, {id(value) for value in arguments} | _variadic(frame))
-    for name in dict.fromkeys(guards):
-        if name:
-            walk.follow(name)
+    for (scope, root), source in sources_of(tuple(guards)).items():
+        walk.follow(scope, root, source)
     for step, holder, key, value in frame.rests:
         walk.rest(step, holder, key, value)
     if not walk.result.unchanged():
@@ -233,12 +232,11 @@ class _Walk:
             self.roots.append(module)
             self.members.update(map(id, module.modules()))
 
-    def follow(self, name: str) -> None:
-        """Walks a source expression such as ``L['self'].cfg['k']``, watching the steps that can change."""
-        (scope, root), *steps = steps_of(name)
+    def follow(self, scope: str, root: str, source: Source) -> None:
+        """Walks the guards that start at a local or global name, watching the steps that can change."""
         table = self.frame.values if scope == "L" else self.frame.namespace
         if root not in table:
-            raise Unwatchable(f"it depends on {name}, which is gone")
+            raise Unwatchable(f"it depends on {source.name}, which is gone")
         value: Any = table[root]
         if scope == "G":
             self._step("item", table, root, value)
@@ -248,34 +246,38 @@ class _Walk:
             return
         elif self._free(root) and not isinstance(value, (nn.Module, *_FUNCTIONS)):
             raise Unwatchable(f"it depends on the closure variable {root!r}")
-        last = len(steps) - 1
-        for position, (kind, key) in enumerate(steps):
-            parent = value
+        if source.ends:
+            self._last(source.name, value)
+        self._follow(value, source)
+
+    def _follow(self, parent: Any, source: Source) -> None:
+        if isinstance(parent, type):
+            return  # code: what a class holds is frozen until refresh
+        for (kind, key), step in source.steps.items():
             if isinstance(key, Computed):
                 key = self._key(key.name)
-            if isinstance(parent, type):
-                return  # code: what a class holds is frozen until refresh
             try:
                 value = _look_up(kind, key, parent)
             except AttributeError:
-                if position == last and kind == "attribute":  # guarded on its absence, as by hasattr
+                if kind == "attribute" and not step.steps:  # guarded on its absence, as by hasattr
                     self.result.add(kind, parent, key, _ABSENT)
-                    return
-                raise Unwatchable(f"it depends on {name}") from None
+                    continue
+                raise Unwatchable(f"it depends on {step.name}") from None
             except (KeyError, IndexError, TypeError):
-                raise Unwatchable(f"it depends on {name}") from None
-            if kind == "call":
-                continue
-            if isinstance(parent, nn.Module) and self._in_structure(parent, key):
-                return
-            self._step(kind, parent, key, value)
-        if steps[-1:] != [("attribute", "_modules")]:
-            self._last(name, value)
+                raise Unwatchable(f"it depends on {step.name}") from None
+            if kind != "call":
+                if isinstance(parent, nn.Module) and self._in_structure(parent, key):
+                    continue
+                self._step(kind, parent, key, value)
+            if step.ends and (kind, key) != ("attribute", "_modules"):
+                self._last(step.name, value)
+            self._follow(value, step)
 
     def _key(self, name: str) -> object:
         """The value of a key that is an expression itself, watched like any other."""
-        self.follow(name)
-        (scope, root), *steps = steps_of(name)
+        ((scope, root), source), *_ = sources_of((name,)).items()
+        self.follow(scope, root, source)
+        _, *steps = steps_of(name)
         value: Any = (self.frame.values if scope == "L" else self.frame.namespace)[root]
         for kind, key in steps:
             value = _look_up(kind, self._key(key.name) if isinstance(key, Computed) else key, value)
