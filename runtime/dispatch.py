@@ -301,30 +301,31 @@ class Dispatcher:
 
     def _drive(self, left: Sequence[Request] | None) -> None:
         """Sends out what the policy chooses, until ``left`` have gone out or nothing can."""
-        while True:
-            self._runner.land()
+        landed = False  # ends are counted while the next bundle runs, or when they may let one go out
+        while self._line.active and not (left is not None and all(request.out for request in left)):
             bundle: Bundle | None = None
             nap: Waiter | None = None
             with self._mutex:
-                if not self._line.active or (left is not None and all(request.out for request in left)):
-                    return
-                now = self._clock()
-                view = View(self._line.ordered(), self.executor.loads())
+                now, view = self._clock(), View(self._line.ordered(), self.executor.loads())
                 decision = self.policy.form(view, now, self._settings)
                 if isinstance(decision, Issue):
                     bundle = self._runner.pop(decision, now)
-                elif decision is None:
-                    return
-                elif decision.wake is not None:
+                elif landed and decision is not None and decision.wake is not None:
                     nap = self._line.lie_down(decision.wake)
             if bundle is not None:
                 self._runner.run(bundle)
+            elif not landed:
+                self._runner.land()
+            elif decision is None:
+                return
             elif nap is not None:
                 self._sleep(nap, decision.until - now if isinstance(decision, Later) else _POLL)
             elif isinstance(decision, Busy):
                 flight = self.executor.oldest()
                 if flight is not None:
                     flight.wait()
+            landed = bundle is None and not landed
+        self._runner.land()
 
     def _sleep(self, nap: Waiter, seconds: float) -> None:
         try:

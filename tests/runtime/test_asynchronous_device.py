@@ -123,6 +123,30 @@ def test_ends_are_seen_without_further_calls(lab: Any) -> None:
     assert late.wait(10)
 
 
+def test_a_bundle_goes_out_before_the_ends_of_the_former_are_counted(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, device = slow(lab)
+    device.seconds = 0.001
+    program, model = lab.program(), lab.Affine()
+    engine.wait([lab.submit(engine, program, model)])
+    (dispatcher,) = engine._dispatchers.values()
+    monkeypatch.setattr(dispatcher.service, "poke", lambda: None)
+    monkeypatch.setattr(dispatcher.service, "watch", lambda at_once: None)
+    time.sleep(0.05)
+    steps: list[str] = []
+    for name in ("launch", "reap"):
+        original = getattr(device, name)
+        monkeypatch.setattr(
+            device, name, lambda *a, name=name, original=original: (steps.append(name), original(*a))[1]
+        )
+    request = lab.submit(engine, program, model)
+    engine.wait([request])
+    assert steps[:2] == ["launch", "reap"]
+    time.sleep(0.01)
+    assert engine.stats().bundles == 2
+
+
 def test_kicked_requests_run_to_their_end(lab: Any) -> None:
     engine, device = slow(lab, max_bundle=2)
     device.seconds = 0.005
