@@ -14,7 +14,15 @@ from torch.fx import Graph, GraphModule, Node
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 from .fingerprint import fingerprint
-from .graphs import ROLE, call_nodes, dead_code, outputs_of, placeholders, restrides_only
+from .graphs import (
+    ROLE,
+    call_nodes,
+    dead_code,
+    outputs_of,
+    parameter_only,
+    placeholders,
+    restrides_only,
+)
 from .outputs import Derived, Unresolved, resolve_views
 from .program import Program
 
@@ -83,11 +91,28 @@ def _fallback(module: GraphModule) -> FallbackReason | None:
         node.meta.get(ROLE) == "input" and isinstance(node.meta["val"], Tensor) for node in module.graph.nodes
     ):
         return FallbackReason(FallbackKind.NO_RULE, "graph", "it has no tensor inputs")
-    values = [value for node in module.graph.nodes if isinstance(value := node.meta.get("val"), Tensor)]
-    devices = {value.device for value in values if value.dim() > 0}
+    devices = _devices(module.graph)
     if len(devices) > 1:
         return FallbackReason(FallbackKind.SUBCLASS, "graph", f"spans {sorted(map(str, devices))}")
     return None
+
+
+def _devices(graph: Graph) -> set[torch.device]:
+    """Where the tensors of a request are; not where constants are made that *prepare* moves there.
+
+    Models make positions on the CPU and move them, such as the distances of a relative position bias.
+    """
+    prepared = parameter_only(graph)
+    made: set[Node] = set()  # of constants alone
+    devices: set[torch.device] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node in prepared and node.op != "placeholder" and made.issuperset(node.all_input_nodes):
+            made.add(node)
+        moved = node in made and all(user in prepared for user in node.users)
+        if isinstance(value, Tensor) and value.dim() > 0 and not moved:
+            devices.add(value.device)
+    return devices
 
 
 def _writable(spec: TensorSpec | None) -> TensorSpec | None:

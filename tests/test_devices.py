@@ -80,6 +80,36 @@ def test_the_callers_current_device_does_not_matter() -> None:
         assert torch.cuda.current_device() == 1
 
 
+class Relative(nn.Module):
+    """A bias by distance, whose distances are made on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.bias = nn.Linear(16, 16), nn.Embedding(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(x.shape[-1])
+        distance = (place[:, None] - place[None, :]).abs().to(x.device)
+        return self.line(x) @ self.bias(distance)[..., 0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_constants_from_the_cpu_do_not_keep_a_model_alone(entry: str) -> None:
+    models = [Relative().eval().to("cuda:0") for _ in range(3)]
+    compiled = [torch.compile(model, backend="mux") for model in models]
+    x = torch.randn(2, 16, device="cuda:0")
+    with torch.inference_mode():
+        for _ in range(2):
+            for got, model in zip(_answers(entry, [(one, x) for one in compiled]), models, strict=True):
+                torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            models[1].bias.weight.mul_(2.0)
+        (got,) = _answers(entry, [(compiled[1], x)])
+        torch.testing.assert_close(got, models[1](x), rtol=1e-4, atol=1e-5)
+    (program,) = torch_mux.explain().programs
+    assert program.coalesced and not program.reasons
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_model_that_spans_devices_runs_and_says_so(entry: str) -> None:
     model = Spread().eval()

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from torch_mux import state
+from torch_mux.lowering.capture import capture
 from torch_mux.lowering.program import Program
 from torch_mux.types import FallbackKind
 
@@ -168,3 +171,34 @@ def test_split_and_join_are_inverse(program_of: Callable[..., Program]) -> None:
     program = program_of(lambda x, y, w: x @ w + y, [torch.randn(2, 4), torch.randn(4)], [torch.randn(4, 4)])
     args = [object(), object(), object()]
     assert program.join(*program.split(args)) == args
+
+
+def _on_a_gpu(function: Callable[..., Any]) -> Program:
+    """``function`` of an input [3, 4] and a parameter [4, 4] on a GPU that need not be there."""
+    with FakeTensorMode(), torch.no_grad():
+        x, weight = torch.empty(3, 4, device="cuda"), torch.empty(4, 4, device="cuda")
+        graph = make_fx(function)(x, weight)
+    return capture(graph, [1], "case")
+
+
+def _distances() -> Tensor:
+    place = torch.arange(4)
+    return (place[:, None] - place[None, :]).abs()
+
+
+def test_constants_that_are_made_on_the_cpu_and_moved_do_not_span_devices() -> None:
+    program = _on_a_gpu(lambda x, weight: x @ weight.take(_distances().to(x.device)))
+    assert program.fallback is None and program.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, weight: (x @ weight, _distances()),
+        lambda x, weight: (x @ weight, x.to("cpu") + 1),
+    ],
+    ids=["returned", "of the input"],
+)
+def test_what_stays_on_another_device_spans_devices(function: Callable[..., Any]) -> None:
+    fallback = _on_a_gpu(function).fallback
+    assert fallback is not None and fallback.kind is FallbackKind.SUBCLASS and "spans" in fallback.detail
