@@ -18,12 +18,13 @@ from .graphs import (
     ROLE,
     call_nodes,
     dead_code,
+    is_random,
     outputs_of,
-    parameter_only,
     placeholders,
     restrides_only,
 )
 from .outputs import Derived, Unresolved, resolve_views
+from .prepare import dependent
 from .program import Program
 
 __all__ = ["capture", "mutated_by"]
@@ -98,21 +99,25 @@ def _fallback(module: GraphModule) -> FallbackReason | None:
 
 
 def _devices(graph: Graph) -> set[torch.device]:
-    """Where the tensors of a request are; not where constants are made that *prepare* moves there.
+    """Where the tensors of a request are; not where constants are made that end in *prepare*.
 
     Models make positions on the CPU and move them, such as the distances of a relative position bias.
     """
-    prepared = parameter_only(graph)
+    prepared = dependent(graph)
     made: set[Node] = set()  # of constants alone
-    devices: set[torch.device] = set()
     for node in graph.nodes:
-        value = node.meta.get("val")
-        if node in prepared and node.op != "placeholder" and made.issuperset(node.all_input_nodes):
+        constant = node.op in ("call_function", "get_attr") and not is_random(node)
+        if constant and made.issuperset(node.all_input_nodes):
             made.add(node)
-        moved = node in made and all(user in prepared for user in node.users)
-        if isinstance(value, Tensor) and value.dim() > 0 and not moved:
-            devices.add(value.device)
-    return devices
+    ending: set[Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node in made and all(user in prepared or user in ending for user in node.users):
+            ending.add(node)
+    return {
+        value.device
+        for node in graph.nodes
+        if node not in ending and isinstance(value := node.meta.get("val"), Tensor) and value.dim() > 0
+    }
 
 
 def _writable(spec: TensorSpec | None) -> TensorSpec | None:

@@ -14,7 +14,7 @@ from torch_mux.types import TensorSpec
 
 from .graphs import ROLE, call_nodes, dead_code, fake_of, parameter_only, placeholders, tensors_in
 
-__all__ = ["INDEX", "Prepare", "split_prepare"]
+__all__ = ["INDEX", "Prepare", "dependent", "split_prepare"]
 
 #: ``placeholder.meta[INDEX]``: which request input or which prepared value a body's placeholder is.
 INDEX = "mux_index"
@@ -50,7 +50,7 @@ class Prepare:
             return cast("tuple[Tensor, ...]", self.module(*parameters))
 
 
-def _dependent(graph: Graph) -> set[Node]:
+def dependent(graph: Graph) -> set[Node]:
     """Parameter-only nodes that do depend on a parameter, not on constants alone."""
     candidates = parameter_only(graph)
     found: set[Node] = set()
@@ -100,16 +100,16 @@ def _is_view(node: Node, positions: dict[Node, int]) -> bool:
 def split_prepare(module: GraphModule) -> tuple[Prepare, GraphModule]:
     """(prepare, body); the body's placeholders carry ``meta[ROLE]``, "input" or "value", ``meta[INDEX]``."""
     graph = module.graph
-    dependent = _dependent(graph)
+    inside = dependent(graph)
     arguments = placeholders(graph)
     parameters = [node for node in arguments if node.meta[ROLE] == "parameter"]
     positions = {node: i for i, node in enumerate(parameters)}
     frontier = [
         node
         for node in graph.nodes
-        if node in dependent
+        if node in inside
         and isinstance(node.meta.get("val"), Tensor)
-        and any(user not in dependent for user in node.users)
+        and any(user not in inside for user in node.users)
     ]
     prepared = Graph()
     mapping: dict[Node, Node] = {}

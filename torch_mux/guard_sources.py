@@ -13,6 +13,7 @@ __all__ = ["Computed", "Source", "Unwatchable", "sources_of", "steps_of"]
 _ACCESSORS: dict[str | None, str] = {
     "object.__getattribute__": "attribute",
     "getattr": "attribute",
+    "hasattr": "presence",
     "dict.__getitem__": "item",
     "list.__getitem__": "item",
     "tuple.__getitem__": "item",
@@ -111,7 +112,7 @@ def steps_of(name: str) -> tuple[tuple[str, Any], ...]:
     return ((node.id, steps[0][1]), *steps[1:])
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def sources_of(guards: tuple[str, ...]) -> dict[tuple[str, Any], Source]:
     """All steps of some guards by (scope, name) of where they start; each shared step is there once.
 

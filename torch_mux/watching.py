@@ -24,7 +24,7 @@ from torch_mux.recording import Frame
 
 __all__ = ["Reached", "Structure", "Unwatchable", "Watches", "watches"]
 
-_LIMIT = 256
+_LIMIT = 1024
 _BUILTINS: dict[str, Callable[[Any], Any]] = {"type": type}
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, type, ModuleType)
 _STRUCTURE = frozenset(
@@ -152,17 +152,19 @@ class Watches:
     def add(self, step: str, parent: Any, key: Any, value: object) -> None:
         """Watch ``parent.key`` (step "attribute"), ``parent[key]`` ("item") or ``list(parent)[key]`` ("key").
 
-        An attribute whose ``value`` is ``_ABSENT`` has to stay absent.
+        An attribute whose ``value`` is ``_ABSENT`` has to stay absent; if its ``step`` is "absent", from the
+        object's own dict.
         """
         if len(self.entries) + len(self.items) + len(self.attributes) >= _LIMIT:
             raise Unwatchable(f"it depends on more than {_LIMIT} outside values")
         self._still = None
         if step == "key":
             self.keys.append((parent, key, value))
+        elif step == "absent":
+            self.entries.append((parent.__dict__, key, value))
         elif step == "item":
             (self.entries if type(parent) is dict else self.items).append((parent, key, value))
-        elif type(getattr(parent, "__dict__", None)) is dict and (key in parent.__dict__ or value is _ABSENT):
-            # Absent from the object: its class is code, and a module's tables belong to ``Structure``.
+        elif type(getattr(parent, "__dict__", None)) is dict and key in parent.__dict__:
             self.entries.append((parent.__dict__, key, value))
         else:
             self.attributes.append((parent, key, value))
@@ -256,11 +258,15 @@ class _Walk:
         for (kind, key), step in source.steps.items():
             if isinstance(key, Computed):
                 key = self._key(key.name)
+            if kind == "presence":  # what is there has a guard of its own where it is read
+                if not hasattr(parent, key):
+                    self.result.add(self._absence(parent, key), parent, key, _ABSENT)
+                continue
             try:
                 value = _look_up(kind, key, parent)
             except AttributeError:
                 if kind == "attribute" and not step.steps:  # guarded on its absence, as by hasattr
-                    self.result.add(kind, parent, key, _ABSENT)
+                    self.result.add(self._absence(parent, key), parent, key, _ABSENT)
                     continue
                 raise Unwatchable(f"it depends on {step.name}") from None
             except (KeyError, IndexError, TypeError):
@@ -273,14 +279,28 @@ class _Walk:
                 self._last(step.name, value)
             self._follow(value, step)
 
+    def _absence(self, parent: Any, key: str) -> str:
+        """How to watch that ``parent.key`` stays absent: in its dict, if nothing else can provide it.
+
+        A class is code, and the tables of a module belong to ``Structure``.
+        """
+        cls = type(parent)
+        static = inspect.getattr_static(cls, key, _ABSENT) is _ABSENT
+        simple = id(parent) in self.members or not hasattr(cls, "__getattr__")
+        own = type(getattr(parent, "__dict__", None)) is dict
+        return "absent" if static and simple and own else "attribute"
+
     def _key(self, name: str) -> object:
         """The value of a key that is an expression itself, watched like any other."""
-        ((scope, root), source), *_ = sources_of((name,)).items()
+        ((scope, root), source), *_ = sources_of.__wrapped__((name,)).items()
         self.follow(scope, root, source)
         _, *steps = steps_of(name)
         value: Any = (self.frame.values if scope == "L" else self.frame.namespace)[root]
-        for kind, key in steps:
-            value = _look_up(kind, self._key(key.name) if isinstance(key, Computed) else key, value)
+        try:
+            for kind, key in steps:
+                value = _look_up(kind, self._key(key.name) if isinstance(key, Computed) else key, value)
+        except (AttributeError, KeyError, IndexError, TypeError):
+            raise Unwatchable(f"it depends on {name}") from None
         return value
 
     def _in_structure(self, module: nn.Module, key: object) -> bool:
@@ -315,6 +335,8 @@ class _Walk:
         if isinstance(value, nn.Module) and id(value) in self.members and _is_structure(parent):
             return
         if _is_fixed(parent, key, value):
+            if isinstance(value, nn.Module):  # in a tuple, say
+                self._adopt(value)
             return
         mark = (id(parent), kind, key)
         if mark not in self.seen:

@@ -196,8 +196,9 @@ def test_constants_that_are_made_on_the_cpu_and_moved_do_not_span_devices() -> N
     [
         lambda x, weight: (x @ weight, _distances()),
         lambda x, weight: (x @ weight, x.to("cpu") + 1),
+        lambda x, weight: x @ weight + _distances()[0].to(x.device),
     ],
-    ids=["returned", "of the input"],
+    ids=["returned", "of the input", "beside the input"],
 )
 def test_what_stays_on_another_device_spans_devices(function: Callable[..., Any]) -> None:
     fallback = _on_a_gpu(function).fallback

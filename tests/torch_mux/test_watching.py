@@ -92,7 +92,12 @@ def test_what_is_computed_is_refused(guard: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "guard", ["L['self'].config.depth", "object.__getattribute__(L['self'].config, 'depth')"]
+    "guard",
+    [
+        "L['self'].config.depth",
+        "object.__getattribute__(L['self'].config, 'depth')",
+        "hasattr(L['self'].config, 'depth')",
+    ],
 )
 def test_an_absent_attribute_has_to_stay_absent(guard: str) -> None:
     model = Net()

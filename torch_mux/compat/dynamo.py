@@ -42,6 +42,7 @@ _states: deque[Callable[[], bool]] = deque(maxlen=8)
 
 RECOMPILE_LIMIT = 256
 ACCUMULATED_RECOMPILE_LIMIT = 4096
+_PRESENCE = ("HASATTR", "NOT_PRESENT_IN_GENERIC_DICT")
 _RESUMED = "torch_dynamo_resume_in_"
 
 
@@ -130,13 +131,21 @@ def caller_files() -> frozenset[str]:
 def frame_guards() -> tuple[str, ...]:
     """What Dynamo guards in the frame being compiled, as source expressions.
 
+    ``hasattr(x, 'a')`` says that it matters whether ``x.a`` is there.
     Not the guards themselves: they hold captured tracebacks, and dropping one of those from the clean-up of
     another deadlocks in torch.
     """
     context = TracingContext.try_get()
     if context is None:
         return ()
-    return tuple(dict.fromkeys(guard.name for guard in context.guards_context.dynamo_guards))
+    names: dict[str, None] = {}
+    for guard in context.guards_context.dynamo_guards:
+        names[guard.name] = None
+        made: Any = guard.create_fn
+        if getattr(getattr(made, "func", None), "__name__", "") in _PRESENCE:
+            attribute = made.keywords.get("attr", *made.args[:1])
+            names[f"hasattr({guard.name}, {attribute!r})"] = None
+    return tuple(names)
 
 
 def has_graph_break(gm: GraphModule) -> bool:
