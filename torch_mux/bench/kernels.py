@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 
 from torch_mux.bench.layers import LAYERS, Layer
-from torch_mux.bench.measure import announce, command
+from torch_mux.bench.measure import announce, command, commit
 from torch_mux.bench.table import own_class
 from torch_mux.lowering.kernels import choose, reference
 from torch_mux.lowering.kernels.common import Launch, multiprocessors
@@ -304,6 +304,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "command": command(sys.argv),
+        "commit": commit(),
     }
 
 
