@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from torch_mux.compat.cpu_threads import one_thread
-from torch_mux.lowering.plan import PlanReport
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.bundle import Bundle, cap_of
 from torch_mux.runtime.executors.base import (
@@ -31,9 +30,6 @@ __all__ = ["CpuExecutor"]
 _IDLE = (LaneLoad(),)
 _UNLIMITED = 1 << 30
 _KEPT = 256
-# Floating-point operations of one slot in an average super-kernel: some 270 us of a core at 30 GFLOP/s;
-# waking the threads of another core takes 50 to 100, more where every client thread has threads of its own.
-_NARROW = 8_000_000
 
 
 class _Stacks:
@@ -102,8 +98,8 @@ class CpuExecutor:
         with plain_context(self.device.type):
             if bundle.served.compiled.coalesced:
                 rows = bound_rows(bundle, verify=True)
-                narrow = one_thread() if _narrow(bundle.served.compiled.report) else nullcontext()
-                with torch.inference_mode(), narrow:
+                threads = one_thread() if bundle.served.compiled.small else nullcontext()
+                with torch.inference_mode(), threads:
                     self._run(bundle, rows)
             else:
                 run_each_alone(bundle)
@@ -169,16 +165,6 @@ class CpuExecutor:
     def report(self, served: ServedProgram) -> ExecutorReport:
         """Nothing is captured on a CPU."""
         return ExecutorReport()
-
-
-def _narrow(report: PlanReport) -> bool:
-    """Whether waiting for a second core would take longer than its help saves.
-
-    A property of the program, never of the bundle: other threads may add up in another order, and a request
-    is to get the same bits alone and together.
-    """
-    operations = sum(report.kernels.values())
-    return operations > 0 and report.flops < _NARROW * operations
 
 
 def _deal(batched: Tensor, requests: Sequence[Request], index: int) -> None:

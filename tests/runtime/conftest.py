@@ -92,6 +92,7 @@ class FakePlan:
         self.program = program
         self.coalesced = coalesced
         self.capturable = capturable
+        self.small = False
         self.max_slots = 1 << 20
         self.reasons: tuple[FallbackReason, ...] = ()
         self.report = {"kernels": 1}
