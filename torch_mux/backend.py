@@ -282,3 +282,4 @@ def _unboxed(entry: Entry) -> Callable[..., Any]:
 compat.raise_recompile_limits()
 compat.install_first_call_guard(mux, _report_eager)
 compat.install_tracing_check()
+compat.source_keys.begin()

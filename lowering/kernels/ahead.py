@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from torch_mux import compat
+
 if TYPE_CHECKING:
     from torch_mux.lowering.kernels.common import Launch
 
@@ -128,6 +130,7 @@ class Builder:
         self._start()
 
     def _work(self) -> None:
+        compat.source_keys.ready()
         while True:
             with self._lock:
                 if not self._queue:

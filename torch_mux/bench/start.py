@@ -1,7 +1,8 @@
 """From ``import torch`` to coalesced answers: ``python -m torch_mux.bench.start --json start.json``.
 
-Each measurement is a process of its own that imports torch, makes the models, compiles them with mux and asks
-all of them at once. The first one fills the compile caches, or finds them; those that are counted find them.
+Each measurement is a process of its own that imports torch, makes the models, compiles them and asks all of
+them: through mux, and through Inductor one after another. The first process of each fills the compile caches,
+or finds them; those that are counted find them.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PARTS", "child", "main", "table"]
+__all__ = ["CONTENDERS", "PARTS", "child", "main", "table"]
 
 #: What a process does, in order.
-PARTS = ("import torch", "make the models", "first answers", "second answers")
+PARTS = ("import torch", "make the models", "torch.compile", "first answers", "second answers")
+CONTENDERS = ("mux", "inductor")
 _LIMIT = 600.0
 
 
-def child(model: str, tenants: int, device: str, dtype: str) -> dict[str, float]:
-    """Seconds of each part, in this process, which must not have imported torch; and launches in sum.
+def child(contender: str, model: str, tenants: int, device: str, dtype: str) -> dict[str, float]:
+    """Seconds of each part, in this process, which must not have imported torch; and mux's bundles in sum.
 
     Raises:
         RuntimeError: an answer is not that of eager PyTorch.
@@ -42,57 +44,82 @@ def child(model: str, tenants: int, device: str, dtype: str) -> dict[str, float]
     from torch_mux.bench.workloads import DTYPES, WORKLOADS
 
     workload, place = WORKLOADS[model], torch.device(device)
-    with torch.device(place):  # random weights are drawn where they are used
-        nets = [workload.model().to(place, DTYPES[dtype]) for _ in range(tenants)]
+    nets = _models(workload.model, tenants, place, DTYPES[dtype])
     inputs = [
         tuple(x.to(place, DTYPES[dtype]) if x.is_floating_point() else x.to(place) for x in given)
         for given in (workload.inputs(torch.Generator().manual_seed(seed)) for seed in range(tenants))
     ]
     mark()
+    models: list[Callable[..., Any]] = [torch.compile(net, backend=contender, dynamic=False) for net in nets]
+    mark()
     import torch_mux
 
-    models = [torch.compile(net, backend="mux", dynamic=False) for net in nets]
+    rounds = [(model, *given) for model, given in zip(models, inputs, strict=True)]
+    answers: Sequence[Any] = ()
     with torch.inference_mode():
-        answers = torch_mux.gather(*[(net, *given) for net, given in zip(models, inputs, strict=True)])
-        mark()
-        torch_mux.gather(*[(net, *given) for net, given in zip(models, inputs, strict=True)])
-        mark()
+        for _ in range(2):
+            if contender == "mux":
+                answers = torch_mux.gather(*rounds)
+            else:
+                answers = [model(*given) for model, given in zip(models, inputs, strict=True)]
+            mark()
         for answer, net, given in zip(answers, nets, inputs, strict=True):
             got, want = workload.tensor(answer).double(), workload.tensor(net(*given)).double()
             if not (got - want).norm() <= 0.02 * want.norm():
                 raise RuntimeError("an answer is not that of eager PyTorch")
     seconds = [after - before for before, after in itertools.pairwise(marks)]
-    return dict(zip(PARTS, seconds, strict=True)) | {"bundles": float(torch_mux.stats().bundles)}
+    bundles = torch_mux.stats().bundles if contender == "mux" else 0
+    return dict(zip(PARTS, seconds, strict=True)) | {"bundles": float(bundles)}
 
 
-def _process(model: str, tenants: int, device: str, dtype: str) -> dict[str, float]:
+def _models(make: Callable[[], Any], count: int, place: Any, dtype: Any) -> list[Any]:
+    """Models of one architecture, each with weights of its own, made about as fast as they load."""
+    import copy
+
+    import torch
+
+    first = make().to(place, dtype)
+    made = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+    with torch.no_grad():
+        for seed, net in enumerate(made):
+            generator = torch.Generator(place).manual_seed(seed)
+            for weight in net.parameters():
+                noise = torch.randn(weight.shape, generator=generator, device=place, dtype=dtype)
+                weight.add_(noise * weight.abs().mean(), alpha=0.05)
+    return made
+
+
+def _process(contender: str, model: str, tenants: int, device: str, dtype: str) -> dict[str, float]:
     """What a fresh process measures.
 
     Raises:
         RuntimeError: it failed; the message is the end of what it printed.
     """
-    given = [model, str(tenants), device, dtype]
+    given = [contender, model, str(tenants), device, dtype]
     command = [sys.executable, "-m", "torch_mux.bench.start", "--child", *given]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, check=False)
     if done.returncode:
-        raise RuntimeError(f"{model}: {done.stderr.strip()[-800:]}")
+        raise RuntimeError(f"{contender}, {model}: {done.stderr.strip()[-800:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found | {"process": time.perf_counter() - start}
 
 
 def run(model: str, tenants: int, device: str, dtype: str, repetitions: int) -> dict[str, Any]:
-    """A filling process and ``repetitions`` counted ones; plain data."""
+    """A filling process and ``repetitions`` counted ones of each contender, in turn; plain data."""
     import torch
 
     from torch_mux.bench import measure
 
-    first, *counted = [_process(model, tenants, device, dtype) for _ in range(repetitions + 1)]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    for _ in range(repetitions + 1):
+        for name in CONTENDERS:
+            found[name].append(_process(name, model, tenants, device, dtype))
     return {
         "environment": measure.environment(torch.device(device)),
         "options": {"model": model, "tenants": tenants, "device": device, "dtype": dtype},
-        "first": first,
-        "results": counted,
+        "first": {name: processes[0] for name, processes in found.items()},
+        "results": {name: processes[1:] for name, processes in found.items()},
     }
 
 
@@ -101,11 +128,11 @@ def table(report: dict[str, Any]) -> str:
     from torch_mux.bench import measure
 
     options = report["options"]
-    names = [*PARTS, "process"]
-    rows = [("process", *names[:-1], "until the first answers")]
-    for name, found in (("first", report["first"]), *(("warm", found) for found in report["results"])):
-        whole = sum(found[part] for part in PARTS[:3])
-        rows.append((name, *(f"{found[part]:.2f}" for part in PARTS), f"{whole:.2f}"))
+    rows = [("contender", "process", *PARTS, "until the first answers")]
+    for contender, counted in report["results"].items():
+        for name, found in (("first", report["first"][contender]), *(("warm", found) for found in counted)):
+            whole = sum(found[part] for part in PARTS[:4])
+            rows.append((contender, name, *(f"{found[part]:.2f}" for part in PARTS), f"{whole:.2f}"))
     title = f"{options['model']} x {options['tenants']}, seconds, {report['environment']['device']}"
     return "\n".join([title, *measure.aligned(rows)])
 
@@ -118,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--device", default=None, help="cuda or cpu")
     result.add_argument("--repetitions", type=int, default=3, help="warm processes")
     result.add_argument("--json", type=Path, default=None, help="write the record here")
-    result.add_argument("--child", nargs=4, default=None, help=argparse.SUPPRESS)
+    result.add_argument("--child", nargs=5, default=None, help=argparse.SUPPRESS)
     return result
 
 
@@ -127,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser()
     arguments = flags.parse_args(argv)
     if arguments.child is not None:
-        model, tenants, device, dtype = arguments.child
-        print(json.dumps(child(model, int(tenants), device, dtype)))
+        contender, model, tenants, device, dtype = arguments.child
+        print(json.dumps(child(contender, model, int(tenants), device, dtype)))
         return 0
     import torch
 

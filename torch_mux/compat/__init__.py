@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import native
+from . import native, source_keys
 from .captures import (
     capturing,
     guard_synchronize,
@@ -93,6 +93,7 @@ __all__ = [
     "raise_recompile_limits",
     "replayed_constructors",
     "replayed_setattr",
+    "source_keys",
     "state_check",
     "static_input_positions",
     "static_placeholders",

@@ -21,6 +21,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from . import source_keys
+
 __all__ = [
     "SymbolicWorld",
     "aot_inference",
@@ -118,6 +120,7 @@ def inductor_compile(
     graph: GraphModule, fakes: Sequence[Any], mode: FakeTensorMode
 ) -> Callable[[list[Any]], Any]:
     """Inductor's code for an inference graph; it takes its arguments as one list, which it empties."""
+    source_keys.ready()
     with torch.no_grad(), tracing(TracingContext(mode)):
         with V.set_fake_mode(mode):
             replace_random_passes(graph)  # the inner compile has no code for random operations as they are
