@@ -6,7 +6,7 @@ import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,8 @@ from torch_mux import compat
 from torch_mux.settings import Settings
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
-from .coalesce import MOST_SLOTS, dense_order, lay_out, mark
+from . import kept_plans
+from .coalesce import MOST_ROWS, MOST_SLOTS, SlotSpace, dense_order, lay_out, mark
 from .flops import flops
 from .graphs import ROLE, call_nodes, fake_of, outputs_of, placeholders
 from .kernels import ahead
@@ -26,6 +27,7 @@ from .ops.semantic import CONVOLUTION, LINEAR, LINEARS, is_depthwise
 from .passes import run_passes
 from .prepare import INDEX, Prepare, split_prepare
 from .program import Program
+from .recipe import PlanRecipe, PlanReport, StepRecipe
 from .segments import Segment, cut, single_slot, trace
 from .storage import Layout, Storage
 
@@ -55,44 +57,11 @@ def stack_buffer(spec: TensorSpec, slots: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PlanReport:
-    """What ``explain()`` tells about a plan.
-
-    Attributes:
-        kernels: super-kernel operations by name.
-        fused: operations absorbed into epilogues or into the preparation of an instance.
-        inductor: operations in the batched graph that Inductor compiles.
-        alone: operations that run per instance.
-        counts: how many operations fall back for each reason.
-        flops: floating-point operations of one slot (:mod:`torch_mux.lowering.flops`).
-        flops_alone: those of them in operations that run per instance.
-        segments: "coalesced" or "per instance", in order.
-        graph: the rewritten graph of one slot, as text.
-    """
-
-    kernels: dict[str, int] = field(default_factory=dict)
-    fused: int = 0
-    inductor: int = 0
-    alone: int = 0
-    counts: dict[FallbackReason, int] = field(default_factory=dict)
-    flops: int = 0
-    flops_alone: int = 0
-    segments: tuple[str, ...] = ()
-    graph: str = ""
-
-
-@dataclass(frozen=True)
 class _Step:
-    """A compiled segment: which values of the running environment it reads and writes."""
+    """A segment with its code."""
 
+    recipe: StepRecipe
     artifact: Artifact
-    coalesced: bool
-    inputs: tuple[int, ...]
-    parameters: tuple[int, ...]
-    results: tuple[int, ...]
-    specs: tuple[TensorSpec, ...]
-    slots: int
-    kernels: KernelCalls | None = None
 
 
 class CompiledPlan:
@@ -119,8 +88,8 @@ class CompiledPlan:
         self.report = report
         self.storage = storage
         self.coalesced = alone is None
-        self.capturable = alone is None and all(step.coalesced for step in steps)
-        self.max_slots = min((step.slots for step in steps), default=1)
+        self.capturable = alone is None and all(step.recipe.coalesced for step in steps)
+        self.max_slots = min((step.recipe.slots for step in steps), default=1)
         operations = sum(report.kernels.values())
         self.small = operations > 0 and report.flops < _SMALL * operations
         self._steps = steps
@@ -142,24 +111,26 @@ class CompiledPlan:
         storage = self.storage
         environment: dict[int, Tensor] = dict(enumerate(inputs))
         for step in self._steps:
-            gathered = [environment[index] for index in step.inputs]
-            if step.coalesced:
+            gathered = [environment[index] for index in step.recipe.inputs]
+            if step.recipe.coalesced:
                 results = step.artifact([rows, control, storage.table, *storage.arenas.values(), *gathered])
             else:
                 results = self._run_slots(step, rows, gathered)
-            environment.update(zip(step.results, results, strict=True))
+            environment.update(zip(step.recipe.results, results, strict=True))
         return [environment[index] for index in self._outputs]
 
     def launches(self, slots: int) -> list[Launch]:
         """The super-kernels that :meth:`run` launches for a bundle of ``slots`` slots."""
-        kernels = [step.kernels for step in self._steps if step.kernels is not None]
-        return [launch for each in kernels for launch in each.launches(slots)]
+        kernels = [step.recipe.kernels for step in self._steps]
+        return [launch for each in kernels if each is not None for launch in each.launches(slots)]
 
     def _run_slots(self, step: _Step, rows: Tensor, gathered: Sequence[Tensor]) -> list[Tensor]:
-        stacked = [stack_buffer(spec, rows.shape[0]) for spec in step.specs]
+        stacked = [stack_buffer(spec, rows.shape[0]) for spec in step.recipe.specs]
         for slot, row in enumerate(rows.tolist()):
             values = self.storage.values(row)
-            arguments = [tensor[slot] for tensor in gathered] + [values[index] for index in step.parameters]
+            arguments = [tensor[slot] for tensor in gathered] + [
+                values[index] for index in step.recipe.parameters
+            ]
             for buffer, result in zip(stacked, step.artifact(arguments), strict=True):
                 buffer[slot].copy_(result)
         return stacked
@@ -240,20 +211,59 @@ def _inductor_static(module: GraphModule) -> Artifact:
     """Inductor's code for a graph whose placeholders carry static fakes."""
     fakes = [node.meta["val"] for node in placeholders(module.graph)]
     world = compat.symbolic_world()
-    moved = [_refaked(fake, world) for fake in fakes]
+    moved = [_fake(TensorSpec.of(fake), world) if isinstance(fake, Tensor) else fake for fake in fakes]
     with world.tracing():
         graph = compat.trace_graph(module, moved)
     return compat.inductor_compile(graph, moved, world.mode)
 
 
-def _refaked(fake: Any, world: compat.SymbolicWorld) -> Any:
-    if not isinstance(fake, Tensor):
-        return fake
+def _fake(spec: TensorSpec, world: compat.SymbolicWorld) -> Tensor:
     with world.mode:
-        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+        return torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
 
 
 def _coalesced(program: Program, settings: Settings) -> CompiledPlan:
+    name = kept_plans.name_of(program)
+    kept = kept_plans.load(name)
+    plan = None if kept is None else _restored(program, *kept)
+    return plan if plan is not None else _lowered(program, settings, name)
+
+
+def _restored(program: Program, recipe: PlanRecipe, keys: Sequence[str]) -> CompiledPlan | None:
+    """The plan of an earlier process, or None where Inductor's cache has lost a part of it."""
+    storage = Storage(program.fingerprint, program.device, recipe.prepare, recipe.layout)
+    if storage.key != recipe.storage:
+        return None
+    steps = []
+    for step, key in zip(recipe.steps, keys, strict=True):
+        try:
+            artifact = _found(step, key, recipe.layout, program.device)
+        except Exception:
+            log.info("a plan on disk cannot be used; it is made again", exc_info=True)
+            return None
+        if artifact is None:
+            return None
+        steps.append(_Step(step, artifact))
+    return _plan(program, recipe, storage, steps)
+
+
+def _found(step: StepRecipe, key: str, layout: Layout, device: torch.device) -> Artifact | None:
+    if not step.coalesced:
+        world = compat.symbolic_world()
+        return compat.inductor_load(key, [_fake(spec, world) for spec in step.arguments], world.mode)
+    _begin(step.kernels, device)
+    space = SlotSpace.create(device, layout)
+    fakes = [*space.arguments, *map(space.stacked, step.arguments)]
+    return compat.inductor_load(key, fakes, space.shapes.mode)
+
+
+def _plan(program: Program, recipe: PlanRecipe, storage: Storage, steps: Sequence[_Step]) -> CompiledPlan:
+    storage.most_rows = min(storage.most_rows, *(step.recipe.rows for step in steps))
+    return CompiledPlan(program, recipe.reasons, recipe.report, storage, tuple(steps), recipe.outputs, None)
+
+
+def _lowered(program: Program, settings: Settings, name: str) -> CompiledPlan:
+    """A new plan, kept on disk under ``name``."""
     copy = GraphModule(program.graph, _copy_graph(program.graph))
     module = run_passes(copy, settings)
     text = module.print_readable(print_output=False)
@@ -273,12 +283,22 @@ def _coalesced(program: Program, settings: Settings) -> CompiledPlan:
     for segment in segments:
         for node in segment.results:
             numbers[node] = len(program.inputs) + len(numbers)
-    steps = tuple(_step(body, segment, storage, program.device, allow_tf32, numbers) for segment in segments)
+    steps = [_step(body, segment, storage, allow_tf32, numbers) for segment in segments]
     outputs = tuple(numbers[node] for node in outputs_of(body.graph) if isinstance(node, Node))
     report = _report(program, body, segments, reasons, text)
-    return CompiledPlan(
-        program, tuple(dict.fromkeys(reasons.values())), report, storage, steps, outputs, None
+    recipe = PlanRecipe(
+        storage.key,
+        prepare,
+        layout,
+        tuple(step.recipe for step in steps),
+        outputs,
+        tuple(dict.fromkeys(reasons.values())),
+        report,
     )
+    keys = [key for step in steps if (key := compat.inductor_key(step.artifact)) is not None]
+    if len(keys) == len(steps):
+        kept_plans.save(name, recipe, tuple(keys))
+    return _plan(program, recipe, storage, steps)
 
 
 def _copy_graph(module: GraphModule) -> torch.fx.Graph:
@@ -289,39 +309,46 @@ def _copy_graph(module: GraphModule) -> torch.fx.Graph:
     return graph
 
 
+def _begin(kernels: KernelCalls | None, device: torch.device) -> None:
+    """Has the super-kernels compiled on other threads, while Inductor compiles the rest or loads it."""
+    if kernels is not None and device.type == "cuda":
+        for size in ahead.FIRST_SIZES:
+            ahead.builder.begin(kernels.launches(size))
+
+
 def _step(
     body: GraphModule,
     segment: Segment,
     storage: Storage,
-    device: torch.device,
     allow_tf32: tuple[bool, bool],
     numbers: dict[Node, int],
 ) -> _Step:
     kernels: KernelCalls | None = None
     if segment.coalesced:
-        graph, space, fakes = trace(body, segment, storage.layout, device, storage.key, allow_tf32)
+        arguments = tuple(TensorSpec.of(fake_of(node)) for node in segment.inputs)
+        graph, space, fakes = trace(body, segment, storage.layout, storage.device, storage.key, allow_tf32)
         kernels = KernelCalls.of(graph, space)
-        if device.type == "cuda":
-            # They compile on other threads while Inductor compiles the rest.
-            for size in ahead.FIRST_SIZES:
-                ahead.builder.begin(kernels.launches(size))
+        _begin(kernels, storage.device)
         artifact = compat.inductor_compile(graph, fakes, space.shapes.mode)
         slots, rows = space.limits()
         if min(slots, rows) < 1:
             raise ValueError(f"the compiled code fixes a symbol: {space.shapes.knowledge()}")
-        storage.most_rows = min(storage.most_rows, rows)
     else:
-        artifact, slots = _inductor_static(single_slot(body, segment)), MOST_SLOTS
-    return _Step(
-        artifact,
+        single = single_slot(body, segment)
+        arguments = tuple(TensorSpec.of(node.meta["val"]) for node in placeholders(single.graph))
+        artifact, slots, rows = _inductor_static(single), MOST_SLOTS, MOST_ROWS
+    recipe = StepRecipe(
         segment.coalesced,
         tuple(numbers[node] for node in segment.inputs),
         tuple(node.meta[INDEX] for node in segment.parameters),
         tuple(numbers[node] for node in segment.results),
+        arguments,
         tuple(TensorSpec.of(fake_of(node)) for node in segment.results),
         slots,
+        rows,
         kernels,
     )
+    return _Step(recipe, artifact)
 
 
 def _report(

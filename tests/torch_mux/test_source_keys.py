@@ -1,49 +1,55 @@
-"""The compile caches' source hashes are made once, beside the first trace, also across a fork."""
+"""What identifies the installed torch and Triton."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
+
+import pytest
+
+from torch_mux.compat import source_keys
 
 PROGRAM = """
 import os, threading
 import torch
-from torch_mux import compat
-from torch._inductor import codecache
+from triton.runtime import cache
+from torch_mux.compat import source_keys
 
-made = []
-build = codecache.build_code_hash
-
-def counted(roots, prefix, hasher):
-    if prefix == "":
-        made.append(threading.current_thread().name)
-    build(roots, prefix, hasher)
-
-codecache.build_code_hash = counted
-compat.source_keys.begin()
-waiting = [threading.Thread(target=compat.source_keys.ready) for _ in range(4)]
+torch.cuda.is_available = lambda: True
+source_keys.begin()
+waiting = [threading.Thread(target=source_keys.ready) for _ in range(4)]
 for thread in waiting:
     thread.start()
 child = os.fork()
 if child == 0:
-    compat.source_keys.ready()
-    os._exit(0 if codecache.torch_key() else 1)
+    source_keys.ready()
+    os._exit(0 if cache.triton_key() else 1)
 for thread in waiting:
     thread.join()
 assert os.waitpid(child, 0)[1] == 0
-compat.source_keys.ready()
-assert codecache.torch_key()
-assert made == ["torch_mux-source-keys"], made
+source_keys.ready()
+assert cache.triton_key()
+assert cache.triton_key.cache_info().misses == 1, cache.triton_key.cache_info()
 """
 
 
-def test_they_are_made_once_however_many_wait() -> None:
+def test_tritons_hash_is_made_once_however_many_wait() -> None:
+    pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_changed_file_is_another_installation(tmp_path: Path) -> None:
+    folder = tmp_path
+    (folder / "inner").mkdir()
+    for name in ("a.py", "inner/b.py"):
+        (folder / name).write_text("x = 1")
+    before = source_keys._stamps(folder)
+    assert source_keys._stamps(folder) == before
+    (folder / "inner/b.py").write_text("x = 10")
+    changed = source_keys._stamps(folder)
+    (folder / "c.py").write_text("")
+    assert len({before, changed, source_keys._stamps(folder)}) == 3

@@ -51,6 +51,11 @@ from .inductor import (
     trace_graph,
     unset_fake_temporarily,
 )
+from .saved_code import (
+    inductor_key,
+    inductor_load,
+    surroundings,
+)
 from .streams import (
     current_stream,
     is_current,
@@ -80,6 +85,8 @@ __all__ = [
     "has_graph_break",
     "hinted",
     "inductor_compile",
+    "inductor_key",
+    "inductor_load",
     "install_first_call_guard",
     "install_tracing_check",
     "is_current",
@@ -97,6 +104,7 @@ __all__ = [
     "state_check",
     "static_input_positions",
     "static_placeholders",
+    "surroundings",
     "symbolic_world",
     "tensor_check",
     "tf32_allowed",

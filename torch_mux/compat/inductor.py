@@ -21,8 +21,6 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from . import source_keys
-
 __all__ = [
     "SymbolicWorld",
     "aot_inference",
@@ -120,7 +118,6 @@ def inductor_compile(
     graph: GraphModule, fakes: Sequence[Any], mode: FakeTensorMode
 ) -> Callable[[list[Any]], Any]:
     """Inductor's code for an inference graph; it takes its arguments as one list, which it empties."""
-    source_keys.ready()
     with torch.no_grad(), tracing(TracingContext(mode)):
         with V.set_fake_mode(mode):
             replace_random_passes(graph)  # the inner compile has no code for random operations as they are

@@ -1,21 +1,25 @@
-"""The hashes of torch's and Triton's own sources, made beside Dynamo's first trace.
+"""What identifies the installed torch and Triton: quickly for our own caches, and ahead of need for Triton's.
 
-Every look into Inductor's and Triton's compile caches begins with a hash of their source files. They keep it
-for the life of the process but do not lock: in a warm start four threads read some thousand files at once.
+Triton's compile cache begins every look with a hash of its sources, kept for the life of the process but made
+by as many threads as ask first. One thread makes it beside Dynamo's first trace. Inductor's hash covers all
+of torch's sources, takes longer than a plan takes to load, and is not needed where a plan is found on disk.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.util
 import os
 import threading
+from pathlib import Path
 
-__all__ = ["begin", "ready"]
+import torch
+
+__all__ = ["begin", "installed", "ready"]
 
 
 def _hash() -> None:
-    from torch._inductor.codecache import torch_key
-
-    torch_key()
     try:
         from triton.runtime.cache import triton_key
     except ImportError:  # no Triton, or one that makes its key elsewhere and in its own time
@@ -28,23 +32,38 @@ _once = threading.Lock()
 
 
 def begin() -> None:
-    """Starts hashing on a thread of its own; at once again if that is done or under way."""
+    """Starts hashing Triton's sources on a thread of its own, where there is a GPU to compile for."""
+    if not torch.cuda.is_available():
+        return
     with _once:
         if _thread.ident is None:
             _thread.start()
 
 
 def ready() -> None:
-    """Returns when the hashes are there."""
+    """Returns when Triton's hash is there; in a child that was forked meanwhile whoever needs it makes it."""
     begin()
-    _thread.join()
-
-
-def _finish() -> None:
     if _thread.ident is not None:
         _thread.join()
 
 
-if hasattr(os, "register_at_fork"):
-    # From 2.13 on torch makes its hash under a lock, which nobody would release in a child.
-    os.register_at_fork(before=_finish)
+def _stamps(folder: Path) -> str:
+    """Digest of the names, sizes and times of all Python files below ``folder``."""
+    found = hashlib.sha256()
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            if name.endswith(".py"):
+                state = os.stat(os.path.join(place, name))
+                found.update(f"{place}/{name} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return found.hexdigest()
+
+
+@functools.cache
+def installed() -> str:
+    """Digest of the versions of torch and Triton and of the state of their files."""
+    parts = [torch.__version__, torch.version.git_version, _stamps(Path(torch.__file__).parent)]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        parts.append(_stamps(Path(triton.origin).parent))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
