@@ -81,8 +81,8 @@ def save(name: str, recipe: PlanRecipe, keys: tuple[str, ...]) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(hashlib.sha256(payload).digest() + payload)
         os.replace(file.name, folder / name)
-    except Exception:  # a full disk, a folder of somebody else, a value that does not pickle
-        log.info("the plan was not kept on disk", exc_info=True)
+    except Exception as error:  # a full disk, a folder of somebody else, a value that does not pickle
+        log.info("the plan was not kept on disk: %s", repr(error))
 
 
 def load(name: str) -> tuple[PlanRecipe, tuple[str, ...]] | None:
@@ -93,11 +93,11 @@ def load(name: str) -> tuple[PlanRecipe, tuple[str, ...]] | None:
         return None
     digest, payload = whole[:_DIGEST], whole[_DIGEST:]
     if hashlib.sha256(payload).digest() != digest:
-        log.info("a plan on disk is damaged; it is made again")
+        log.info("a plan on disk is damaged and is made again")
         return None
     try:
         found: tuple[PlanRecipe, tuple[str, ...]] = pickle.loads(payload)
-    except Exception:  # written by sources that this process knows nothing of
-        log.info("a plan on disk cannot be read; it is made again", exc_info=True)
+    except Exception as error:  # written by sources that this process knows nothing of
+        log.info("a plan on disk cannot be read and is made again: %s", repr(error))
         return None
     return found

@@ -223,23 +223,23 @@ def _fake(spec: TensorSpec, world: compat.SymbolicWorld) -> Tensor:
 
 
 def _coalesced(program: Program, settings: Settings) -> CompiledPlan:
-    name = kept_plans.name_of(program)
-    kept = kept_plans.load(name)
+    name = kept_plans.name_of(program) if settings.keep_plans else None
+    kept = None if name is None else kept_plans.load(name)
     plan = None if kept is None else _restored(program, *kept)
     return plan if plan is not None else _lowered(program, settings, name)
 
 
 def _restored(program: Program, recipe: PlanRecipe, keys: Sequence[str]) -> CompiledPlan | None:
     """The plan of an earlier process, or None where Inductor's cache has lost a part of it."""
-    storage = Storage(program.fingerprint, program.device, recipe.prepare, recipe.layout)
+    storage = Storage(program.fingerprint, program.device, recipe.prepare, recipe.layout, recipe.storage)
     if storage.key != recipe.storage:
         return None
     steps = []
     for step, key in zip(recipe.steps, keys, strict=True):
         try:
             artifact = _found(step, key, recipe.layout, program.device)
-        except Exception:
-            log.info("a plan on disk cannot be used; it is made again", exc_info=True)
+        except Exception as error:
+            log.info("a plan on disk cannot be used and is made again: %s", repr(error))
             return None
         if artifact is None:
             return None
@@ -262,8 +262,8 @@ def _plan(program: Program, recipe: PlanRecipe, storage: Storage, steps: Sequenc
     return CompiledPlan(program, recipe.reasons, recipe.report, storage, tuple(steps), recipe.outputs, None)
 
 
-def _lowered(program: Program, settings: Settings, name: str) -> CompiledPlan:
-    """A new plan, kept on disk under ``name``."""
+def _lowered(program: Program, settings: Settings, name: str | None) -> CompiledPlan:
+    """A new plan, kept on disk under ``name`` if there is one."""
     copy = GraphModule(program.graph, _copy_graph(program.graph))
     module = run_passes(copy, settings)
     text = module.print_readable(print_output=False)
@@ -296,7 +296,7 @@ def _lowered(program: Program, settings: Settings, name: str) -> CompiledPlan:
         report,
     )
     keys = [key for step in steps if (key := compat.inductor_key(step.artifact)) is not None]
-    if len(keys) == len(steps):
+    if name is not None and len(keys) == len(steps):
         kept_plans.save(name, recipe, tuple(keys))
     return _plan(program, recipe, storage, steps)
 

@@ -118,9 +118,20 @@ def _moved(value: Tensor) -> Tensor:
 
 
 class Storage:
-    """The tables of one plan on one device; safe to use from several threads."""
+    """The tables of one plan on one device; safe to use from several threads.
 
-    def __init__(self, fingerprint: str, device: torch.device, prepare: Prepare, layout: Layout) -> None:
+    Args:
+        key: what generated code calls it, if that is free; by default the first free name of the program.
+    """
+
+    def __init__(
+        self,
+        fingerprint: str,
+        device: torch.device,
+        prepare: Prepare,
+        layout: Layout,
+        key: str | None = None,
+    ) -> None:
         self.key = ""
         self.device = device
         self.prepare = prepare
@@ -135,13 +146,14 @@ class Storage:
         self.arenas: dict[torch.dtype, Tensor] = {}
         with torch.inference_mode(False):
             self._grow(_ROWS_AT_FIRST)
-        self._register(fingerprint[:16])
+        self._register(fingerprint[:16], key)
 
-    def _register(self, name: str) -> None:
-        """Takes the first free key: generated code names it, and is found on disk again if it is the same."""
+    def _register(self, name: str, wanted: str | None) -> None:
+        """Takes a free key: generated code names it, and is found on disk again if it is the same."""
         with _registering:
-            numbers = itertools.count()
-            self.key = next(key for number in numbers if (key := f"{name}-{number}") not in _storages)
+            numbers = (f"{name}-{number}" for number in itertools.count())
+            keys = numbers if wanted is None else itertools.chain([wanted], numbers)
+            self.key = next(key for key in keys if key not in _storages)
             _storages[self.key] = self
 
     def _grow(self, capacity: int) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Every test lowers what it serves, in processes of its own too; those of the kept plans say otherwise.
+os.environ["TORCH_MUX_KEEP_PLANS"] = "0"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -44,11 +44,12 @@ print(json.dumps([*(found[name] for name in names), sum(compiled)]))
 """
 
 
-def _run(folder: Path, device: str, *names: str) -> list[int]:
+def _run(folder: Path, device: str, *names: str, plans: bool = False) -> list[int]:
     """Inductor's cache hits, misses and bypasses, and kernels compiled, of a process that serves these."""
     folders = {
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCH_MUX_KEEP_PLANS": str(int(plans)),
     }
     command = [sys.executable, "-c", SCRIPT, device, *names]
     environment = {**os.environ, **folders}
@@ -61,6 +62,16 @@ def _run(folder: Path, device: str, *names: str) -> list[int]:
 def test_generated_code_is_found_whatever_the_order_of_the_models(tmp_path: Path) -> None:
     assert _run(tmp_path, "cpu", "mlp", "conv") == [0, 2, 0, 0]
     assert _run(tmp_path, "cpu", "conv", "mlp") == [2, 0, 0, 0]
+
+
+def test_a_kept_plan_finds_its_code_without_lowering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_MUX_CACHE_DIR", str(tmp_path / "mux"))
+    assert _run(tmp_path, "cpu", "mlp", plans=True) == [0, 1, 0, 0]
+    (kept,) = (tmp_path / "mux" / "plans").iterdir()
+    before = kept.stat()
+    assert _run(tmp_path, "cpu", "conv", "mlp", plans=True) == [1, 1, 0, 0]
+    after = kept.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 @pytest.mark.gpu

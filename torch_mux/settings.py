@@ -40,6 +40,7 @@ class Settings:
         in_flight: most bundles enqueued on one lane.
         linger: longest adaptive wait, in seconds, for closed-loop clients of the last bundle.
         capture: replay captured CUDA graphs (``TORCH_MUX_CAPTURE``); off launches directly.
+        keep_plans: keep what lowering makes on disk for later processes (``TORCH_MUX_KEEP_PLANS``).
     """
 
     enabled: bool = field(default_factory=lambda: _flag("TORCH_MUX_ENABLED", True))
@@ -49,3 +50,4 @@ class Settings:
     in_flight: int = 2
     linger: float = 200e-6
     capture: bool = field(default_factory=lambda: _flag("TORCH_MUX_CAPTURE", True))
+    keep_plans: bool = field(default_factory=lambda: _flag("TORCH_MUX_KEEP_PLANS", True))

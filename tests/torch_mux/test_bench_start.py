@@ -28,7 +28,11 @@ def test_it_measures_fresh_processes(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--model", "lenet"], "unknown model"), (["--tenants", "0"], "at least 1")],
+    [
+        (["--model", "lenet"], "unknown model"),
+        (["--tenants", "0"], "at least 1"),
+        (["--contenders", "mux,tpu"], "tpu"),
+    ],
 )
 def test_wrong_arguments_are_named(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

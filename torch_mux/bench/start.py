@@ -105,15 +105,22 @@ def _process(contender: str, model: str, tenants: int, device: str, dtype: str) 
     return found | {"process": time.perf_counter() - start}
 
 
-def run(model: str, tenants: int, device: str, dtype: str, repetitions: int) -> dict[str, Any]:
+def run(
+    model: str,
+    tenants: int,
+    device: str,
+    dtype: str,
+    repetitions: int,
+    contenders: Sequence[str] = CONTENDERS,
+) -> dict[str, Any]:
     """A filling process and ``repetitions`` counted ones of each contender, in turn; plain data."""
     import torch
 
     from torch_mux.bench import measure
 
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for _ in range(repetitions + 1):
-        for name in CONTENDERS:
+        for name in contenders:
             found[name].append(_process(name, model, tenants, device, dtype))
     return {
         "environment": measure.environment(torch.device(device)),
@@ -143,7 +150,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--model", default=None, help="resnet50, or tiny-cnn without a GPU")
     result.add_argument("--tenants", type=int, default=16)
     result.add_argument("--device", default=None, help="cuda or cpu")
-    result.add_argument("--repetitions", type=int, default=3, help="warm processes")
+    result.add_argument("--repetitions", type=int, default=3, help="warm processes of each contender")
+    result.add_argument("--contenders", default=",".join(CONTENDERS), help=f"of {', '.join(CONTENDERS)}")
     result.add_argument("--json", type=Path, default=None, help="write the record here")
     result.add_argument("--child", nargs=5, default=None, help=argparse.SUPPRESS)
     return result
@@ -167,12 +175,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = arguments.model or ("resnet50" if device == "cuda" else "tiny-cnn")
     if model not in WORKLOADS:
         flags.error(f"unknown model {model}; choose from {', '.join(WORKLOADS)}")
+    contenders = arguments.contenders.split(",")
+    unknown = sorted(set(contenders) - set(CONTENDERS))
+    if unknown:
+        flags.error(f"unknown contenders {', '.join(unknown)}; choose from {', '.join(CONTENDERS)}")
     if min(arguments.tenants, arguments.repetitions) < 1:
         flags.error("--tenants and --repetitions must be at least 1")
     measure.require_device(flags, device)
     measure.announce(torch.device(device))
     dtype = "float16" if device == "cuda" else "float32"
-    report = run(model, arguments.tenants, device, dtype, arguments.repetitions)
+    report = run(model, arguments.tenants, device, dtype, arguments.repetitions, contenders)
     measure.write(report, arguments.json)
     print(table(report))
     return 0
