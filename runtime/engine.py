@@ -31,7 +31,7 @@ from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.report import ProgramReport, report_of
 from torch_mux.runtime.request import Request, by_dispatcher
 from torch_mux.runtime.scheduler.base import Policy
-from torch_mux.runtime.scheduler.fifo import FifoPolicy
+from torch_mux.runtime.scheduler.policy import FairPolicy
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
@@ -69,7 +69,7 @@ class Engine:
         *,
         compile_plan: CompilePlan | None = None,
         compile_lock: contextlib.AbstractContextManager[object] | None = None,
-        policy: Callable[[], Policy] = FifoPolicy,
+        policy: Callable[[], Policy] = FairPolicy,
         executor: MakeExecutor | None = None,
     ) -> None:
         self.settings = settings

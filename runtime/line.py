@@ -44,14 +44,13 @@ class Line:
     def take_out(self, requests: Sequence[Request]) -> None:
         """Removes pending requests."""
         for request in requests:
-            served = request.instance.served
-            queue = served.requests
-            if queue and queue[0] is request:
-                queue.popleft()
-            else:
-                queue.remove(request)
-            if not queue:
-                self.active.pop(served, None)
+            self.take_bundle(request.instance.served, (request,))
+
+    def take_bundle(self, served: ServedProgram, requests: Sequence[Request]) -> None:
+        """Removes pending requests of one program."""
+        served.requests.take(requests)
+        if not served.requests:
+            self.active.pop(served, None)
 
     def queued(self, unready_only: bool = False) -> list[Request]:
         """Everything pending, or what waits for its plan."""
@@ -70,7 +69,7 @@ class Line:
         """The programs, that of the oldest request first."""
         if len(self.active) < 2:
             return list(self.active)
-        return sorted(self.active, key=lambda served: served.requests[0].seq)
+        return sorted(self.active, key=lambda served: served.requests.oldest.seq)
 
     def kick(self) -> None:
         """What is pending now goes out even if nobody waits for it."""
@@ -78,7 +77,7 @@ class Line:
 
     def orphaned(self) -> bool:
         """Whether a kicked request with a plan is pending."""
-        return any(served.ready and served.requests[0].seq < self._kicked for served in self.active)
+        return any(served.ready and served.requests.oldest.seq < self._kicked for served in self.active)
 
     def waiter(self) -> Waiter | None:
         """A blocked thread whose request can go out, that of the oldest such request."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch_mux.lowering.program import Program
 from torch_mux.runtime.instance import Instance, InstanceTable
 from torch_mux.runtime.memory import MemoryLedger, make_room, out_of_memory
 from torch_mux.runtime.request import Request
+from torch_mux.runtime.scheduler.pending import Flow, Pending
 
 if TYPE_CHECKING:
     from torch_mux.lowering.plan import CompiledPlan
@@ -53,7 +54,7 @@ class ServedProgram:
         self.coalesced = program.fallback is None and not program.mutates
         self.slots = 1
         self.ordered = program.mutates
-        self.requests: deque[Request] = deque()
+        self.requests: Pending[Request] = Pending()
         self.instances = InstanceTable()
         self.sizes: Counter[int] = Counter()
         self.storage_lock = threading.Lock()
@@ -67,6 +68,14 @@ class ServedProgram:
             else partial(program.literals.get, position)
             for position, spec in enumerate(program.outputs)
         )
+
+    def flows(self) -> Mapping[Flow, Collection[Request]]:
+        """The queue by class and tenant; guarded by the dispatcher's mutex."""
+        return self.requests.flows()
+
+    def fresh(self) -> Sequence[Flow]:
+        """The flows that are new in it; guarded by the dispatcher's mutex."""
+        return self.requests.fresh()
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Compares the devices of a request's inputs with the program's.

@@ -139,6 +139,12 @@ def _check_memory(value: Any) -> int | None:
     return size
 
 
+def _check_priority(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidQuota(field="priority", value=value, detail="give a whole number; higher goes first")
+    return value
+
+
 CHECKS: Final[Mapping[str, Callable[[Any], object]]] = MappingProxyType(
     {
         "tenant": _check_tenant,
@@ -147,6 +153,7 @@ CHECKS: Final[Mapping[str, Callable[[Any], object]]] = MappingProxyType(
         "weight": _check_weight,
         "slo": _check_slo,
         "memory": _check_memory,
+        "priority": _check_priority,
     }
 )
 
@@ -264,6 +271,7 @@ class QuotaScope:
         weight: float | _Unset = UNSET,
         slo: str | float | timedelta | _Unset | None = UNSET,
         memory: str | int | _Unset | None = UNSET,
+        priority: int | _Unset = UNSET,
         **unknown: object,
     ) -> None:
         """Change fields for every request made under this quota from now on, in every thread.
@@ -273,7 +281,7 @@ class QuotaScope:
         """
         global _epoch
         given = {"tenant": tenant, "sms": sms, "reserve": reserve, "weight": weight}
-        changes = _checked({**given, "slo": slo, "memory": memory, **unknown})
+        changes = _checked({**given, "slo": slo, "memory": memory, "priority": priority, **unknown})
         with _lock:
             merged = {**self._changes, **changes}
             if "sms" in merged and "reserve" in merged:
@@ -293,6 +301,7 @@ def quota(
     weight: float | _Unset = UNSET,
     slo: str | float | timedelta | _Unset | None = UNSET,
     memory: str | int | _Unset | None = UNSET,
+    priority: int | _Unset = UNSET,
     **unknown: object,
 ) -> QuotaScope:
     """Attribute every request made inside to ``tenant``, under these limits and guarantees.
@@ -307,6 +316,7 @@ def quota(
         weight: share of what is left over relative to other tenants, above 0.
         slo: latency objective: ``"20ms"``, a ``timedelta`` or seconds; None for none.
         memory: limit of device memory: ``"4GiB"`` or bytes; None for none.
+        priority: class, a whole number; requests of a higher one go out before all of a lower one.
 
     Raises:
         UnknownOption: a field that does not exist.
@@ -315,4 +325,4 @@ def quota(
     """
     named: str | _Unset = UNSET if tenant is None else tenant
     given = {"tenant": named, "sms": sms, "reserve": reserve, "weight": weight}
-    return QuotaScope({**given, "slo": slo, "memory": memory, **unknown})
+    return QuotaScope({**given, "slo": slo, "memory": memory, "priority": priority, **unknown})

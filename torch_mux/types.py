@@ -87,6 +87,7 @@ class Quota:
         weight: share of what is left over, relative to other tenants, > 0.
         slo: latency objective in seconds, or None.
         memory: device memory limit in bytes, or None.
+        priority: class; requests of a higher one go out first.
     """
 
     tenant: str = "default"
@@ -95,3 +96,4 @@ class Quota:
     weight: float = 1.0
     slo: float | None = None
     memory: int | None = None
+    priority: int = 0

@@ -207,7 +207,8 @@ BAD = [
     (lambda: quota(memory="4G"), UnparsableQuantity, "4GiB"),
     (lambda: quota(memory=1.5), UnparsableQuantity, "size"),  # type: ignore[arg-type]
     (lambda: quota(wieght=2), UnknownOption, "did you mean 'weight'"),
-    (lambda: quota(gpu=2), UnknownOption, "tenant, sms, reserve, weight, slo, memory"),
+    (lambda: quota(priority=1.5), InvalidQuota, "priority=1.5"),  # type: ignore[arg-type]
+    (lambda: quota(gpu=2), UnknownOption, "tenant, sms, reserve, weight, slo, memory, priority"),
 ]
 
 
