@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.request import Request, RequestState
+from torch_mux.runtime.shares import PICOSECONDS, divided
 
 __all__ = ["Accounting", "StatsSnapshot", "TenantStats"]
 
@@ -27,7 +28,8 @@ class TenantStats:
         pending: requests queued or under way.
         p50, p99: latency quantiles in seconds from submission to the end on the device, over the last 2,048
             requests that ended well; None before the first.
-        device_seconds: device time, that of a bundle divided evenly over its slots.
+        device_seconds: device time, that of a bundle divided over its slots by their work. The sum over
+            tenants is that of the bundles to the picosecond.
         queue_seconds: time its requests spent queued, in sum.
         held: bytes that it holds now, see :class:`torch_mux.runtime.memory.MemoryLedger`.
         coalesced_share: part of its requests to coalesced plans that shared their bundle, None before the
@@ -72,7 +74,7 @@ class _Tenant:
         "accepted",
         "cancelled",
         "coalescible",
-        "device_seconds",
+        "device_time",
         "errors",
         "latencies",
         "ok",
@@ -83,7 +85,8 @@ class _Tenant:
     def __init__(self) -> None:
         self.accepted = self.ok = self.errors = self.cancelled = 0
         self.coalescible = self.shared = 0
-        self.device_seconds = self.queue_seconds = 0.0
+        self.device_time = 0  # picoseconds
+        self.queue_seconds = 0.0
         self.latencies: deque[float] = deque(maxlen=_WINDOW)
 
     def ended(self, requests: Sequence[Request], now: float) -> None:
@@ -95,9 +98,9 @@ class _Tenant:
             self.cancelled += cancelled
             self.errors += len(requests) - len(arrivals) - cancelled
 
-    def ran(self, requests: Sequence[Request], each: float, coalescible: bool, shared: bool) -> None:
+    def ran(self, requests: Sequence[Request], time: int, coalescible: bool, shared: bool) -> None:
         count = len(requests)
-        self.device_seconds += each * count
+        self.device_time += time
         self.queue_seconds += sum(
             [one.started - one.arrival if one.started > one.arrival else 0.0 for one in requests]
         )
@@ -116,7 +119,7 @@ class _Tenant:
             pending=self.accepted - self.ok - self.errors - self.cancelled,
             p50=_quantile(ordered, 0.5),
             p99=_quantile(ordered, 0.99),
-            device_seconds=self.device_seconds,
+            device_seconds=self.device_time / PICOSECONDS,
             queue_seconds=self.queue_seconds,
             coalesced_share=self.shared / self.coalescible if self.coalescible else None,
             held=held,
@@ -143,7 +146,7 @@ class Accounting:
         self._tenants: dict[str, _Tenant] = {}
         self._bundles = 0
         self._requests = 0
-        self._seconds = 0.0
+        self._device_time = 0
         self._sizes: Counter[int] = Counter()
 
     def _tenant(self, name: str) -> _Tenant:
@@ -177,14 +180,19 @@ class Accounting:
     def ran(self, requests: Sequence[Request], seconds: float, coalesced: bool) -> None:
         """A bundle of these requests took ``seconds`` of the device."""
         slots = len(requests)
-        each = seconds / slots
+        time = round(seconds * PICOSECONDS)
         with self._lock:
             self._bundles += 1
             self._requests += slots
-            self._seconds += seconds
+            self._device_time += time
             self._sizes[slots] += 1
-            for tenant, group in self._by_tenant(requests):
-                tenant.ran(group, each, coalesced, slots > 1)
+            groups = self._by_tenant(requests)
+            if len(groups) == 1:
+                groups[0][0].ran(requests, time, coalesced, slots > 1)
+                return
+            times = divided(time, [request.work for request in requests])
+            for (tenant, group), part in zip(groups, times, strict=True):
+                tenant.ran(group, part, coalesced, slots > 1)
 
     def snapshot(self) -> StatsSnapshot:
         """Everything counted so far, as frozen data."""
@@ -195,7 +203,7 @@ class Accounting:
                 tenants={name: tenant.snapshot(name, held[name]) for name, tenant in self._tenants.items()},
                 bundles=self._bundles,
                 requests=self._requests,
-                device_seconds=self._seconds,
+                device_seconds=self._device_time / PICOSECONDS,
                 sizes=dict(sorted(self._sizes.items())),
             )
 
@@ -204,5 +212,4 @@ class Accounting:
         with self._lock:
             self._tenants.clear()
             self._sizes.clear()
-            self._bundles = self._requests = 0
-            self._seconds = 0.0
+            self._bundles = self._requests = self._device_time = 0

@@ -145,6 +145,7 @@ class Engine:
             if plan.coalesced:
                 executor.rehearse(served)
             served.slots = min(executor.slots(program), plan.max_slots) if plan.coalesced else 1
+            served.work = plan.work
             served.coalesced = plan.coalesced
         except BaseException as error:
             # Whatever it was, callers wait for the outcome.

@@ -144,6 +144,11 @@ class Request:
         """The program it runs."""
         return self.instance.served
 
+    @property
+    def work(self) -> int:
+        """What it costs beside others in its bundle: floating-point operations, at least 1."""
+        return self.instance.served.work
+
     def done(self) -> bool:
         """Whether it ended: result, error or cancellation; on CUDA once the device has finished it."""
         return self.state in _TERMINAL

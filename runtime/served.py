@@ -35,6 +35,7 @@ class ServedProgram:
         error: why it did not compile, or None.
         ready: requests may go out.
         coalesced: one run serves many slots.
+        work: floating-point operations of one request, at least 1.
         slots: most slots of one bundle as far as the plan and the tables are concerned.
         ordered: bundles must keep their order, so they stay on the first lane.
         requests: the queue, oldest first; guarded by the dispatcher's mutex.
@@ -52,6 +53,7 @@ class ServedProgram:
         self.error: Exception | None = None
         self.ready = False
         self.coalesced = program.fallback is None and not program.mutates
+        self.work = 1
         self.slots = 1
         self.ordered = program.mutates
         self.requests: Pending[Request] = Pending()
