@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
-from torch_mux.errors import DispatchFailed, MuxError
+from torch_mux.errors import DeadlineExceeded, DispatchFailed, MuxError
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Executor
@@ -25,7 +25,7 @@ __all__ = ["Runner", "call_back"]
 logger = logging.getLogger(__name__)
 
 _RUNNING, _DONE = RequestState.RUNNING, RequestState.DONE
-_ERROR, _CANCELLED = RequestState.ERROR, RequestState.CANCELLED
+_ERROR, _CANCELLED, _EXPIRED = RequestState.ERROR, RequestState.CANCELLED, RequestState.EXPIRED
 
 
 class Runner:
@@ -171,7 +171,7 @@ class Runner:
         """Requests ended: counts, tells those who wait, and calls back. Any thread may call it."""
         callbacks: list[tuple[Callable[[Request], object], Request]] = []
         for request in requests:
-            if request.state is not _CANCELLED:
+            if request.state is not _CANCELLED and request.state is not _EXPIRED:
                 request.state = _DONE if request.error is None else _ERROR
         self._accounting.ended(requests, now)
         with self.mutex:
@@ -199,6 +199,13 @@ class Runner:
                     request.error = DispatchFailed(f"{type(error).__name__}: {error}")
                     request.error.__cause__ = error
         self.end(requests, self._clock())
+
+    def expire(self, requests: Sequence[Request]) -> None:
+        """Ends requests that were dropped because their deadline passed."""
+        for request in requests:
+            request.error = DeadlineExceeded(tenant=request.quota.tenant, deadline=request.quota.deadline)
+        if requests:
+            self.end(requests, self._clock())
 
     def rescue(self, error: BaseException) -> None:
         """Dispatching was interrupted: what was under way goes out later, or fails if it may not."""

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch_mux import compat
-from torch_mux.errors import DeviceMismatch, ExecutionFailed
+from torch_mux.errors import DeviceMismatch, ExecutionFailed, ModelRemoved, MuxError
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.instance import Instance, InstanceTable
 from torch_mux.runtime.memory import MemoryLedger, make_room, out_of_memory
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch_mux.lowering.storage import Storage
     from torch_mux.runtime.dispatch import Dispatcher
 
-__all__ = ["ServedProgram", "failure"]
+__all__ = ["ServedProgram", "failure", "unservable"]
 
 _RUNTIME = __name__.rpartition(".")[0]
 
@@ -132,6 +132,14 @@ class ServedProgram:
     def storage(self) -> Storage:
         """The tables of a program that is ready."""
         return self.compiled.storage
+
+
+def unservable(instance: Instance) -> MuxError | None:
+    """Why no request of an instance can be served, if so: it was removed, or its plan did not compile."""
+    served = instance.served
+    if instance.removed:
+        return ModelRemoved(model=served.program.name)
+    return None if served.error is None else failure(served, served.error)
 
 
 def failure(served: ServedProgram, cause: BaseException) -> ExecutionFailed:
