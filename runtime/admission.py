@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch_mux.errors import DeadlineUnattainable, InvalidQuota, Overloaded, RateExceeded
 from torch_mux.runtime.accounting import Accounting
@@ -14,6 +14,8 @@ from torch_mux.types import Quota
 __all__ = ["Admission"]
 
 _ROUNDING = 1e-9
+#: Of (index, its tenant's pending requests, those of the same call): seconds on the clock, or None.
+Outlook = Callable[[int, int, int], "float | None"]
 
 
 class Admission:
@@ -33,8 +35,13 @@ class Admission:
         self._buckets: dict[str, TokenBucket] = {}
         self._reserves: dict[str, float] = {}
 
-    def admit(self, quotas: Sequence[Quota], now: float) -> Sequence[float] | None:
+    def admit(self, quotas: Sequence[Quota], now: float, outlook: Outlook) -> Sequence[float] | None:
         """Accepts requests under these quotas, all or none.
+
+        Args:
+            now: seconds on the clock.
+            outlook: when the request of an index would have ended, behind so many of its tenant; None where
+                that cannot be told.
 
         Returns:
             For how many seconds each is held back; None where none is.
@@ -48,15 +55,16 @@ class Admission:
             if quota is not last:
                 last = quota
                 if quota.limited or quota.tenant in self._reserves:
-                    return self._limited(quotas, now)
+                    return self._limited(quotas, now, outlook)
         self._accounting.accepted(quotas)
         return None
 
-    def _limited(self, quotas: Sequence[Quota], now: float) -> Sequence[float] | None:
+    def _limited(self, quotas: Sequence[Quota], now: float, outlook: Outlook) -> Sequence[float] | None:
         with self._lock:
             reserves = self._reserved(quotas)
             self._check_pending(quotas)
             waits = self._waits(quotas, now)
+            self._check_deadlines(quotas, waits, now, outlook)
             self._reserves = reserves
             for quota in quotas:
                 if quota.rate is not None:
@@ -99,11 +107,24 @@ class Admission:
                 before[quota.tenant] += 1
                 if wait > 0.0 and quota.excess == "refuse":
                     raise RateExceeded(tenant=quota.tenant, rate=quota.rate, burst=burst, wait=wait)
-                if quota.deadline is not None and wait >= quota.deadline:
-                    detail = f"its rate of {quota.rate:g} a second holds it for {wait:.3g} s"
-                    raise DeadlineUnattainable(tenant=quota.tenant, deadline=quota.deadline, detail=detail)
             waits.append(wait)
         return waits
+
+    def _check_deadlines(
+        self, quotas: Sequence[Quota], waits: Sequence[float], now: float, outlook: Outlook
+    ) -> None:
+        before: Counter[str] = Counter()
+        for index, (quota, wait) in enumerate(zip(quotas, waits, strict=True)):
+            if quota.deadline is None:
+                continue
+            if wait >= quota.deadline:
+                detail = f"its rate of {quota.rate:g} a second holds it for {wait:.3g} s"
+                raise DeadlineUnattainable(tenant=quota.tenant, deadline=quota.deadline, detail=detail)
+            end = outlook(index, self._accounting.pending(quota.tenant), before[quota.tenant])
+            before[quota.tenant] += 1
+            if end is not None and end + wait > now + quota.deadline:
+                detail = f"what is under way, its tenant's other requests and itself take {end - now:.3g} s"
+                raise DeadlineUnattainable(tenant=quota.tenant, deadline=quota.deadline, detail=detail)
 
     def _bucket(self, quota: Quota) -> TokenBucket:
         return self._buckets.setdefault(quota.tenant, TokenBucket())

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,12 +26,14 @@ from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.dispatch import Dispatcher
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.executors.make import make_executor
+from torch_mux.runtime.forecasts import Forecasts
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.report import ProgramReport, report_of
 from torch_mux.runtime.request import Request, by_dispatcher
 from torch_mux.runtime.scheduler.base import Policy
 from torch_mux.runtime.scheduler.policy import FairPolicy
+from torch_mux.runtime.scheduler.predictor import Predictor
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.runtime.submission import Call, Submission
 from torch_mux.settings import Settings
@@ -60,6 +63,7 @@ class Engine:
         compile_lock: held while a plan compiles or is captured.
         policy: makes the scheduling policy of a device.
         executor: makes the executor of a device.
+        forecasts: folder in which measured bundle times are kept; None keeps them for this engine only.
     """
 
     def __init__(
@@ -69,20 +73,22 @@ class Engine:
         *,
         compile_plan: CompilePlan | None = None,
         compile_lock: contextlib.AbstractContextManager[object] | None = None,
-        policy: Callable[[], Policy] = FairPolicy,
+        policy: Callable[[Predictor], Policy] = FairPolicy,
         executor: MakeExecutor | None = None,
+        forecasts: Path | None = None,
     ) -> None:
         self.settings = settings
         self.clock = clock
         self.compile_lock = threading.RLock() if compile_lock is None else compile_lock
         self._compile_plan = compile_plan
         self._policy = policy
+        self._forecasts = Forecasts(forecasts)
         self._make_executor = make_executor if executor is None else executor
         self._lock = threading.RLock()
         self._memory = MemoryLedger(self._instances, self._pools)
         self._accounting = Accounting(self._memory)
-        self._admission = Admission(self._accounting)
-        self._submission = Submission(self._admission, self._memory, clock, self._catch_up)
+        self._admission = gate = Admission(self._accounting)
+        self._submission = Submission(gate, self._memory, clock, lambda: self.settings, self._catch_up)
         self._closed = False
         self._start()
         _engines.add(self)
@@ -128,7 +134,8 @@ class Engine:
         dispatcher = self._dispatchers.get(device)
         if dispatcher is None:
             executor = self._make_executor(self, device)
-            dispatcher = Dispatcher(executor, self._policy(), self.clock, self.settings, self._accounting)
+            policy = self._policy(self._forecasts.predictor(device))
+            dispatcher = Dispatcher(executor, policy, self.clock, self.settings, self._accounting)
             self._dispatchers[device] = dispatcher
         return dispatcher
 
@@ -246,9 +253,8 @@ class Engine:
             ClosedError: the engine was closed.
             DeviceMismatch: an input is not where its program runs; nothing was queued then.
             ModelRemoved: an instance was removed or its model was collected.
-            Refused: a limit of a quota says no; nothing was queued then.
+            Refused, MemoryQuotaExceeded: a limit of a quota says no; nothing was queued then.
             InvalidQuota: the reserves of all tenants add up to more than 1; nothing was queued then.
-            MemoryQuotaExceeded: a tenant would hold more than its quota allows; nothing was queued then.
             ExecutionFailed: there was no memory for the outputs of a request; nothing was queued then.
         """
         live: list[Call] = []
@@ -352,6 +358,7 @@ class Engine:
         builder.close(0.0)  # the compile thread may wait for it
         for dispatcher in dispatchers:
             dispatcher.close(_JOIN)
+        self._forecasts.close()
         for one in served:
             one.dispatcher.executor.forget(one)
             for instance in one.instances:
@@ -370,6 +377,7 @@ class Engine:
         self._memory.clear()
         self._accounting.abandon_after_fork()
         self._admission.clear()
+        self._forecasts.clear()
         self._start()
         for dispatcher in dispatchers:
             dispatcher.abandon_after_fork()

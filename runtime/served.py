@@ -71,6 +71,11 @@ class ServedProgram:
             for position, spec in enumerate(program.outputs)
         )
 
+    @property
+    def timed(self) -> bool:
+        """Whether some of its requests may be due at some time."""
+        return self.requests.timed
+
     def flows(self) -> Mapping[Flow, Collection[Request]]:
         """The queue by class and tenant; guarded by the dispatcher's mutex."""
         return self.requests.flows()

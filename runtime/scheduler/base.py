@@ -40,6 +40,11 @@ class Ticket(Protocol):
         """Tenant and limits it runs under."""
         ...
 
+    @property
+    def due(self) -> float:
+        """Seconds on the clock by which it should have ended, or infinity."""
+        ...
+
 
 class Queue(Protocol):
     """What a policy may know of the pending requests of one program; never empty."""
@@ -62,6 +67,11 @@ class Queue(Protocol):
     @property
     def ordered(self) -> bool:
         """Whether its bundles must run in order, on the first lane."""
+        ...
+
+    @property
+    def timed(self) -> bool:
+        """Whether some of its requests may be due at some time."""
         ...
 
     @property
@@ -153,6 +163,13 @@ class Policy(Protocol):
         """The device finished what was issued after ``seconds``, 0 if it did not run.
 
         An issue that :meth:`issued` was not told of is what was left of one that completed after 0 seconds.
+        """
+        ...
+
+    def outlook(self, key: str, slots: int, bundles: int, now: float) -> float | None:
+        """When so many bundles of that many slots would have ended that are enqueued now, if it can tell.
+
+        Any thread may ask; all other methods are the dispatcher's.
         """
         ...
 

@@ -68,6 +68,11 @@ class VirtualTime:
             account.credit = 0.0
         return account
 
+    def lead(self, tenant: str) -> float:
+        """By how much a tenant is ahead of virtual time."""
+        account = self._accounts.get(tenant)
+        return 0.0 if account is None else max(0.0, account.tag - self.now)
+
     def advance(self, start: float) -> None:
         """A decision was taken, with ``start`` as the least tag of those who waited."""
         if start > self.now:

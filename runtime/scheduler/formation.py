@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import islice
 
 from torch_mux.runtime.scheduler.base import Queue, Ticket
@@ -65,13 +65,19 @@ class Turns:
         return found
 
     def fill(
-        self, limit: int, each: float, ceilings: Mapping[int, float], allowance: float
+        self,
+        limit: int,
+        each: float,
+        ceilings: Mapping[int, float],
+        allowance: float,
+        urgent: Collection[Flow] = (),
     ) -> tuple[Ticket, ...]:
         """At most ``limit`` requests in fair order: by class, then by start tag, then by age.
 
         Where everything may go, everything goes, in order of arrival.
 
         Args:
+            urgent: flows whose first request goes before all others of its class.
             each: device seconds that a slot is charged.
             ceilings: by class, the least start tag of those who wait for another bundle; none where nobody
                 does.
@@ -86,7 +92,11 @@ class Turns:
         taken: list[Ticket] = []
         for priority in sorted(self._heaps, reverse=True):
             bar = ceilings.get(priority, _NEVER)
-            _in_order(self._heaps[priority].copy(), priority, flows, taken, limit, each, bar, allowance)
+            heap = self._heaps[priority].copy()
+            if urgent:
+                heap = [(-_NEVER, *entry[1:]) if (priority, entry[2]) in urgent else entry for entry in heap]
+                heapify(heap)
+            _in_order(heap, priority, flows, taken, limit, each, bar, allowance)
         return tuple(taken)
 
     def _ahead(self, flows: _Flows, each: float, ceilings: Mapping[int, float], allowance: float) -> bool:
@@ -122,13 +132,15 @@ def _in_order(
                 continue
             rest = iter(tickets)
             head = next(rest)
-            if tag != account.tag:
+            if tag != account.tag and tag > -_NEVER:
                 heapreplace(heap, (account.tag, head.seq, name, account, head, rest))
                 continue
         weight = head.quota.weight
         if taken and (tag - bar) * weight > allowance:
             heappop(heap)
             continue
+        if tag == -_NEVER:
+            tag = account.tag
         taken.append(head)
         following = next(rest, None)
         if following is None:

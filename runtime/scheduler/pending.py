@@ -10,6 +10,7 @@ from torch_mux.types import Quota
 
 __all__ = ["Flow", "Pending"]
 
+_NEVER = float("inf")
 #: (priority class, tenant): whose requests go out in order.
 Flow = tuple[int, str]
 
@@ -17,6 +18,9 @@ Flow = tuple[int, str]
 class _Owned(Protocol):
     @property
     def quota(self) -> Quota: ...
+
+    @property
+    def due(self) -> float: ...
 
 
 T = TypeVar("T", bound=_Owned)
@@ -27,14 +31,18 @@ class Pending(Collection[T], Generic[T]):
 
     What belongs to whom is sorted out when it is first asked for, and kept up from then on until the queue is
     empty: while everything that is pending goes out together nobody asks.
+
+    Attributes:
+        timed: whether a request that is due at some time was queued since it was last empty.
     """
 
-    __slots__ = ("_all", "_flows", "_fresh")
+    __slots__ = ("_all", "_flows", "_fresh", "timed")
 
     def __init__(self) -> None:
         self._all: OrderedDict[T, None] = OrderedDict()
         self._flows: dict[Flow, OrderedDict[T, None]] | None = None
         self._fresh: list[Flow] = []
+        self.timed = False
 
     def __len__(self) -> int:
         return len(self._all)
@@ -53,6 +61,8 @@ class Pending(Collection[T], Generic[T]):
     def append(self, request: T) -> None:
         """Queues a request behind all others."""
         self._all[request] = None
+        if request.due < _NEVER:
+            self.timed = True
         if self._flows is not None:
             self._flow(request)[request] = None
 
@@ -60,6 +70,7 @@ class Pending(Collection[T], Generic[T]):
         """A request that had been taken out becomes the oldest again."""
         self._all[request] = None
         self._all.move_to_end(request, last=False)
+        self.timed = self.timed or request.due < _NEVER
         if self._flows is not None:
             own = self._flow(request)
             own[request] = None
@@ -70,6 +81,7 @@ class Pending(Collection[T], Generic[T]):
         if len(requests) == len(self._all):
             self._all.clear()
             self._flows = None
+            self.timed = False
             return
         for request in requests:
             del self._all[request]

@@ -27,6 +27,7 @@ class Ticket:
     seq: int = 0
     key: str = ""
     ended: float = float("nan")
+    due: float = float("inf")
 
 
 class Queue:
@@ -47,6 +48,10 @@ class Queue:
     def add(self, *requests: Ticket) -> None:
         for request in requests:
             self.requests.append(request)
+
+    @property
+    def timed(self) -> bool:
+        return self.requests.timed
 
     def flows(self) -> Mapping[Flow, Collection[Ticket]]:
         return self.requests.flows()

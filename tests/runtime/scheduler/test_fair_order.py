@@ -50,7 +50,7 @@ class Backlog:
             next(self.device.advance(float("inf")))
         slots = len(decision.requests)
         seconds = self.seconds(decision.key, slots)
-        forecast = self.policy.predictor.forecast(decision.key, slots).median
+        forecast = self.policy.predictor.forecast(decision.key, slots, (16, 0)).median
         self.wrong = max(self.wrong, abs(seconds - forecast))
         self.device._issue(decision)
         for request in decision.requests:

@@ -78,4 +78,4 @@ def test_what_is_left_of_a_refused_bundle_is_charged_and_measured(lab: Any) -> N
         requests[1].result()
     policy = requests[0].dispatcher.policy
     assert policy._flying == {}
-    assert list(policy.predictor._programs["print-slow"].sizes[0]) == [1]
+    assert list(policy.predictor._programs["print-slow"].contexts[16, 0]) == [1]

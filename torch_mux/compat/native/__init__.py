@@ -28,6 +28,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from torch_mux.compat.caches import cache_folder
+
 __all__ = ["Checks", "Enqueue", "PythonChecks", "Stillness", "build", "checks", "enqueue", "status"]
 
 log = logging.getLogger(__name__)
@@ -294,8 +296,7 @@ def _imported(path: Path) -> Any:
 
 def _folder() -> Path:
     """Where it is kept: ``TORCH_MUX_CACHE_DIR``, or the user's cache folder; nobody else may write there."""
-    base = os.environ.get("TORCH_MUX_CACHE_DIR") or Path(os.path.expanduser("~")) / ".cache" / "torch-mux"
-    folder = Path(base) / "native"
+    folder = cache_folder("native")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
