@@ -21,7 +21,6 @@ import torch
 from torch.fx import GraphModule
 
 from torch_mux import compat
-from torch_mux.settings import cache_folder
 
 from .program import Program
 from .recipe import PlanRecipe
@@ -77,7 +76,8 @@ def save(name: str, recipe: PlanRecipe, keys: tuple[str, ...]) -> None:
         buffer = io.BytesIO()
         _Pickler(buffer, protocol=5).dump((recipe, keys))
         payload = buffer.getvalue()
-        folder = cache_folder("plans")
+        folder = compat.cache_folder("plans")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(hashlib.sha256(payload).digest() + payload)
         os.replace(file.name, folder / name)
@@ -88,7 +88,7 @@ def save(name: str, recipe: PlanRecipe, keys: tuple[str, ...]) -> None:
 def load(name: str) -> tuple[PlanRecipe, tuple[str, ...]] | None:
     """The recipe of that name and the names of its steps' code, or None."""
     try:
-        whole = (cache_folder("plans") / name).read_bytes()
+        whole = (compat.cache_folder("plans") / name).read_bytes()
     except OSError:
         return None
     digest, payload = whole[:_DIGEST], whole[_DIGEST:]

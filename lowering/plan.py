@@ -70,7 +70,8 @@ class CompiledPlan:
     ``coalesced`` plans serve any subset of instances at any slot count up to ``max_slots`` with one compiled
     artifact; the others serve one request at a time through :meth:`run_alone`. ``capturable`` plans may be
     captured in a CUDA graph. ``small`` ones have so little work an operation that a core of a CPU is enough:
-    a property of the program, so that how sums are split over threads never depends on the bundle.
+    a property of the program, so that how sums are split over threads never depends on the bundle. ``work``
+    is what a slot costs: floating-point operations, at least 1.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class CompiledPlan:
         self.max_slots = min((step.recipe.slots for step in steps), default=1)
         operations = sum(report.kernels.values())
         self.small = operations > 0 and report.flops < _SMALL * operations
+        self.work = max(1, report.flops)
         self._steps = steps
         self._outputs = outputs
         self._alone = alone

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.request import Request, RequestState
+from torch_mux.runtime.shares import PICOSECONDS, divided
+from torch_mux.types import Quota
 
 __all__ = ["Accounting", "StatsSnapshot", "TenantStats"]
 
 _WINDOW = 2048
-_DONE, _CANCELLED = RequestState.DONE, RequestState.CANCELLED
+_DONE, _CANCELLED, _EXPIRED = RequestState.DONE, RequestState.CANCELLED, RequestState.EXPIRED
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,18 @@ class TenantStats:
 
     Attributes:
         tenant: its name.
-        accepted: requests submitted; the sum of the four outcomes and of what is still pending.
+        accepted: requests queued; always ok + late + expired + cancelled + errors + pending.
         ok, errors, cancelled: requests by outcome.
         pending: requests queued or under way.
         p50, p99: latency quantiles in seconds from submission to the end on the device, over the last 2,048
             requests that ended well; None before the first.
-        device_seconds: device time, that of a bundle divided evenly over its slots.
+        device_seconds: device time, that of a bundle divided over its slots by their work. The sum over
+            tenants is that of the bundles to the picosecond.
         queue_seconds: time its requests spent queued, in sum.
         held: bytes that it holds now, see :class:`torch_mux.runtime.memory.MemoryLedger`.
+        late: requests that were served, but after their ``slo`` or ``deadline``.
+        expired: requests that were dropped because their ``deadline`` had passed.
+        refused: requests that were not accepted: a limit of their quota said no.
         coalesced_share: part of its requests to coalesced plans that shared their bundle, None before the
             first.
     """
@@ -46,6 +52,9 @@ class TenantStats:
     queue_seconds: float
     coalesced_share: float | None
     held: int = 0
+    late: int = 0
+    expired: int = 0
+    refused: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,32 +81,45 @@ class _Tenant:
         "accepted",
         "cancelled",
         "coalescible",
-        "device_seconds",
+        "device_time",
         "errors",
+        "expired",
+        "late",
         "latencies",
         "ok",
         "queue_seconds",
+        "refused",
         "shared",
     )
 
     def __init__(self) -> None:
-        self.accepted = self.ok = self.errors = self.cancelled = 0
+        self.accepted = self.ok = self.late = 0
+        self.errors = self.cancelled = self.expired = self.refused = 0
         self.coalescible = self.shared = 0
-        self.device_seconds = self.queue_seconds = 0.0
+        self.device_time = 0  # picoseconds
+        self.queue_seconds = 0.0
         self.latencies: deque[float] = deque(maxlen=_WINDOW)
 
     def ended(self, requests: Sequence[Request], now: float) -> None:
         arrivals = [request.arrival for request in requests if request.state is _DONE]
-        self.ok += len(arrivals)
+        late = sum([request.due < now for request in requests if request.state is _DONE])
+        self.late += late
+        self.ok += len(arrivals) - late
         self.latencies.extend([now - arrival if now > arrival else 0.0 for arrival in arrivals])
         if len(arrivals) < len(requests):
             cancelled = sum(request.state is _CANCELLED for request in requests)
+            expired = sum(request.state is _EXPIRED for request in requests)
             self.cancelled += cancelled
-            self.errors += len(requests) - len(arrivals) - cancelled
+            self.expired += expired
+            self.errors += len(requests) - len(arrivals) - cancelled - expired
 
-    def ran(self, requests: Sequence[Request], each: float, coalescible: bool, shared: bool) -> None:
+    @property
+    def pending(self) -> int:
+        return self.accepted - self.ok - self.late - self.errors - self.cancelled - self.expired
+
+    def ran(self, requests: Sequence[Request], time: int, coalescible: bool, shared: bool) -> None:
         count = len(requests)
-        self.device_seconds += each * count
+        self.device_time += time
         self.queue_seconds += sum(
             [one.started - one.arrival if one.started > one.arrival else 0.0 for one in requests]
         )
@@ -113,13 +135,16 @@ class _Tenant:
             ok=self.ok,
             errors=self.errors,
             cancelled=self.cancelled,
-            pending=self.accepted - self.ok - self.errors - self.cancelled,
+            pending=self.pending,
             p50=_quantile(ordered, 0.5),
             p99=_quantile(ordered, 0.99),
-            device_seconds=self.device_seconds,
+            device_seconds=self.device_time / PICOSECONDS,
             queue_seconds=self.queue_seconds,
             coalesced_share=self.shared / self.coalescible if self.coalescible else None,
             held=held,
+            late=self.late,
+            expired=self.expired,
+            refused=self.refused,
         )
 
 
@@ -143,7 +168,7 @@ class Accounting:
         self._tenants: dict[str, _Tenant] = {}
         self._bundles = 0
         self._requests = 0
-        self._seconds = 0.0
+        self._device_time = 0
         self._sizes: Counter[int] = Counter()
 
     def _tenant(self, name: str) -> _Tenant:
@@ -160,11 +185,30 @@ class Accounting:
                 return [(self._tenant(one.quota.tenant), (one,)) for one in requests]
         return [(self._tenant(first.tenant), requests)] if first is not None else []
 
-    def accepted(self, requests: Sequence[Request]) -> None:
-        """Requests were queued."""
+    def accepted(self, quotas: Sequence[Quota]) -> None:
+        """Requests under these quotas are about to be queued."""
+        last: Quota | None = None
         with self._lock:
-            for tenant, group in self._by_tenant(requests):
-                tenant.accepted += len(group)
+            for quota in quotas:
+                if quota is not last:
+                    last, tenant = quota, self._tenant(quota.tenant)
+                tenant.accepted += 1
+
+    def withdrawn(self, quota: Quota) -> None:
+        """A request that was accepted was not queued after all."""
+        with self._lock:
+            self._tenant(quota.tenant).accepted -= 1
+
+    def refused(self, quota: Quota) -> None:
+        """A request was not accepted."""
+        with self._lock:
+            self._tenant(quota.tenant).refused += 1
+
+    def pending(self, tenant: str) -> int:
+        """Requests of a tenant that are queued or under way."""
+        with self._lock:
+            found = self._tenants.get(tenant)
+            return 0 if found is None else found.pending
 
     def ended(self, requests: Sequence[Request], now: float) -> None:
         """Requests ended at ``now``; their state says how."""
@@ -177,14 +221,19 @@ class Accounting:
     def ran(self, requests: Sequence[Request], seconds: float, coalesced: bool) -> None:
         """A bundle of these requests took ``seconds`` of the device."""
         slots = len(requests)
-        each = seconds / slots
+        time = round(seconds * PICOSECONDS)
         with self._lock:
             self._bundles += 1
             self._requests += slots
-            self._seconds += seconds
+            self._device_time += time
             self._sizes[slots] += 1
-            for tenant, group in self._by_tenant(requests):
-                tenant.ran(group, each, coalesced, slots > 1)
+            groups = self._by_tenant(requests)
+            if len(groups) == 1:
+                groups[0][0].ran(requests, time, coalesced, slots > 1)
+                return
+            times = divided(time, [request.work for request in requests])
+            for (tenant, group), part in zip(groups, times, strict=True):
+                tenant.ran(group, part, coalesced, slots > 1)
 
     def snapshot(self) -> StatsSnapshot:
         """Everything counted so far, as frozen data."""
@@ -195,14 +244,18 @@ class Accounting:
                 tenants={name: tenant.snapshot(name, held[name]) for name, tenant in self._tenants.items()},
                 bundles=self._bundles,
                 requests=self._requests,
-                device_seconds=self._seconds,
+                device_seconds=self._device_time / PICOSECONDS,
                 sizes=dict(sorted(self._sizes.items())),
             )
+
+    def abandon_after_fork(self) -> None:
+        """In a forked child, where the lock may be held for ever."""
+        self._lock = threading.Lock()
+        self.clear()
 
     def clear(self) -> None:
         """Forgets everything."""
         with self._lock:
             self._tenants.clear()
             self._sizes.clear()
-            self._bundles = self._requests = 0
-            self._seconds = 0.0
+            self._bundles = self._requests = self._device_time = 0

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from torch_mux.runtime.request import Request
+from torch_mux.runtime.scheduler.base import Issue
 from torch_mux.runtime.served import ServedProgram
 
 __all__ = ["Bundle", "cap_of"]
@@ -18,18 +19,26 @@ class Bundle:
     Attributes:
         served: the program.
         requests: one a slot, in slot order.
-        share: its cap as a fraction of the device's multiprocessors.
-        lane: which lane it runs on.
+        issue: the decision that sent it out.
         again: it found no memory once and is run again.
         seconds: device seconds it took, once known.
     """
 
     served: ServedProgram
     requests: list[Request]
-    share: float
-    lane: int = 0
+    issue: Issue
     again: bool = False
     seconds: float = field(default=0.0)
+
+    @property
+    def share(self) -> float:
+        """Its cap as a fraction of the device's multiprocessors."""
+        return self.issue.share
+
+    @property
+    def lane(self) -> int:
+        """Which lane it runs on."""
+        return self.issue.lane
 
 
 def cap_of(share: float, sms: int) -> int:

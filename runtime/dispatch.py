@@ -14,16 +14,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from torch_mux.errors import CancelledRequest, ClosedError, ModelRemoved
+from torch_mux.errors import CancelledRequest, ClosedError
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Executor, Flight
 from torch_mux.runtime.instance import Instance
-from torch_mux.runtime.line import Line
+from torch_mux.runtime.line import Line, line_up
 from torch_mux.runtime.request import Request, RequestState, Waiter
 from torch_mux.runtime.runner import Runner, call_back
 from torch_mux.runtime.scheduler.base import Busy, Issue, Later, Policy, View
-from torch_mux.runtime.served import ServedProgram, failure
+from torch_mux.runtime.served import ServedProgram, failure, unservable
 from torch_mux.runtime.service import Service
 from torch_mux.settings import Settings
 
@@ -63,7 +63,10 @@ class Dispatcher:
         self._holder: threading.Thread | None = None
         self._closed = False
         self._released = float("-inf")
-        self.service = Service(self.attend, executor.flying, self.fail_all)
+        self.service = Service(self.attend, executor.flying, self._until_alarm, self.fail_all)
+
+    def _until_alarm(self) -> float:
+        return self._line.alarms.peek() - self._clock()
 
     # The callers' side.
 
@@ -79,17 +82,13 @@ class Dispatcher:
             if self._closed:
                 raise ClosedError
             for request in requests:
-                instance = request.instance
-                served = instance.served
-                instance.uses += 1
-                if instance.removed:
-                    request.error = ModelRemoved(model=served.program.name)
-                elif served.error is not None:
-                    request.error = failure(served, served.error)
+                request.instance.uses += 1
+                request.error = unservable(request.instance)
                 (taken if request.error is None else failed).append(request)
-            self._line.extend(taken)
-            self._line.rouse(requests)
-        self._accounting.accepted(requests)
+            alarm = self._line.extend(taken)
+            self._line.rouse(None if alarm else requests)
+        if alarm:
+            self.service.poke()
         if failed:
             self._runner.end(failed, self._clock())
 
@@ -117,7 +116,7 @@ class Dispatcher:
                     if drive:
                         self._holder = me
                     else:
-                        waiter = _line_up(waiter, left)
+                        waiter = line_up(waiter, left)
                 if drive:
                     self._drive_as_holder(left, nested)
                 elif waiter is not None and not waiter.block(_LIVENESS):
@@ -187,7 +186,7 @@ class Dispatcher:
         with self._mutex:
             served.ready = True
             if served.error is not None:
-                failed = list(served.requests)
+                failed = [request for request in self._line.queued() if request.served is served]
                 self._line.take_out(failed)
                 for request in failed:
                     request.error = failure(served, served.error)
@@ -232,8 +231,9 @@ class Dispatcher:
         """
         while True:
             with self._mutex:
-                busy = self._clock() - self._released < _QUIET
-                if busy and not (self._runner.watched or self._runner.dead or self._line.orphaned()):
+                now = self._clock()
+                urgent = self._runner.watched or self._runner.dead or self._line.alarms.next() <= now
+                if now - self._released < _QUIET and not (urgent or self._line.orphaned()):
                     return
                 if self._holder is not None:
                     return
@@ -301,6 +301,7 @@ class Dispatcher:
 
     def _drive(self, left: Sequence[Request] | None) -> None:
         """Sends out what the policy chooses, until ``left`` have gone out or nothing can."""
+        self._ring()
         landed = False  # ends are counted while the next bundle runs, or when they may let one go out
         while self._line.active and not (left is not None and all(request.out for request in left)):
             bundle: Bundle | None = None
@@ -312,6 +313,8 @@ class Dispatcher:
                     bundle = self._runner.pop(decision, now)
                 elif landed and decision is not None and decision.wake is not None:
                     nap = self._line.lie_down(decision.wake)
+                    until = decision.until if isinstance(decision, Later) else now + _POLL
+                    until = min(until, self._line.alarms.next())
             if bundle is not None:
                 self._runner.run(bundle)
             elif not landed:
@@ -319,13 +322,21 @@ class Dispatcher:
             elif decision is None:
                 return
             elif nap is not None:
-                self._sleep(nap, decision.until - now if isinstance(decision, Later) else _POLL)
+                self._sleep(nap, until - now)
             elif isinstance(decision, Busy):
                 flight = self.executor.oldest()
                 if flight is not None:
                     flight.wait()
             landed = bundle is None and not landed
+            self._ring()
         self._runner.land()
+
+    def _ring(self) -> None:
+        """Holds that are over end, and requests whose deadline has passed are dropped."""
+        if self._line.alarms:
+            with self._mutex:
+                expired = self._line.ring(self._clock())
+            self._runner.expire(expired)
 
     def _sleep(self, nap: Waiter, seconds: float) -> None:
         try:
@@ -358,6 +369,7 @@ class Dispatcher:
         """Returns when everything pending has gone out and ended on the device; waits for no companions."""
         with self._mutex:
             self._settings = replace(self._settings, max_wait=0.0, linger=0.0)
+            self._line.let_go()
             self._line.rouse()
             pending = self._line.queued()
         self.wait(pending)
@@ -385,15 +397,3 @@ class Dispatcher:
         error = RuntimeError("it was pending when the process forked")
         self._runner.fail(self._runner.stranded(), error)
         self.fail_all(error)
-
-
-def _line_up(waiter: Waiter | None, left: Sequence[Request]) -> Waiter:
-    """Registers a thread that is about to block; the mutex is held."""
-    if waiter is None:
-        waiter = Waiter()
-        for request in left:
-            request.waiters = (*request.waiters, waiter)
-    else:
-        waiter.rearm()
-    waiter.left = len(left)
-    return waiter

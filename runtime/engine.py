@@ -10,29 +10,32 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
-from threading import get_ident
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from torch_mux.errors import ClosedError, ModelRemoved
+from torch_mux.errors import ClosedError, MemoryQuotaExceeded, ModelRemoved, Refused
 from torch_mux.lowering.kernels.ahead import builder
 from torch_mux.lowering.program import Program
 from torch_mux.runtime import leaving
 from torch_mux.runtime.accounting import Accounting, StatsSnapshot
+from torch_mux.runtime.admission import Admission
 from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.dispatch import Dispatcher
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.executors.make import make_executor
+from torch_mux.runtime.forecasts import Forecasts
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.report import ProgramReport, report_of
 from torch_mux.runtime.request import Request, by_dispatcher
 from torch_mux.runtime.scheduler.base import Policy
-from torch_mux.runtime.scheduler.fifo import FifoPolicy
+from torch_mux.runtime.scheduler.policy import FairPolicy
+from torch_mux.runtime.scheduler.predictor import Predictor
 from torch_mux.runtime.served import ServedProgram
+from torch_mux.runtime.submission import Call, Submission
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
@@ -60,6 +63,7 @@ class Engine:
         compile_lock: held while a plan compiles or is captured.
         policy: makes the scheduling policy of a device.
         executor: makes the executor of a device.
+        forecasts: folder in which measured bundle times are kept; None keeps them for this engine only.
     """
 
     def __init__(
@@ -69,18 +73,22 @@ class Engine:
         *,
         compile_plan: CompilePlan | None = None,
         compile_lock: contextlib.AbstractContextManager[object] | None = None,
-        policy: Callable[[], Policy] = FifoPolicy,
+        policy: Callable[[Predictor], Policy] = FairPolicy,
         executor: MakeExecutor | None = None,
+        forecasts: Path | None = None,
     ) -> None:
         self.settings = settings
         self.clock = clock
         self.compile_lock = threading.RLock() if compile_lock is None else compile_lock
         self._compile_plan = compile_plan
         self._policy = policy
+        self._forecasts = Forecasts(forecasts)
         self._make_executor = make_executor if executor is None else executor
         self._lock = threading.RLock()
         self._memory = MemoryLedger(self._instances, self._pools)
         self._accounting = Accounting(self._memory)
+        self._admission = gate = Admission(self._accounting)
+        self._submission = Submission(gate, self._memory, clock, lambda: self.settings, self._catch_up)
         self._closed = False
         self._start()
         _engines.add(self)
@@ -126,7 +134,8 @@ class Engine:
         dispatcher = self._dispatchers.get(device)
         if dispatcher is None:
             executor = self._make_executor(self, device)
-            dispatcher = Dispatcher(executor, self._policy(), self.clock, self.settings, self._accounting)
+            policy = self._policy(self._forecasts.predictor(device))
+            dispatcher = Dispatcher(executor, policy, self.clock, self.settings, self._accounting)
             self._dispatchers[device] = dispatcher
         return dispatcher
 
@@ -145,6 +154,7 @@ class Engine:
             if plan.coalesced:
                 executor.rehearse(served)
             served.slots = min(executor.slots(program), plan.max_slots) if plan.coalesced else 1
+            served.work = plan.work
             served.coalesced = plan.coalesced
         except BaseException as error:
             # Whatever it was, callers wait for the outcome.
@@ -224,9 +234,13 @@ class Engine:
 
     def submit(self, instance: Instance, inputs: Sequence[object], quota: Quota) -> Request:
         """Queues one request and returns at once; see :meth:`submit_all`."""
-        return self.submit_all([(instance, inputs, quota)])[0]
+        try:
+            return self.submit_all([(instance, inputs, quota)])[0]
+        except (Refused, MemoryQuotaExceeded):
+            self._accounting.refused(quota)
+            raise
 
-    def submit_all(self, calls: Sequence[tuple[Instance, Sequence[object], Quota]]) -> list[Request]:
+    def submit_all(self, calls: Sequence[Call]) -> list[Request]:
         """Queues requests together: none goes out before all of a device are queued. Never waits.
 
         Outputs are allocated here, on the caller's stream and in the caller's inference mode. Nothing goes
@@ -239,41 +253,21 @@ class Engine:
             ClosedError: the engine was closed.
             DeviceMismatch: an input is not where its program runs; nothing was queued then.
             ModelRemoved: an instance was removed or its model was collected.
-            MemoryQuotaExceeded: a tenant would hold more than its quota allows; nothing was queued then.
+            Refused, MemoryQuotaExceeded: a limit of a quota says no; nothing was queued then.
+            InvalidQuota: the reserves of all tenants add up to more than 1; nothing was queued then.
             ExecutionFailed: there was no memory for the outputs of a request; nothing was queued then.
         """
-        live: list[tuple[Instance, Quota]] = []
+        live: list[Call] = []
         for instance, inputs, quota in calls:
             if instance.removed or instance.dropped or not instance.alive:
                 instance = self._live(instance)
             instance.served.check(inputs)
-            live.append((instance, quota))
-        self._memory.reserve(live)
-        requests: list[Request] = []
-        queued: list[Request] = []
+            live.append((instance, inputs, quota))
         try:
-            inference, arrival, client = torch.is_inference_mode_enabled(), self.clock(), get_ident()
-            for (instance, quota), (_, inputs, _) in zip(live, calls, strict=True):
-                served = instance.served
-                outputs = served.allocate(instance, inputs) if served.coalesced else []
-                requests.append(
-                    Request(served.dispatcher, instance, inputs, outputs, quota, inference, arrival, client)
-                )
-            for dispatcher, own in by_dispatcher(requests):
-                mark = dispatcher.executor.mark()
-                if mark is not None:
-                    for request in own:
-                        request.mark = mark
-                dispatcher.enqueue(own)
-                queued.extend(own)
-        except BaseException:
-            # What was queued gives its memory back when it ends.
-            kept = set(queued)
-            self._memory.cancel(call for call, request in zip_longest(live, requests) if request not in kept)
-            if self._closed:
-                leaving.wait_if_leaving()
+            return self._submission.queue(live)
+        except ClosedError:
+            leaving.wait_if_leaving()
             raise
-        return requests
 
     def _live(self, instance: Instance) -> Instance:
         """The instance to use instead of one that was handed out before a reset."""
@@ -327,9 +321,12 @@ class Engine:
 
     def stats(self) -> StatsSnapshot:
         """What every tenant got so far; on an asynchronous device, of what has ended there."""
+        self._catch_up()
+        return self._accounting.snapshot()
+
+    def _catch_up(self) -> None:
         for dispatcher in list(self._dispatchers.values()):
             dispatcher.catch_up()
-        return self._accounting.snapshot()
 
     def plans(self) -> tuple[ProgramReport, ...]:
         """What is known of every program, in the order they were registered."""
@@ -343,6 +340,7 @@ class Engine:
         with self._lock:
             self._start()
             self._accounting.clear()
+            self._admission.clear()
             self._memory.clear()
             self._closed = False
 
@@ -360,6 +358,7 @@ class Engine:
         builder.close(0.0)  # the compile thread may wait for it
         for dispatcher in dispatchers:
             dispatcher.close(_JOIN)
+        self._forecasts.close()
         for one in served:
             one.dispatcher.executor.forget(one)
             for instance in one.instances:
@@ -376,7 +375,9 @@ class Engine:
                 instance.dropped = True
         self._lock = threading.RLock()
         self._memory.clear()
-        self._accounting = Accounting(self._memory)
+        self._accounting.abandon_after_fork()
+        self._admission.clear()
+        self._forecasts.clear()
         self._start()
         for dispatcher in dispatchers:
             dispatcher.abandon_after_fork()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch_mux.runtime.alarms import Alarms
 from torch_mux.runtime.request import Request, RequestState, Waiter
 from torch_mux.runtime.served import ServedProgram
 
-__all__ = ["Line", "go_out"]
+__all__ = ["Line", "go_out", "line_up"]
+
+_NEVER = float("inf")
 
 
 class Line:
@@ -15,22 +18,65 @@ class Line:
 
     Attributes:
         active: the programs with pending requests.
+        alarms: when holds end and deadlines pass.
     """
 
     def __init__(self) -> None:
         self.active: dict[ServedProgram, None] = {}
+        self.alarms = Alarms()
+        self._held: dict[Request, None] = {}
         self._next = 0
         self._kicked = 0
         self._nap: tuple[Waiter, Mapping[str, int]] | None = None
 
-    def extend(self, requests: Sequence[Request]) -> None:
-        """Queues requests behind all others."""
+    def extend(self, requests: Sequence[Request]) -> bool:
+        """Queues requests behind all others, or holds them; returns whether an alarm was set for one."""
+        alarm = False
         for request in requests:
-            served = request.instance.served
             request.seq = self._next
             self._next += 1
-            served.requests.append(request)
-            self.active[served] = None
+            if request.eligible > request.arrival:
+                self._held[request] = None
+                self.alarms.set(request.eligible, request)
+                alarm = True
+            else:
+                served = request.instance.served
+                served.requests.append(request)
+                self.active[served] = None
+            if request.expires < _NEVER:
+                self.alarms.set(request.expires, request)
+                alarm = True
+        return alarm
+
+    def ring(self, now: float) -> list[Request]:
+        """Lets those go whose hold is over; takes out and returns those whose deadline has passed."""
+        expired: list[Request] = []
+        for request in self.alarms.ring(now) if self.alarms else ():
+            if request.state is not RequestState.QUEUED:
+                continue
+            if request.expires <= now:
+                self.take_out((request,))
+                request.state = RequestState.EXPIRED
+                expired.append(request)
+            elif request in self._held:
+                self._let_go(request)
+        return expired
+
+    def let_go(self) -> None:
+        """No request is held any longer."""
+        for request in list(self._held):
+            self._let_go(request)
+
+    def _let_go(self, request: Request) -> None:
+        del self._held[request]
+        kicked = request.seq < self._kicked
+        request.seq = self._next
+        self._next += 1
+        if kicked:
+            self._kicked = self._next
+        served = request.instance.served
+        served.requests.append(request)
+        self.active[served] = None
 
     def put_back(self, requests: Sequence[Request]) -> None:
         """Requests of one program that had been taken out become its oldest again."""
@@ -38,29 +84,29 @@ class Line:
         for request in reversed(requests):
             request.state = RequestState.QUEUED
             served.requests.appendleft(request)
+            if request.expires < _NEVER:
+                self.alarms.set(request.expires, request)
         self.active[served] = None
         self.kick()
 
     def take_out(self, requests: Sequence[Request]) -> None:
         """Removes pending requests."""
         for request in requests:
-            served = request.instance.served
-            queue = served.requests
-            if queue and queue[0] is request:
-                queue.popleft()
+            if request in self._held:
+                del self._held[request]
             else:
-                queue.remove(request)
-            if not queue:
-                self.active.pop(served, None)
+                self.take_bundle(request.instance.served, (request,))
+
+    def take_bundle(self, served: ServedProgram, requests: Sequence[Request]) -> None:
+        """Removes pending requests of one program."""
+        served.requests.take(requests)
+        if not served.requests:
+            self.active.pop(served, None)
 
     def queued(self, unready_only: bool = False) -> list[Request]:
         """Everything pending, or what waits for its plan."""
-        return [
-            request
-            for served in self.active
-            if not (unready_only and served.ready)
-            for request in served.requests
-        ]
+        queued = [*self._held, *[request for served in self.active for request in served.requests]]
+        return [request for request in queued if not (unready_only and request.served.ready)]
 
     def runnable(self) -> bool:
         """Whether a request with a plan is pending."""
@@ -70,7 +116,7 @@ class Line:
         """The programs, that of the oldest request first."""
         if len(self.active) < 2:
             return list(self.active)
-        return sorted(self.active, key=lambda served: served.requests[0].seq)
+        return sorted(self.active, key=lambda served: served.requests.oldest.seq)
 
     def kick(self) -> None:
         """What is pending now goes out even if nobody waits for it."""
@@ -78,7 +124,7 @@ class Line:
 
     def orphaned(self) -> bool:
         """Whether a kicked request with a plan is pending."""
-        return any(served.ready and served.requests[0].seq < self._kicked for served in self.active)
+        return any(served.ready and served.requests.oldest.seq < self._kicked for served in self.active)
 
     def waiter(self) -> Waiter | None:
         """A blocked thread whose request can go out, that of the oldest such request."""
@@ -110,6 +156,18 @@ class Line:
         ):
             waiter.signal()
         return True
+
+
+def line_up(waiter: Waiter | None, left: Sequence[Request]) -> Waiter:
+    """Registers a thread that is about to block until these have gone out; the mutex is held."""
+    if waiter is None:
+        waiter = Waiter()
+        for request in left:
+            request.waiters = (*request.waiters, waiter)
+    else:
+        waiter.rearm()
+    waiter.left = len(left)
+    return waiter
 
 
 def go_out(requests: Sequence[Request]) -> None:

@@ -31,10 +31,12 @@ class RequestState(Enum):
     DONE = "done"
     ERROR = "error"
     CANCELLED = "cancelled"
+    EXPIRED = "expired"
 
 
 _QUEUED = RequestState.QUEUED
-_TERMINAL = frozenset({RequestState.DONE, RequestState.ERROR, RequestState.CANCELLED})
+_NEVER = float("inf")
+_TERMINAL = frozenset(set(RequestState) - {RequestState.QUEUED, RequestState.RUNNING})
 
 
 class Waiter:
@@ -80,6 +82,9 @@ class Request:
         state: see :class:`RequestState`.
         error: what :meth:`result` raises, or None.
         arrival: seconds on the engine's clock when it was submitted.
+        eligible: seconds on the clock before which its tenant's rate does not let it go out.
+        due: seconds on the clock by which it should have ended, by ``slo`` and ``deadline``; else infinity.
+        expires: seconds on the clock from which on it does not go out any more, by ``deadline``.
         client: identity of the submitting thread, by which closed-loop cohorts are recognised.
         inference: whether the caller was in inference mode; its outputs are inference tensors then.
         out: whether it has gone out: :meth:`result` no longer blocks the host.
@@ -93,7 +98,10 @@ class Request:
         "callbacks",
         "client",
         "dispatcher",
+        "due",
+        "eligible",
         "error",
+        "expires",
         "flight",
         "inference",
         "inputs",
@@ -128,6 +136,11 @@ class Request:
         self.inference = inference
         self.arrival = arrival
         self.started = arrival
+        self.eligible = arrival
+        self.due = self.expires = _NEVER
+        if quota.timed:
+            self.expires = arrival + (_NEVER if quota.deadline is None else quota.deadline)
+            self.due = min(self.expires, arrival + (_NEVER if quota.slo is None else quota.slo))
         self.client = client
         self.seq = 0
         self.state = _QUEUED
@@ -143,6 +156,11 @@ class Request:
     def served(self) -> ServedProgram:
         """The program it runs."""
         return self.instance.served
+
+    @property
+    def work(self) -> int:
+        """What it costs beside others in its bundle: floating-point operations, at least 1."""
+        return self.instance.served.work
 
     def done(self) -> bool:
         """Whether it ended: result, error or cancellation; on CUDA once the device has finished it."""

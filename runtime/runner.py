@@ -6,9 +6,10 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
-from torch_mux.errors import DispatchFailed, MuxError
+from torch_mux.errors import DeadlineExceeded, DispatchFailed, MuxError
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Executor
@@ -16,7 +17,7 @@ from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.line import Line, go_out
 from torch_mux.runtime.memory import make_room, out_of_memory
 from torch_mux.runtime.request import Request, RequestState
-from torch_mux.runtime.scheduler.base import Issue, Policy
+from torch_mux.runtime.scheduler.base import Issue, Policy, share_of
 from torch_mux.runtime.served import failure
 
 __all__ = ["Runner", "call_back"]
@@ -24,7 +25,7 @@ __all__ = ["Runner", "call_back"]
 logger = logging.getLogger(__name__)
 
 _RUNNING, _DONE = RequestState.RUNNING, RequestState.DONE
-_ERROR, _CANCELLED = RequestState.ERROR, RequestState.CANCELLED
+_ERROR, _CANCELLED, _EXPIRED = RequestState.ERROR, RequestState.CANCELLED, RequestState.EXPIRED
 
 
 class Runner:
@@ -50,27 +51,28 @@ class Runner:
         self._accounting = accounting
         self.mutex = mutex
         self._line = line
-        self._underway: Sequence[Request] = ()
+        self._underway: Bundle | None = None
         self.dead: deque[Instance] = deque()
         self.watched = False
 
     def pop(self, issue: Issue, now: float) -> Bundle:
         """Takes an issue's requests out of the line; the mutex is held."""
         requests = cast("list[Request]", list(issue.requests))
-        self._line.take_out(requests)
+        served = requests[0].served
+        self._line.take_bundle(served, requests)
         for request in requests:
             request.state = _RUNNING
             request.started = now
-        self._underway = requests
         self._policy.issued(issue, now)
-        return Bundle(requests[0].served, requests, issue.share, issue.lane)
+        self._underway = Bundle(served, requests, issue)
+        return self._underway
 
     def run(self, bundle: Bundle) -> None:
         """Runs or enqueues a bundle; what it raises becomes errors of its requests."""
         self._refuse(bundle)
         if bundle.requests:
             self._launch(bundle)
-        self._underway = ()
+        self._underway = None
 
     def _refuse(self, bundle: Bundle) -> None:
         """Ends the requests whose tenants may not have their models prepared, before that costs memory."""
@@ -84,9 +86,9 @@ class Runner:
                 if request.error is not None:
                     refused.append(request)
         if refused:
-            if len(refused) == len(bundle.requests):
-                self._policy.completed(bundle.served.key, self._clock(), 0.0)
+            self._policy.completed(bundle.issue, self._clock(), 0.0)
             bundle.requests = [request for request in bundle.requests if request.error is None]
+            bundle.issue = replace(bundle.issue, requests=tuple(bundle.requests))
             self.end(refused, self._clock())
 
     def _launch(self, bundle: Bundle) -> None:
@@ -116,13 +118,13 @@ class Runner:
 
     def _settle(self, bundle: Bundle, ended: float, seconds: float) -> None:
         bundle.seconds = seconds
-        self._policy.completed(bundle.served.key, ended, seconds)
+        self._policy.completed(bundle.issue, ended, seconds)
         self._accounting.ran(bundle.requests, seconds, bundle.served.coalesced)
         self.end(bundle.requests, ended)
 
     def _isolate(self, bundle: Bundle, error: Exception) -> None:
         """A bundle raised: each request runs again alone, so that only the guilty one fails."""
-        self._policy.completed(bundle.served.key, self._clock(), 0.0)
+        self._policy.completed(bundle.issue, self._clock(), 0.0)
         if len(bundle.requests) == 1:
             cause = error if isinstance(error, MuxError) else failure(bundle.served, error)
             bundle.requests[0].error = cause
@@ -135,7 +137,8 @@ class Runner:
             error,
         )
         for request in bundle.requests:
-            self._launch(Bundle(bundle.served, [request], min(1.0, request.quota.sms), bundle.lane))
+            issue = replace(bundle.issue, requests=(request,), share=share_of((request,)))
+            self._launch(Bundle(bundle.served, [request], issue))
 
     def land(self) -> None:
         """Ends what the device has finished, and releases the rows of collected models."""
@@ -168,7 +171,7 @@ class Runner:
         """Requests ended: counts, tells those who wait, and calls back. Any thread may call it."""
         callbacks: list[tuple[Callable[[Request], object], Request]] = []
         for request in requests:
-            if request.state is not _CANCELLED:
+            if request.state is not _CANCELLED and request.state is not _EXPIRED:
                 request.state = _DONE if request.error is None else _ERROR
         self._accounting.ended(requests, now)
         with self.mutex:
@@ -197,13 +200,19 @@ class Runner:
                     request.error.__cause__ = error
         self.end(requests, self._clock())
 
+    def expire(self, requests: Sequence[Request]) -> None:
+        """Ends requests that were dropped because their deadline passed."""
+        for request in requests:
+            request.error = DeadlineExceeded(tenant=request.quota.tenant, deadline=request.quota.deadline)
+        if requests:
+            self.end(requests, self._clock())
+
     def rescue(self, error: BaseException) -> None:
         """Dispatching was interrupted: what was under way goes out later, or fails if it may not."""
         stranded = self.stranded()
         if not stranded:
             return
         served = stranded[0].served
-        self._policy.completed(served.key, self._clock(), 0.0)
         if isinstance(error, Exception) or not served.coalesced:
             self.fail(stranded, error)
             return
@@ -212,8 +221,11 @@ class Runner:
 
     def stranded(self) -> list[Request]:
         """What was taken out of the line last and has not gone out; it is nobody's then."""
-        underway, self._underway = self._underway, ()
-        return [request for request in underway if not request.out]
+        bundle, self._underway = self._underway, None
+        stranded = [] if bundle is None else [request for request in bundle.requests if not request.out]
+        if bundle is not None and stranded:
+            self._policy.completed(bundle.issue, self._clock(), 0.0)
+        return stranded
 
     def abandon_after_fork(self, mutex: threading.Lock) -> None:
         """In a forked child: whatever held the locks does not exist."""

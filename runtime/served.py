@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch_mux import compat
-from torch_mux.errors import DeviceMismatch, ExecutionFailed
+from torch_mux.errors import DeviceMismatch, ExecutionFailed, ModelRemoved, MuxError
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.instance import Instance, InstanceTable
 from torch_mux.runtime.memory import MemoryLedger, make_room, out_of_memory
 from torch_mux.runtime.request import Request
+from torch_mux.runtime.scheduler.pending import Flow, Pending
 
 if TYPE_CHECKING:
     from torch_mux.lowering.plan import CompiledPlan
     from torch_mux.lowering.storage import Storage
     from torch_mux.runtime.dispatch import Dispatcher
 
-__all__ = ["ServedProgram", "failure"]
+__all__ = ["ServedProgram", "failure", "unservable"]
 
 _RUNTIME = __name__.rpartition(".")[0]
 
@@ -34,6 +35,7 @@ class ServedProgram:
         error: why it did not compile, or None.
         ready: requests may go out.
         coalesced: one run serves many slots.
+        work: floating-point operations of one request, at least 1.
         slots: most slots of one bundle as far as the plan and the tables are concerned.
         ordered: bundles must keep their order, so they stay on the first lane.
         requests: the queue, oldest first; guarded by the dispatcher's mutex.
@@ -51,9 +53,10 @@ class ServedProgram:
         self.error: Exception | None = None
         self.ready = False
         self.coalesced = program.fallback is None and not program.mutates
+        self.work = 1
         self.slots = 1
         self.ordered = program.mutates
-        self.requests: deque[Request] = deque()
+        self.requests: Pending[Request] = Pending()
         self.instances = InstanceTable()
         self.sizes: Counter[int] = Counter()
         self.storage_lock = threading.Lock()
@@ -67,6 +70,19 @@ class ServedProgram:
             else partial(program.literals.get, position)
             for position, spec in enumerate(program.outputs)
         )
+
+    @property
+    def timed(self) -> bool:
+        """Whether some of its requests may be due at some time."""
+        return self.requests.timed
+
+    def flows(self) -> Mapping[Flow, Collection[Request]]:
+        """The queue by class and tenant; guarded by the dispatcher's mutex."""
+        return self.requests.flows()
+
+    def fresh(self) -> Sequence[Flow]:
+        """The flows that are new in it; guarded by the dispatcher's mutex."""
+        return self.requests.fresh()
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Compares the devices of a request's inputs with the program's.
@@ -121,6 +137,14 @@ class ServedProgram:
     def storage(self) -> Storage:
         """The tables of a program that is ready."""
         return self.compiled.storage
+
+
+def unservable(instance: Instance) -> MuxError | None:
+    """Why no request of an instance can be served, if so: it was removed, or its plan did not compile."""
+    served = instance.served
+    if instance.removed:
+        return ModelRemoved(model=served.program.name)
+    return None if served.error is None else failure(served, served.error)
 
 
 def failure(served: ServedProgram, cause: BaseException) -> ExecutionFailed:

@@ -12,6 +12,8 @@ __all__ = ["Service"]
 logger = logging.getLogger(__name__)
 
 _INTERVAL = 2e-3
+_LEAST = 1e-3  # so that it does not spin while somebody else holds the role
+_FAR = 3600.0  # poked long before
 
 
 class Service:
@@ -20,6 +22,7 @@ class Service:
     Args:
         attend: one turn of work.
         flying: whether the device is at work; the thread then looks again every two milliseconds.
+        alarm: seconds until it is to have a turn by itself.
         failed: told what ``attend`` raised; the thread ends then, and the next poke starts another.
     """
 
@@ -27,10 +30,12 @@ class Service:
         self,
         attend: Callable[[], object],
         flying: Callable[[], bool],
+        alarm: Callable[[], float],
         failed: Callable[[BaseException], object],
     ) -> None:
         self._attend = attend
         self._flying = flying
+        self._alarm = alarm
         self._failed = failed
         self._lock = threading.Lock()
         # SimpleQueue.put is the one hand-over that a weak reference's callback may use in any place.
@@ -98,7 +103,9 @@ class Service:
         flying = self._flying()
         self._asleep = not flying
         try:
-            go = self._tokens.get(timeout=_INTERVAL if flying else None)
+            alarm = self._alarm()
+            timeout = max(_LEAST, alarm) if alarm < _FAR else None
+            go = self._tokens.get(timeout=_INTERVAL if flying else timeout)
             while go and not self._tokens.empty():
                 go = self._tokens.get_nowait()
         except queue.Empty:

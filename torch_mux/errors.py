@@ -8,6 +8,8 @@ from collections.abc import Iterable
 __all__ = [
     "CancelledRequest",
     "ClosedError",
+    "DeadlineExceeded",
+    "DeadlineUnattainable",
     "DeviceMismatch",
     "DispatchFailed",
     "ExecutionFailed",
@@ -18,7 +20,10 @@ __all__ = [
     "ModelRemoved",
     "MuxError",
     "NotCompiled",
+    "Overloaded",
+    "RateExceeded",
     "RefreshNeeded",
+    "Refused",
     "TooManyInstances",
     "UnknownOption",
     "UnparsableQuantity",
@@ -119,6 +124,46 @@ class MemoryQuotaExceeded(MuxError):
     message = (
         "tenant {tenant!r} holds {held} bytes of {device} and {model} needs {asked} more, above its quota of "
         "memory={limit}: raise it, torch_mux.remove() models, or have fewer requests under way"
+    )
+
+
+class Refused(MuxError):
+    """Base class of the errors of requests that were refused before they cost anything."""
+
+
+class Overloaded(Refused):
+    """A tenant has as many requests pending as its quota allows."""
+
+    message = (
+        "tenant {tenant!r} has {pending} requests pending, and its quota allows max_pending={limit}: "
+        "wait for some of them, or raise it"
+    )
+
+
+class RateExceeded(Refused):
+    """A tenant sends more requests than its quota allows."""
+
+    message = (
+        "tenant {tenant!r} sends more than rate={rate:g} requests a second with burst={burst}: "
+        'try again in {wait:.3g} s, raise them, or have requests wait with excess="hold"'
+    )
+
+
+class DeadlineUnattainable(Refused):
+    """A request that could not meet the deadline of its quota."""
+
+    message = (
+        "a request of tenant {tenant!r} cannot meet its deadline of {deadline:g} s: {detail}; "
+        "give it more time, or use slo instead of deadline to be served late"
+    )
+
+
+class DeadlineExceeded(MuxError):
+    """A request whose deadline passed before it went out."""
+
+    message = (
+        "a request of tenant {tenant!r} was dropped: it had not gone out within its deadline of "
+        "{deadline:g} s; send less, give it more time, or use slo instead of deadline to be served late"
     )
 
 

@@ -125,10 +125,10 @@ def _check_weight(value: object) -> float:
     return float(cast(float, value))
 
 
-def _check_slo(value: Any) -> float | None:
+def _check_duration(field: str, value: Any) -> float | None:
     seconds = None if value is None else parse_duration(value)
     if seconds == 0:
-        raise InvalidQuota(field="slo", value=value, detail="give a duration above 0, or None for none")
+        raise InvalidQuota(field=field, value=value, detail="give a duration above 0, or None for none")
     return seconds
 
 
@@ -139,14 +139,48 @@ def _check_memory(value: Any) -> int | None:
     return size
 
 
+def _check_priority(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidQuota(field="priority", value=value, detail="give a whole number; higher goes first")
+    return value
+
+
+def _check_rate(value: object) -> float | None:
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < cast(float, value) < math.inf:
+        detail = "give requests a second, a finite number above 0, or None for no limit"
+        raise InvalidQuota(field="rate", value=value, detail=detail)
+    return float(cast(float, value))
+
+
+def _check_count(field: str, value: object) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise InvalidQuota(field=field, value=value, detail="give a whole number from 1, or None")
+    return value
+
+
+def _check_excess(value: object) -> str:
+    if value not in ("hold", "refuse"):
+        raise InvalidQuota(field="excess", value=value, detail='give "hold" or "refuse"')
+    return value
+
+
 CHECKS: Final[Mapping[str, Callable[[Any], object]]] = MappingProxyType(
     {
         "tenant": _check_tenant,
         "sms": _check_sms,
         "reserve": _check_reserve,
         "weight": _check_weight,
-        "slo": _check_slo,
+        "slo": functools.partial(_check_duration, "slo"),
         "memory": _check_memory,
+        "priority": _check_priority,
+        "deadline": functools.partial(_check_duration, "deadline"),
+        "rate": _check_rate,
+        "burst": functools.partial(_check_count, "burst"),
+        "excess": _check_excess,
+        "max_pending": functools.partial(_check_count, "max_pending"),
     }
 )
 
@@ -264,6 +298,12 @@ class QuotaScope:
         weight: float | _Unset = UNSET,
         slo: str | float | timedelta | _Unset | None = UNSET,
         memory: str | int | _Unset | None = UNSET,
+        priority: int | _Unset = UNSET,
+        deadline: str | float | timedelta | _Unset | None = UNSET,
+        rate: float | _Unset | None = UNSET,
+        burst: int | _Unset | None = UNSET,
+        excess: str | _Unset = UNSET,
+        max_pending: int | _Unset | None = UNSET,
         **unknown: object,
     ) -> None:
         """Change fields for every request made under this quota from now on, in every thread.
@@ -272,8 +312,15 @@ class QuotaScope:
             UnknownOption, InvalidQuota, UnparsableQuantity: as ``quota``; nothing is changed then.
         """
         global _epoch
-        given = {"tenant": tenant, "sms": sms, "reserve": reserve, "weight": weight}
-        changes = _checked({**given, "slo": slo, "memory": memory, **unknown})
+        shares = {"tenant": tenant, "sms": sms, "reserve": reserve, "weight": weight, "priority": priority}
+        limits = {
+            "memory": memory,
+            "rate": rate,
+            "burst": burst,
+            "excess": excess,
+            "max_pending": max_pending,
+        }
+        changes = _checked({**shares, **limits, "slo": slo, "deadline": deadline, **unknown})
         with _lock:
             merged = {**self._changes, **changes}
             if "sms" in merged and "reserve" in merged:
@@ -293,6 +340,12 @@ def quota(
     weight: float | _Unset = UNSET,
     slo: str | float | timedelta | _Unset | None = UNSET,
     memory: str | int | _Unset | None = UNSET,
+    priority: int | _Unset = UNSET,
+    deadline: str | float | timedelta | _Unset | None = UNSET,
+    rate: float | _Unset | None = UNSET,
+    burst: int | _Unset | None = UNSET,
+    excess: str | _Unset = UNSET,
+    max_pending: int | _Unset | None = UNSET,
     **unknown: object,
 ) -> QuotaScope:
     """Attribute every request made inside to ``tenant``, under these limits and guarantees.
@@ -305,8 +358,15 @@ def quota(
         sms: hard upper limit, a share of the GPU's SMs in (0, 1].
         reserve: guaranteed share in [0, 1], at most ``sms``; its idle part is lent.
         weight: share of what is left over relative to other tenants, above 0.
-        slo: latency objective: ``"20ms"``, a ``timedelta`` or seconds; None for none.
+        slo: latency objective: ``"20ms"``, a ``timedelta`` or seconds; None for none. What cannot meet it is
+            served all the same and counts as late.
         memory: limit of device memory: ``"4GiB"`` or bytes; None for none.
+        priority: class, a whole number; requests of a higher one go out before all of a lower one.
+        deadline: as ``slo``, but a request that cannot meet it is refused or dropped instead of served.
+        rate: requests a second; None for no limit.
+        burst: requests that may come at once under ``rate``; None for those of one second.
+        excess: ``"hold"`` has requests above ``rate`` wait for their time, ``"refuse"`` refuses them.
+        max_pending: most requests queued or under way; None for no limit.
 
     Raises:
         UnknownOption: a field that does not exist.
@@ -314,5 +374,6 @@ def quota(
         UnparsableQuantity: a duration or a size that cannot be read.
     """
     named: str | _Unset = UNSET if tenant is None else tenant
-    given = {"tenant": named, "sms": sms, "reserve": reserve, "weight": weight}
-    return QuotaScope({**given, "slo": slo, "memory": memory, **unknown})
+    shares = {"tenant": named, "sms": sms, "reserve": reserve, "weight": weight, "priority": priority}
+    limits = {"memory": memory, "rate": rate, "burst": burst, "excess": excess, "max_pending": max_pending}
+    return QuotaScope({**shares, **limits, "slo": slo, "deadline": deadline, **unknown})

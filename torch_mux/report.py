@@ -20,7 +20,8 @@ __all__ = ["Explanation", "Note", "ProgramExplanation", "Stats", "explanation", 
 
 
 _COLUMNS = tuple(
-    "tenant,accepted,ok,errors,cancelled,pending,p50 ms,p99 ms,device s,coalesced,held MiB".split(",")
+    "tenant,accepted,ok,late,expired,cancelled,errors,pending,refused,p50 ms,p99 ms,device s,coalesced,"
+    "held MiB".split(",")
 )
 
 
@@ -48,11 +49,11 @@ class Stats:
         rows: list[tuple[str, ...]] = [_COLUMNS]
         for name in sorted(self.tenants):
             got = self.tenants[name]
-            counts = (got.accepted, got.ok, got.errors, got.cancelled, got.pending)
+            ends = (got.ok, got.late, got.expired, got.cancelled, got.errors)
             rows.append(
                 (
                     name,
-                    *map(str, counts),
+                    *map(str, (got.accepted, *ends, got.pending, got.refused)),
                     _ms(got.p50),
                     _ms(got.p99),
                     f"{got.device_seconds:.3f}",

@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
-__all__ = ["Settings", "cache_folder"]
+__all__ = ["Settings"]
 
 
 def _flag(name: str, default: bool) -> bool:
     value = os.environ.get(name)
     return default if value is None else value.strip().lower() not in ("", "0", "false", "no", "off")
-
-
-def cache_folder(name: str) -> Path:
-    """Where things of that kind are kept on disk, made if it is not there; nobody else may write there.
-
-    ``TORCH_MUX_CACHE_DIR`` names the folder of all kinds, by default the user's cache folder.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    base = os.environ.get("TORCH_MUX_CACHE_DIR") or Path(os.path.expanduser("~")) / ".cache" / "torch-mux"
-    folder = Path(base) / name
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
 
 
 @dataclass(frozen=True)

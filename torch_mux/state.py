@@ -50,7 +50,11 @@ def engine() -> Engine:
             from torch_mux import compat
             from torch_mux.runtime.engine import Engine
 
-            _state.engine = Engine(_state.settings, compile_lock=compat.compile_lock())
+            _state.engine = Engine(
+                _state.settings,
+                compile_lock=compat.compile_lock(),
+                forecasts=compat.cache_folder("forecasts"),
+            )
         return _state.engine
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch
 
@@ -85,8 +86,14 @@ class Quota:
         sms: hard upper limit, a fraction of the device's SMs in (0, 1].
         reserve: guaranteed share, a fraction in [0, 1].
         weight: share of what is left over, relative to other tenants, > 0.
-        slo: latency objective in seconds, or None.
+        slo: latency objective in seconds, or None; what ends later counts as late.
         memory: device memory limit in bytes, or None.
+        priority: class; requests of a higher one go out first.
+        deadline: seconds after which a request is refused or dropped instead of being served, or None.
+        rate: requests a second, or None for no limit.
+        burst: requests that may come at once under ``rate``; None for those of one second.
+        excess: what becomes of requests above ``rate``: "hold" or "refuse".
+        max_pending: most requests queued or under way, or None.
     """
 
     tenant: str = "default"
@@ -95,3 +102,20 @@ class Quota:
     weight: float = 1.0
     slo: float | None = None
     memory: int | None = None
+    priority: int = 0
+    deadline: float | None = None
+    rate: float | None = None
+    burst: int | None = None
+    excess: str = "hold"
+    max_pending: int | None = None
+
+    @cached_property
+    def timed(self) -> bool:
+        """Whether its requests have a moment by which they should have ended."""
+        return self.slo is not None or self.deadline is not None
+
+    @cached_property
+    def limited(self) -> bool:
+        """Whether something is to be checked before a request is accepted."""
+        limits = (self.rate, self.max_pending, self.deadline)
+        return self.reserve > 0.0 or any(limit is not None for limit in limits)

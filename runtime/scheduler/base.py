@@ -6,10 +6,11 @@ takes no lock and touches no device, so the same code runs in the dispatcher and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from torch_mux.runtime.scheduler.pending import Flow
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
@@ -30,8 +31,18 @@ class Ticket(Protocol):
         ...
 
     @property
+    def seq(self) -> int:
+        """Its place in the order of submission."""
+        ...
+
+    @property
     def quota(self) -> Quota:
         """Tenant and limits it runs under."""
+        ...
+
+    @property
+    def due(self) -> float:
+        """Seconds on the clock by which it should have ended, or infinity."""
         ...
 
 
@@ -59,8 +70,21 @@ class Queue(Protocol):
         ...
 
     @property
-    def requests(self) -> Sequence[Ticket]:
+    def timed(self) -> bool:
+        """Whether some of its requests may be due at some time."""
+        ...
+
+    @property
+    def requests(self) -> Collection[Ticket]:
         """Its pending requests, oldest first."""
+        ...
+
+    def flows(self) -> Mapping[Flow, Collection[Ticket]]:
+        """The same by flow, each oldest first; sorted out when it is first asked for."""
+        ...
+
+    def fresh(self) -> Sequence[Flow]:
+        """The flows that had nothing pending when this was last asked, or since."""
         ...
 
 
@@ -78,7 +102,8 @@ class View(NamedTuple):
     lanes: Sequence[LaneLoad]
 
 
-class Issue(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Issue:
     """These requests of one program go out now.
 
     Attributes:
@@ -86,12 +111,16 @@ class Issue(NamedTuple):
         requests: in slot order; all from that program's queue.
         share: cap of the bundle, a fraction in (0, 1].
         lane: index of the lane.
+        neighbours: bundles under way on other lanes.
+        start: virtual time at which it goes out, or None when nothing that can run is left behind.
     """
 
     key: str
     requests: Sequence[Ticket]
     share: float
     lane: int = 0
+    neighbours: int = 0
+    start: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,8 +159,18 @@ class Policy(Protocol):
         """``issue`` has been taken out of the queues."""
         ...
 
-    def completed(self, key: str, now: float, seconds: float) -> None:
-        """The device finished the oldest bundle of that program that was under way, after ``seconds``."""
+    def completed(self, issue: Issue, now: float, seconds: float) -> None:
+        """The device finished what was issued after ``seconds``, 0 if it did not run.
+
+        An issue that :meth:`issued` was not told of is what was left of one that completed after 0 seconds.
+        """
+        ...
+
+    def outlook(self, key: str, slots: int, bundles: int, now: float) -> float | None:
+        """When so many bundles of that many slots would have ended that are enqueued now, if it can tell.
+
+        Any thread may ask; all other methods are the dispatcher's.
+        """
         ...
 
     def forget(self, key: str) -> None:

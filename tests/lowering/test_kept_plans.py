@@ -42,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where plans and Inductor's code are kept in this test."""
     monkeypatch.setenv("TORCH_MUX_KEEP_PLANS", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setattr(kept_plans, "cache_folder", lambda name: tmp_path)
+    monkeypatch.setattr("torch_mux.compat.cache_folder", lambda name: tmp_path)
     return tmp_path
 
 

@@ -94,6 +94,7 @@ class FakePlan:
         self.capturable = capturable
         self.small = False
         self.max_slots = 1 << 20
+        self.work = 1
         self.reasons: tuple[FallbackReason, ...] = ()
         self.report = {"kernels": 1}
         self.storage = FakeStorage(program.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_mux.compat import native
 from torch_mux.runtime import lanes
 from torch_mux.runtime.scheduler.base import View
-from torch_mux.runtime.scheduler.fifo import FifoPolicy
+from torch_mux.runtime.scheduler.policy import FairPolicy
 from torch_mux.types import Quota
 
 pytestmark = pytest.mark.gpu
@@ -177,7 +177,7 @@ def test_outputs_of_the_lanes_stream_are_not_used_again_too_early(lab: Any) -> N
     assert [result.tolist() for result in results] == [(2 * model.weight).tolist()] * 50
 
 
-class Watching(FifoPolicy):
+class Watching(FairPolicy):
     """Notes the highest load that it was shown."""
 
     highest = 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_mux.errors import DispatchFailed, ExecutionFailed
-from torch_mux.runtime.scheduler.fifo import FifoPolicy
+from torch_mux.runtime.scheduler.policy import FairPolicy
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
@@ -136,7 +136,7 @@ def test_closing_fails_what_still_compiles(lab: Any) -> None:
     assert "closed" in str(request.error)
 
 
-class Faulty(FifoPolicy):
+class Faulty(FairPolicy):
     """A policy that raises once."""
 
     def __init__(self) -> None:

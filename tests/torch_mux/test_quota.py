@@ -28,6 +28,12 @@ def test_every_field() -> None:
     with torch_mux.quota("alice", sms=0.5, reserve=0.25, weight=2, slo="20ms", memory="4GiB"):
         assert current_quota() == Quota("alice", 0.5, 0.25, 2.0, 0.02, 4 * 1024**3)
     assert current_quota() == Quota()
+    with torch_mux.quota(
+        "alice", priority=1, deadline="1s", rate=50, burst=5, excess="refuse", max_pending=9
+    ):
+        limits = {"deadline": 1.0, "rate": 50.0, "burst": 5, "excess": "refuse", "max_pending": 9}
+        assert current_quota() == Quota("alice", priority=1, **limits)  # type: ignore[arg-type]
+    assert current_quota() == Quota()
 
 
 def test_inner_inherits_what_it_does_not_give() -> None:
@@ -199,6 +205,14 @@ BAD = [
     (lambda: quota(weight=-2), InvalidQuota, "weight=-2"),
     (lambda: quota(weight=math.inf), InvalidQuota, "weight=inf"),
     (lambda: quota(slo=0), InvalidQuota, "slo=0"),
+    (lambda: quota(deadline=0), InvalidQuota, "deadline=0"),
+    (lambda: quota(deadline=-1), UnparsableQuantity, "duration"),
+    (lambda: quota(rate=0), InvalidQuota, "rate=0"),
+    (lambda: quota(rate=math.inf), InvalidQuota, "rate=inf"),
+    (lambda: quota(burst=0), InvalidQuota, "burst=0"),
+    (lambda: quota(excess="drop"), InvalidQuota, "excess='drop'"),
+    (lambda: quota(max_pending=0), InvalidQuota, "max_pending=0"),
+    (lambda: quota(max_pending=True), InvalidQuota, "max_pending=True"),
     (lambda: quota(memory=0), InvalidQuota, "memory=0"),
     (lambda: quota(""), InvalidQuota, "tenant"),
     (lambda: quota(7), InvalidQuota, "tenant=7"),  # type: ignore[arg-type]
@@ -207,7 +221,8 @@ BAD = [
     (lambda: quota(memory="4G"), UnparsableQuantity, "4GiB"),
     (lambda: quota(memory=1.5), UnparsableQuantity, "size"),  # type: ignore[arg-type]
     (lambda: quota(wieght=2), UnknownOption, "did you mean 'weight'"),
-    (lambda: quota(gpu=2), UnknownOption, "tenant, sms, reserve, weight, slo, memory"),
+    (lambda: quota(priority=1.5), InvalidQuota, "priority=1.5"),  # type: ignore[arg-type]
+    (lambda: quota(gpu=2), UnknownOption, "tenant, sms, reserve, weight, slo, memory, priority, deadline"),
 ]
 
 

@@ -39,11 +39,11 @@ def test_nothing_happened_yet() -> None:
 
 
 def test_stats_text() -> None:
-    tenant = TenantStats("alice", 5, 3, 1, 1, 0, 0.001, 0.0025, 0.5, 0.1, 0.75, 3 << 20)
+    tenant = TenantStats("alice", 9, 3, 1, 1, 1, 0.001, 0.0025, 0.5, 0.1, 0.75, 3 << 20, 2, 1, 4)
     text = str(Stats({"alice": tenant}, bundles=2, requests=4, device_seconds=0.5, sizes={2: 2}))
     assert "4 requests in 2 bundles" in text
     row = next(line.split() for line in text.splitlines() if line.startswith("alice"))
-    assert row == ["alice", "5", "3", "1", "1", "0", "1.00", "2.50", "0.500", "75%", "3.0"]
+    assert row == "alice 9 3 2 1 1 1 1 4 1.00 2.50 0.500 75% 3.0".split()
 
 
 def test_program_text() -> None:

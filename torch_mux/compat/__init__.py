@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import native, source_keys
+from .caches import cache_folder
 from .captures import (
     capturing,
     guard_synchronize,
@@ -68,6 +69,7 @@ __all__ = [
     "active_modes",
     "aot_inference",
     "cache_entries",
+    "cache_folder",
     "caller_files",
     "capturing",
     "compile_lock",

@@ -28,7 +28,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from torch_mux.settings import cache_folder
+from torch_mux.compat.caches import cache_folder
 
 __all__ = ["Checks", "Enqueue", "PythonChecks", "Stillness", "build", "checks", "enqueue", "status"]
 
@@ -268,7 +268,7 @@ def _load() -> Any:
     command = _command()
     versions = f"{torch.__version__} {sys.version} {' '.join(command)}"
     digest = hashlib.sha256(source + versions.encode()).hexdigest()[:20]
-    path = cache_folder("native") / f"{_NAME}-{digest}{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
+    path = _folder() / f"{_NAME}-{digest}{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
     if path.exists():
         try:
             return _imported(path)
@@ -292,6 +292,13 @@ def _imported(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _folder() -> Path:
+    """Where it is kept: ``TORCH_MUX_CACHE_DIR``, or the user's cache folder; nobody else may write there."""
+    folder = cache_folder("native")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def _command() -> list[str]:

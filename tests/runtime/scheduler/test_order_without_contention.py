@@ -1,52 +1,32 @@
-"""The FIFO policy on a virtual clock: nothing lost, oldest first, sizes, caps, waits."""
+"""First come, first served where nobody competes: nothing lost, oldest first, sizes, caps, waits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated import IDLE, Queue, Ticket
 
 from torch_mux.runtime.bundle import cap_of
 from torch_mux.runtime.scheduler.base import Busy, Issue, LaneLoad, Later, View
-from torch_mux.runtime.scheduler.fifo import FifoPolicy
+from torch_mux.runtime.scheduler.policy import FairPolicy
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
 
-@dataclass(eq=False)
-class Ticket:
-    arrival: float
-    client: int
-    quota: Quota = field(default_factory=Quota)
-    seq: int = 0
-
-
-@dataclass
-class Queue:
-    key: str
-    requests: list[Ticket]
-    ready: bool = True
-    slots: int = 1 << 20
-    ordered: bool = False
-
-
-IDLE = (LaneLoad(),)
-
-
-def one(queue: Queue, now: float, policy: FifoPolicy | None = None, **settings: float) -> object:
-    return (policy or FifoPolicy()).form(View([queue], IDLE), now, Settings(**settings))  # type: ignore[arg-type]
+def one(queue: Queue, now: float, policy: FairPolicy | None = None, **settings: float) -> object:
+    return (policy or FairPolicy()).form(View([queue], IDLE), now, Settings(**settings))  # type: ignore[arg-type]
 
 
 def test_the_oldest_program_goes_out_whole_and_at_once() -> None:
     old = Queue("old", [Ticket(1.0, 1), Ticket(3.0, 2)])
     new = Queue("new", [Ticket(2.0, 3)])
-    decision = FifoPolicy().form(View([old, new], IDLE), 3.0, Settings())
+    decision = FairPolicy().form(View([old, new], IDLE), 3.0, Settings())
     assert isinstance(decision, Issue)
-    assert (decision.key, list(decision.requests), decision.lane) == ("old", old.requests, 0)
+    assert (decision.key, list(decision.requests), decision.lane) == ("old", list(old.requests), 0)
 
 
 def test_max_bundle_and_the_plans_own_limit_hold() -> None:
@@ -60,17 +40,17 @@ def test_max_bundle_and_the_plans_own_limit_hold() -> None:
 def test_what_is_not_compiled_blocks_nobody() -> None:
     waiting = Queue("slow", [Ticket(0.0, 1)], ready=False)
     ready = Queue("fast", [Ticket(1.0, 2)])
-    decision = FifoPolicy().form(View([waiting, ready], IDLE), 1.0, Settings())
+    decision = FairPolicy().form(View([waiting, ready], IDLE), 1.0, Settings())
     assert isinstance(decision, Issue)
     assert decision.key == "fast"
-    assert FifoPolicy().form(View([waiting], IDLE), 1.0, Settings()) is None
+    assert FairPolicy().form(View([waiting], IDLE), 1.0, Settings()) is None
 
 
 def test_max_wait_holds_until_the_time_or_a_full_bundle() -> None:
     queue = Queue("a", [Ticket(1.0, 1)])
     assert one(queue, 1.0, max_wait=0.5, max_bundle=3) == Later(1.5, {"a": 3})
     assert isinstance(one(queue, 1.5, max_wait=0.5, max_bundle=3), Issue)
-    queue.requests += [Ticket(1.1, 1), Ticket(1.1, 1)]
+    queue.add(Ticket(1.1, 1), Ticket(1.1, 1))
     assert isinstance(one(queue, 1.1, max_wait=0.5, max_bundle=3), Issue)
 
 
@@ -78,11 +58,11 @@ def test_nothing_coalesces_so_nothing_waits() -> None:
     assert isinstance(one(Queue("a", [Ticket(1.0, 1)], slots=1), 1.0, max_wait=9.0), Issue)
 
 
-def cohort(clients: list[int], ended: float = 10.0, seconds: float = 1.0) -> FifoPolicy:
-    policy = FifoPolicy()
+def cohort(clients: list[int], ended: float = 10.0, seconds: float = 1.0) -> FairPolicy:
+    policy = FairPolicy()
     issue = Issue("a", [Ticket(8.0, client) for client in clients], 1.0)
     policy.issued(issue, 9.0)
-    policy.completed("a", ended, seconds)
+    policy.completed(issue, ended, seconds)
     return policy
 
 
@@ -96,7 +76,7 @@ def test_the_last_bundles_clients_are_awaited() -> None:
     policy = cohort([1, 2, 3])
     queue = Queue("a", [Ticket(10.1, 1)])
     assert one(queue, 10.1, policy, linger=0.2) == Later(10.2, {"a": 3})
-    queue.requests += [Ticket(10.1, 3), Ticket(10.1, 2)]
+    queue.add(Ticket(10.1, 3), Ticket(10.1, 2))
     assert isinstance(one(queue, 10.1, policy, linger=0.2), Issue)
 
 
@@ -116,18 +96,19 @@ def test_another_program_goes_out_while_a_cohort_is_awaited() -> None:
 
 
 def test_clients_who_stop_coming_are_awaited_less_often() -> None:
-    policy, held = FifoPolicy(), 0
+    policy, held = FairPolicy(), 0
     for turn in range(64):
         now = float(turn)
         queue = Queue("a", [Ticket(now, 1), *([Ticket(now, 100 + turn)] if turn % 2 else [])])
         held += isinstance(one(queue, now, policy, linger=0.5), Later)
-        policy.issued(Issue("a", queue.requests, 1.0), now)
-        policy.completed("a", now + 0.9, 0.9)
+        issue = Issue("a", tuple(queue.requests), 1.0)
+        policy.issued(issue, now)
+        policy.completed(issue, now + 0.9, 0.9)
     assert 0 < held < 20
 
 
 def test_a_busy_device_holds_what_its_cohort_will_join() -> None:
-    policy = FifoPolicy()
+    policy = FairPolicy()
     policy.issued(Issue("a", [Ticket(0.0, 1), Ticket(0.0, 2)], 1.0), 0.0)
     view = View([Queue("a", [Ticket(0.5, 1)])], (LaneLoad(1),))
     assert policy.form(view, 0.5, Settings()) == Busy({"a": 2})
@@ -136,12 +117,12 @@ def test_a_busy_device_holds_what_its_cohort_will_join() -> None:
 def test_lanes_fill_up_to_in_flight_and_order_is_kept_on_the_first() -> None:
     settings = Settings(in_flight=2)
     queue = Queue("a", [Ticket(0.0, 1)])
-    decision = FifoPolicy().form(View([queue], (LaneLoad(2), LaneLoad(1))), 0.0, settings)
+    decision = FairPolicy().form(View([queue], (LaneLoad(2), LaneLoad(1))), 0.0, settings)
     assert isinstance(decision, Issue)
     assert decision.lane == 1
-    assert FifoPolicy().form(View([queue], (LaneLoad(2), LaneLoad(2))), 0.0, settings) == Busy()
+    assert FairPolicy().form(View([queue], (LaneLoad(2), LaneLoad(2))), 0.0, settings) == Busy()
     queue.ordered = True
-    assert FifoPolicy().form(View([queue], (LaneLoad(2), LaneLoad(0))), 0.0, settings) == Busy()
+    assert FairPolicy().form(View([queue], (LaneLoad(2), LaneLoad(0))), 0.0, settings) == Busy()
 
 
 @pytest.mark.parametrize(
@@ -175,6 +156,7 @@ def expected_share(taken: Any) -> float:
     linger=st.sampled_from([0.0, 0.002]),
     lanes=st.integers(1, 3),
     body=st.floats(1e-4, 0.01),
+    alone=st.booleans(),
 )
 def test_no_request_is_lost_and_order_sizes_and_caps_hold(
     arrivals: list[tuple[str, int, float, float]],
@@ -183,17 +165,20 @@ def test_no_request_is_lost_and_order_sizes_and_caps_hold(
     linger: float,
     lanes: int,
     body: float,
+    alone: bool,
 ) -> None:
-    """Simulates the dispatcher: each goes out once, in order a program, within the limits."""
+    """Simulates the dispatcher: each goes out once, within the limits, in order a program and tenant."""
     settings = Settings(max_bundle=most, max_wait=wait, linger=linger, in_flight=2)
-    policy, numbers = FifoPolicy(), count()
+    policy, numbers = FairPolicy(), count()
     now = 0.0
     coming: list[tuple[str, Ticket]] = []
     for key, client, gap, sms in arrivals:
         now += gap
-        coming.append((key, Ticket(now, client, Quota(f"t{client}", sms=sms), next(numbers))))
+        coming.append(
+            (key, Ticket(now, client, Quota("all" if alone else f"t{client}", sms=sms), next(numbers)))
+        )
     queues: dict[str, list[Ticket]] = {}
-    flying: list[list[tuple[float, str]]] = [[] for _ in range(lanes)]
+    flying: list[list[tuple[float, Issue]]] = [[] for _ in range(lanes)]
     out: list[tuple[str, Ticket]] = []
     now = 0.0
     for _ in range(20 * len(arrivals) + 20):
@@ -202,22 +187,22 @@ def test_no_request_is_lost_and_order_sizes_and_caps_hold(
             queues.setdefault(key, []).append(ticket)
         for lane in flying:
             while lane and lane[0][0] <= now:
-                _, key = lane.pop(0)
-                policy.completed(key, now, body)
+                _, issue = lane.pop(0)
+                policy.completed(issue, now, body)
         pending = [Queue(key, tickets) for key, tickets in queues.items() if tickets]
-        pending.sort(key=lambda queue: queue.requests[0].seq)
+        pending.sort(key=lambda queue: queue.requests.oldest.seq)
         decision = policy.form(View(pending, [LaneLoad(len(lane)) for lane in flying]), now, settings)
         events = [lane[0][0] for lane in flying if lane] + [ticket.arrival for _, ticket in coming[:1]]
         if isinstance(decision, Issue):
             taken = list(decision.requests)
             assert 1 <= len(taken) <= most
-            assert taken == queues[decision.key][: len(taken)]
+            assert not alone or taken == queues[decision.key][: len(taken)]
             assert decision.share == pytest.approx(expected_share(taken))
             policy.issued(decision, now)
-            del queues[decision.key][: len(taken)]
+            queues[decision.key] = [one for one in queues[decision.key] if one not in taken]
             lane = flying[decision.lane]
             assert len(lane) < 2
-            lane.append((max([now, *(end for end, _ in lane)]) + body, decision.key))
+            lane.append((max([now, *(end for end, _ in lane)]) + body, decision))
             out += [(decision.key, ticket) for ticket in taken if isinstance(ticket, Ticket)]
         elif isinstance(decision, Later):
             assert now < decision.until <= now + max(wait, linger) + 1e-9
@@ -230,6 +215,6 @@ def test_no_request_is_lost_and_order_sizes_and_caps_hold(
             break
     assert len(out) == len(arrivals)
     assert len({id(ticket) for _, ticket in out}) == len(arrivals)
-    for key in "abc":
-        sequence = [ticket.seq for other, ticket in out if other == key]
-        assert sequence == sorted(sequence)
+    for key, client in product("abc", range(5)):
+        mine = [ticket.seq for other, ticket in out if other == key and (alone or ticket.client == client)]
+        assert mine == sorted(mine)

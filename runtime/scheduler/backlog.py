@@ -1,0 +1,53 @@
+"""When each lane will have finished what is enqueued on it, by forecast."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from torch_mux.runtime.scheduler.base import Issue
+
+__all__ = ["Backlog"]
+
+
+@dataclass
+class _Lane:
+    """Bundles under way in order, and when the last of them will end."""
+
+    flying: deque[tuple[Issue, float]] = field(default_factory=deque)
+    free: float = float("-inf")
+
+
+class Backlog:
+    """The bundles under way on each lane; a lane runs them in order."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[int, _Lane] = {}
+
+    def issued(self, issue: Issue, now: float, seconds: float) -> None:
+        """A bundle was enqueued that will take ``seconds``."""
+        lane = self._lanes.setdefault(issue.lane, _Lane())
+        lane.flying.append((issue, seconds))
+        lane.free = max(lane.free, now) + seconds
+
+    def completed(self, issue: Issue, now: float) -> None:
+        """A bundle ended; one that is unknown changes nothing."""
+        lane = self._lanes.get(issue.lane)
+        if lane is None:
+            return
+        for entry in lane.flying:
+            if entry[0] is issue:
+                lane.flying.remove(entry)
+                lane.free = now + sum([seconds for _, seconds in lane.flying])
+                return
+
+    def free_at(self, lane: int, now: float) -> float:
+        """Seconds on the clock when a bundle enqueued now would begin; never before ``now``."""
+        found = self._lanes.get(lane)
+        return now if found is None or not found.flying else max(now, found.free)
+
+    def earliest(self, now: float) -> float:
+        """The same for the lane that is free first; any thread may ask."""
+        return min(
+            [max(now, lane.free) if lane.flying else now for lane in list(self._lanes.values())] or [now]
+        )

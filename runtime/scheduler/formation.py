@@ -1,0 +1,149 @@
+"""Which of a program's pending requests share a bundle, when not all of them may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import islice
+
+from torch_mux.runtime.scheduler.base import Queue, Ticket
+from torch_mux.runtime.scheduler.fair import Account
+from torch_mux.runtime.scheduler.pending import Flow
+
+__all__ = ["Turns"]
+
+_NEVER = float("inf")
+#: Start tag, age, tenant, account; and while a bundle is filled, the next request and the others.
+_Entry = tuple[float, int, str, Account, "Ticket | None", "Iterator[Ticket] | None"]
+_Flows = Mapping[Flow, Collection[Ticket]]
+
+
+class Turns:
+    """The flows of one queue by start tag, a heap for each class.
+
+    Tags only grow, so an entry whose tag has changed is put right when it comes to the top.
+
+    Attributes:
+        members: the flows in the heaps; some of them may have nothing pending any more.
+    """
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self.members: set[Flow] = set()
+        self._heaps: dict[int, list[_Entry]] = {}
+        self._new = True
+
+    def least(self, arrived: Callable[[Flow], Account]) -> dict[int, tuple[float, int]]:
+        """(start tag, age) of who is first in each class that has something pending.
+
+        Args:
+            arrived: the account of a flow that had nothing pending before.
+        """
+        flows = self.queue.flows()
+        fresh: Collection[Flow] = self.queue.fresh()
+        if self._new:
+            fresh, self._new = flows.keys(), False
+        for flow in fresh:
+            account, tickets = arrived(flow), flows.get(flow)
+            if tickets is not None and flow not in self.members:
+                self.members.add(flow)
+                heap = self._heaps.setdefault(flow[0], [])
+                heappush(heap, (account.tag, next(iter(tickets)).seq, flow[1], account, None, None))
+        found: dict[int, tuple[float, int]] = {}
+        for priority, heap in self._heaps.items():
+            while heap:
+                tag, seq, name, account, _, _ = heap[0]
+                tickets = flows.get((priority, name))
+                if tickets is None:
+                    heappop(heap)
+                    self.members.discard((priority, name))
+                elif tag != account.tag:
+                    heapreplace(heap, (account.tag, next(iter(tickets)).seq, name, account, None, None))
+                else:
+                    found[priority] = (tag, seq)
+                    break
+        return found
+
+    def fill(
+        self,
+        limit: int,
+        each: float,
+        ceilings: Mapping[int, float],
+        allowance: float,
+        urgent: Collection[Flow] = (),
+    ) -> tuple[Ticket, ...]:
+        """At most ``limit`` requests in fair order: by class, then by start tag, then by age.
+
+        Where everything may go, everything goes, in order of arrival.
+
+        Args:
+            urgent: flows whose first request goes before all others of its class.
+            each: device seconds that a slot is charged.
+            ceilings: by class, the least start tag of those who wait for another bundle; none where nobody
+                does.
+            allowance: device seconds by which a tenant may be served ahead of them.
+        """
+        requests, flows = self.queue.requests, self.queue.flows()
+        if len(requests) <= limit:
+            if not ceilings or not self._ahead(flows, each, ceilings, allowance):
+                return tuple(requests)
+        elif len(flows) == 1 and not ceilings:
+            return tuple(islice(requests, limit))
+        taken: list[Ticket] = []
+        for priority in sorted(self._heaps, reverse=True):
+            bar = ceilings.get(priority, _NEVER)
+            heap = self._heaps[priority].copy()
+            if urgent:
+                heap = [(-_NEVER, *entry[1:]) if (priority, entry[2]) in urgent else entry for entry in heap]
+                heapify(heap)
+            _in_order(heap, priority, flows, taken, limit, each, bar, allowance)
+        return tuple(taken)
+
+    def _ahead(self, flows: _Flows, each: float, ceilings: Mapping[int, float], allowance: float) -> bool:
+        """Whether somebody would be served further ahead than the allowance if everything went."""
+        for priority, heap in self._heaps.items():
+            bar = ceilings.get(priority, _NEVER)
+            for _, _, name, account, _, _ in heap:
+                tickets = flows.get((priority, name))
+                if tickets is not None:
+                    ahead = (account.tag - bar) * next(iter(tickets)).quota.weight
+                    if ahead + (len(tickets) - 1) * each > allowance:
+                        return True
+        return False
+
+
+def _in_order(
+    heap: list[_Entry],
+    priority: int,
+    flows: _Flows,
+    taken: list[Ticket],
+    limit: int,
+    each: float,
+    bar: float,
+    allowance: float,
+) -> None:
+    """Adds requests of one class to ``taken``; the heap is used up."""
+    while heap and len(taken) < limit:
+        tag, _, name, account, head, rest = heap[0]
+        if head is None or rest is None:
+            tickets = flows.get((priority, name))
+            if tickets is None:
+                heappop(heap)
+                continue
+            rest = iter(tickets)
+            head = next(rest)
+            if tag != account.tag and tag > -_NEVER:
+                heapreplace(heap, (account.tag, head.seq, name, account, head, rest))
+                continue
+        weight = head.quota.weight
+        if taken and (tag - bar) * weight > allowance:
+            heappop(heap)
+            continue
+        if tag == -_NEVER:
+            tag = account.tag
+        taken.append(head)
+        following = next(rest, None)
+        if following is None:
+            heappop(heap)
+        else:
+            heapreplace(heap, (tag + each / weight, following.seq, name, account, following, rest))

@@ -1,0 +1,105 @@
+"""From calls to queued requests: admission, memory, outputs, the line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from threading import get_ident
+
+import torch
+
+from torch_mux.errors import Overloaded
+from torch_mux.runtime.admission import Admission
+from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.memory import MemoryLedger
+from torch_mux.runtime.request import Request, by_dispatcher
+from torch_mux.runtime.served import ServedProgram
+from torch_mux.settings import Settings
+from torch_mux.types import Quota
+
+__all__ = ["Call", "Submission"]
+
+#: An instance, the program's inputs in order, and the quota.
+Call = tuple[Instance, Sequence[object], Quota]
+
+
+class Submission:
+    """Queues requests together, or none of them.
+
+    Args:
+        catch_up: counts what the devices have finished.
+    """
+
+    def __init__(
+        self,
+        admission: Admission,
+        memory: MemoryLedger,
+        clock: Callable[[], float],
+        settings: Callable[[], Settings],
+        catch_up: Callable[[], object],
+    ) -> None:
+        self._admission = admission
+        self._memory = memory
+        self._clock = clock
+        self._settings = settings
+        self._catch_up = catch_up
+
+    def queue(self, calls: Sequence[Call]) -> list[Request]:
+        """See :meth:`torch_mux.runtime.engine.Engine.submit_all`; the instances are live."""
+        quotas = [quota for _, _, quota in calls]
+        arrival = self._clock()
+
+        def outlook(index: int, pending: int, before: int) -> float | None:
+            return self._outlook(calls[index][0].served, pending, before, arrival)
+
+        try:
+            waits = self._admission.admit(quotas, arrival, outlook)
+        except Overloaded:
+            self._catch_up()
+            waits = self._admission.admit(quotas, arrival, outlook)
+        live = [(instance, quota) for instance, _, quota in calls]
+        try:
+            self._memory.reserve(live)
+        except BaseException:
+            self._admission.withdraw(quotas)
+            raise
+        requests: list[Request] = []
+        queued: list[Request] = []
+        try:
+            self._make(calls, waits, arrival, requests)
+            for dispatcher, own in by_dispatcher(requests):
+                mark = dispatcher.executor.mark()
+                if mark is not None:
+                    for request in own:
+                        request.mark = mark
+                dispatcher.enqueue(own)
+                queued.extend(own)
+        except BaseException:
+            # What was queued gives its memory back when it ends.
+            kept = set(queued)
+            left = [call for call, request in zip_longest(live, requests) if request not in kept]
+            self._memory.cancel(left)
+            self._admission.withdraw([quota for _, quota in left])
+            raise
+        return requests
+
+    def _outlook(self, served: ServedProgram, pending: int, before: int, now: float) -> float | None:
+        """When a request would have ended: behind what is under way and what is queued of its tenant."""
+        if not served.ready:
+            return None
+        most = max(1, min(self._settings().max_bundle, served.slots))
+        ahead = min(pending, len(served.requests)) + before
+        slots, bundles = min(most, ahead + 1), ahead // most + 1
+        return served.dispatcher.policy.outlook(served.key, slots, bundles, now)
+
+    def _make(
+        self, calls: Sequence[Call], waits: Sequence[float] | None, arrival: float, requests: list[Request]
+    ) -> None:
+        inference, client = torch.is_inference_mode_enabled(), get_ident()
+        for instance, inputs, quota in calls:
+            served = instance.served
+            outputs = served.allocate(instance, inputs) if served.coalesced else []
+            request = Request(served.dispatcher, instance, inputs, outputs, quota, inference, arrival, client)
+            if waits is not None:
+                request.eligible = arrival + waits[len(requests)]
+            requests.append(request)

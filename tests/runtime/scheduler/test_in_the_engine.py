@@ -1,0 +1,81 @@
+"""The policy behind the real dispatcher: order, and nothing kept of bundles that failed or were refused."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from torch_mux.errors import ExecutionFailed, MemoryQuotaExceeded
+from torch_mux.types import Quota
+
+
+def ended(requests: list[Any]) -> list[str]:
+    """Names in the order in which they will end."""
+    order: list[str] = []
+    for request in requests:
+        request.add_done_callback(lambda done: order.append(done.quota.tenant))
+    return order
+
+
+def test_a_latecomer_shares_the_next_bundle_and_does_not_wait_for_the_whole_backlog(lab: Any) -> None:
+    engine, program, model = lab.engine(max_bundle=2), lab.program(), lab.Affine()
+    greedy = [lab.submit(engine, program, model, quota=Quota("greedy")) for _ in range(6)]
+    late = [lab.submit(engine, program, model, quota=Quota("late")) for _ in range(2)]
+    order = ended([*greedy, *late])
+    engine.wait([*greedy, *late])
+    assert sorted(order[:4]) == ["greedy", "greedy", "late", "late"]
+    assert order[4:] == ["greedy"] * 4
+    assert lab.plans["affine"].bundles == [2] * 4
+
+
+def test_a_heavier_tenant_gets_more_of_the_bundles(lab: Any) -> None:
+    engine, program, model = lab.engine(max_bundle=4), lab.program(), lab.Affine()
+    requests = [
+        lab.submit(engine, program, model, quota=Quota(name, weight=weight))
+        for name, weight in (("one", 1.0), ("three", 3.0))
+        for _ in range(40)
+    ]
+    order = ended(requests)
+    engine.wait(requests)
+    assert order[:48].count("three") == pytest.approx(36, abs=3)
+
+
+def test_a_failing_bundle_leaves_nothing_in_the_policy(lab: Any) -> None:
+    engine, program, models = lab.engine(max_bundle=2), lab.program(), [lab.Affine(), lab.Affine()]
+    lab.call(engine, program, models[0])
+
+    def fail(inputs: list[torch.Tensor]) -> None:
+        if (inputs[0] == 7.0).any():
+            raise ValueError("seven")
+
+    lab.plans["affine"].before = fail
+    requests = [
+        lab.submit(engine, program, models[number % 2], float(number), Quota(f"t{number % 3}"))
+        for number in range(9)
+    ]
+    engine.wait(requests)
+    with pytest.raises(ExecutionFailed, match="seven"):
+        requests[7].result()
+    assert [request.state.value for request in requests] == ["done"] * 7 + ["error"] + ["done"]
+    policy = requests[0].dispatcher.policy
+    assert (policy._flying, policy._turns) == ({}, {})
+
+
+def test_what_is_left_of_a_refused_bundle_is_charged_and_measured(lab: Any) -> None:
+    engine, program = lab.engine(), lab.program("slow")
+    lab.slow["slow"] = gate = threading.Event()
+    models = [lab.Affine(), lab.Affine()]
+    requests = [
+        lab.submit(engine, program, model, quota=Quota(name, memory=memory))
+        for model, (name, memory) in zip(models, (("rich", None), ("poor", 70)))
+    ]
+    gate.set()
+    engine.wait(requests)
+    with pytest.raises(MemoryQuotaExceeded):
+        requests[1].result()
+    policy = requests[0].dispatcher.policy
+    assert policy._flying == {}
+    assert list(policy.predictor._programs["print-slow"].contexts[16, 0]) == [1]

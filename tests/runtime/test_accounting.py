@@ -1,0 +1,78 @@
+"""Device time divided among the slots of a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torch_mux.runtime.accounting import Accounting
+from torch_mux.runtime.shares import PICOSECONDS, divided
+from torch_mux.types import Quota
+
+
+@dataclass
+class Slot:
+    """What accounting reads of a request."""
+
+    quota: Quota
+    work: int = 1
+    arrival: float = 0.0
+    started: float = field(default=0.0)
+
+
+def bundle(*slots: tuple[str, int]) -> Any:
+    return [Slot(Quota(tenant), work) for tenant, work in slots]
+
+
+@given(total=st.integers(0, 10**16), works=st.lists(st.integers(1, 10**12), min_size=1, max_size=64))
+def test_parts_are_in_proportion_and_add_up(total: int, works: list[int]) -> None:
+    parts = divided(total, works)
+    assert sum(parts) == total
+    for part, work in zip(parts, works, strict=True):
+        assert abs(part * sum(works) - total * work) < sum(works)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 10**10)), min_size=1, max_size=9),
+            st.floats(0.0, 100.0),
+        ),
+        max_size=30,
+    )
+)
+def test_the_sum_over_tenants_is_the_bundles_time_exactly(
+    bundles: list[tuple[list[tuple[str, int]], float]],
+) -> None:
+    accounting = Accounting()
+    for slots, seconds in bundles:
+        accounting.ran(bundle(*slots), seconds, True)
+    assert sum(tenant.device_time for tenant in accounting._tenants.values()) == accounting._device_time
+    assert accounting._device_time == sum(round(seconds * PICOSECONDS) for _, seconds in bundles)
+
+
+def test_ragged_slots_count_by_their_work() -> None:
+    accounting = Accounting()
+    accounting.ran(bundle(("small", 1), ("large", 3), ("small", 1)), 1e-3, True)
+    tenants = accounting.snapshot().tenants
+    assert tenants["small"].device_seconds == pytest.approx(4e-4)
+    assert tenants["large"].device_seconds == pytest.approx(6e-4)
+
+
+def test_a_request_costs_what_its_plan_says(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_plan = lab.compile_plan
+
+    def heavy(program: Any, settings: Any) -> Any:
+        plan = compile_plan(program, settings)
+        plan.work = 7
+        return plan
+
+    monkeypatch.setattr(lab, "compile_plan", heavy)
+    engine = lab.engine()
+    request = lab.submit(engine, lab.program(), lab.Affine())
+    request.result()
+    assert request.work == 7
