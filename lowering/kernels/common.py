@@ -75,6 +75,15 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def plus(acc, term):
+    """``acc + term``, written so that Triton does not start a dot product's sum at ``term`` instead of zero.
+
+    It would where the reduction is one step and no loop is left, so that bits would depend on the tile.
+    """
+    return tl.math.fma(acc, tl.full(acc.shape, 1.0, tl.float32), tl.broadcast_to(term, acc.shape))
+
+
+@triton.jit
 def finish(acc, scale, shift, residual, out, row, column, m, n, pitch, ACTIVATION: tl.constexpr):
     """Stores ``activate(acc * scale + shift + residual)`` for the channels ``column``."""
     inside = column < n
@@ -86,11 +95,11 @@ def finish(acc, scale, shift, residual, out, row, column, m, n, pitch, ACTIVATIO
         else:
             acc = acc * factor
     elif shift is not None:
-        acc = acc + tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        acc = plus(acc, tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)[None, :])
     offsets = row[:, None] * pitch + column[None, :]
     mask = (row < m)[:, None] & inside[None, :]
     if residual is not None:
-        acc = acc + tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+        acc = plus(acc, tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32))
     acc = activate(acc, ACTIVATION)
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
 

@@ -39,7 +39,7 @@ BUNDLED = [(HALF, False), (FULL, True)]
 LINEAR_TILES = [((8, 70, 72), HALF, False), ((197, 768, 768), HALF, False), ((130, 33, 256), BRAIN, False),
                 ((8, 70, 72), FULL, False), ((197, 768, 768), FULL, True)]  # fmt: skip
 CONV_TILES = [(CONV[0], HALF, False), (CONV[2], HALF, False), (CONV[3], HALF, False), (CONV[4], BRAIN, False),
-              (CONV[7], HALF, False), (CONV[3], FULL, False), (CONV[3], FULL, True),
+              (CONV[6], HALF, False), (CONV[7], HALF, False), (CONV[3], FULL, False), (CONV[3], FULL, True),
               (CONV[9], HALF, False), (CONV[11], HALF, False)]  # fmt: skip
 
 

@@ -113,6 +113,17 @@ def test_tensor_cores_fed_asynchronously(name: str) -> None:
     assert ("griddepcontrol.wait" in found.ptx) == launch.pdl
 
 
+@pytest.mark.parametrize("block_k", [64, 128])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_sum_does_not_start_at_what_is_added_to_it(block_k: int, residual: bool) -> None:
+    """A reduction of one step is no loop, and Triton would fold what is added into its accumulator."""
+    tile = Tile(64, 64, block_k, 4, 3, 2)
+    named = {"residual": torch.empty(4, 1, 14, 14, 256, dtype=HALF), "shift": None} if residual else {}
+    launch = conv_of(4, 128, 28, 256, 1, 2, HALF, tile=tile, scale=None, activation="none", **named)
+    added = len(re.findall(r"add(?:\.rn)?(?:\.ftz)?\.f32", compile_launch(launch).ptx))
+    assert added == tile.block_m * tile.block_n // (32 * tile.warps)
+
+
 CROWDED = {
     "linear, ragged, three": lambda: ragged_linear(Tile(64, 128, 64, 4, 3, 3)),
     "addmm, three": lambda: linear_of(
