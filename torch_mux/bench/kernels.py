@@ -197,10 +197,8 @@ def _warm(job: tuple[Layer, list[tuple[BitClass, Tile]]]) -> list[str]:
     layer, pairs = job
     data, failed = Data(layer, 1, 1), []
     for bit_class, tile in pairs:
-        launch = data.launch(0, bit_class, tile)
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
         try:
-            launch.kernel.warmup(**launch.arguments, grid=(launch.grid,), **options)
+            data.launch(0, bit_class, tile).build()
         except Exception as error:
             failed.append(f"{layer.name} {tile}: {type(error).__name__}: {error}")
     return failed
