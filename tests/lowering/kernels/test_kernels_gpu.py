@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from torch_mux.lowering.kernels import choose, common, reference
 from torch_mux.lowering.kernels.conv import conv, conv_launch, conv_problems
-from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Vector
+from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Tile, Vector
 from torch_mux.lowering.kernels.embedding import embedding
 from torch_mux.lowering.kernels.linear import linear, linear_launch, linear_problems
 from torch_mux.lowering.kernels.transport import gather, scatter
@@ -212,6 +213,65 @@ def test_conv_bits_do_not_depend_on_tile(
         assert torch.equal(run_conv(gpu_tools, case, [0, 1, 2], 3, 132, allow_tf32=tf32, tile=tile), first), (
             tile
         )
+
+
+def low_bits(run: Callable[[Tensor, Tile], Tensor], tiles: Sequence[Tile]) -> None:
+    """Asserts that the fp32 sums of all tiles agree: subtracting the rounded sum leaves its low bits."""
+    rounded = run(torch.tensor(0.0), tiles[0])
+    first = run(-rounded, tiles[0])
+    assert torch.count_nonzero(first) > first.numel() // 2
+    for tile in tiles[1:]:
+        assert torch.equal(run(-rounded, tile), first), tile
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("spread", [0, 12])
+@pytest.mark.parametrize(("m", "n", "k"), [(197, 768, 768), (49, 512, 4608)])
+def test_all_instructions_leave_the_same_sums_of_linear(
+    gpu_tools: Any, dtype: torch.dtype, spread: int, m: int, n: int, k: int
+) -> None:
+    case = linear_case(gpu_tools, 2, (m, n, k), dtype)
+    for operand in (case["x"], *case["weights"]):
+        operand.mul_(torch.exp2(-torch.randint(0, spread + 1, operand.shape, device=CUDA)))
+    rows, table = torch.arange(2, device=CUDA), gpu_tools.table(case["weights"])
+
+    def run(residual: Tensor, tile: Tile) -> Tensor:
+        out = torch.full_like(case["residual"], 7.0)
+        before = residual.to(out).expand_as(out).contiguous()
+        linear(
+            case["x"], table, 1, rows, gpu_tools.control(2, 132), out, n=n, k=k, residual=before, tile=tile
+        )
+        return out
+
+    low_bits(run, choose.candidates(choose.linear_class([(m, n, k)], dtype), dtype))
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("spread", [0, 12])
+@pytest.mark.parametrize("layer", [CONV[1], CONV[3], CONV[7]])
+def test_all_instructions_leave_the_same_sums_of_convolutions(
+    gpu_tools: Any, dtype: torch.dtype, spread: int, layer: tuple[int, ...]
+) -> None:
+    case = conv_case(gpu_tools, 2, layer, dtype)
+    for operand in (case["x"], *case["weights"]):
+        operand.mul_(torch.exp2(-torch.randint(0, spread + 1, operand.shape, device=CUDA)))
+    rows, table = torch.arange(2, device=CUDA), gpu_tools.table(case["weights"])
+    shape = run_conv(gpu_tools, case, [0], 1, 132).shape[1:]
+    kernel = tuple(case["weights"][0].shape[1:3])
+
+    def run(residual: Tensor, tile: Tile) -> Tensor:
+        out = torch.full((2, *shape), 7.0, dtype=dtype, device=CUDA)
+        before = residual.to(out).expand_as(out).contiguous()
+        conv(
+            case["x"], table, 1, rows, gpu_tools.control(2, 132), out, kernel=kernel, residual=before,
+            tile=tile, **case["geometry"],
+        )  # fmt: skip
+        return out
+
+    c, o = layer[0], layer[2]
+    sizes = [(shape[0] * shape[1] * shape[2], o, kernel[0] * kernel[1] * c)]
+    bit_class = choose.conv_class(sizes, [c], kernel[0] * kernel[1], dtype, False)
+    low_bits(run, choose.candidates(bit_class, dtype, narrow=bit_class.gather and c % 4 != 0, lean=False))
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL])

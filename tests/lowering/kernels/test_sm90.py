@@ -129,6 +129,12 @@ CROWDED = {
     ),
     "conv, ragged, three": lambda: ragged_conv(Tile(64, 64, 64, 4, 4, 3)),
     "linear, ragged, four": lambda: ragged_linear(Tile(64, 64, 64, 4, 3, 4)),
+    "conv 3x3 256 @14, a warp's instructions": lambda: conv_of(
+        1, 256, 14, 256, 3, 1, HALF, tile=Tile(16, 32, 256, 4, 3, 3)
+    ),
+    "conv 7x7 of 3 channels, a warp's instructions": lambda: conv_of(
+        1, 3, 224, 64, 7, 2, HALF, tile=Tile(16, 16, 256, 4, 4, 3)
+    ),
     "linear of four-byte loads": lambda: linear_of(16, 197, 770, 770, HALF),
     "conv of four-byte loads": lambda: conv_of(4, 66, 28, 66, 3, 1, HALF),
 }
