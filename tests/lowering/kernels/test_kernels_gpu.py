@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from torch_mux.lowering.kernels import choose, common, reference
+from torch_mux.lowering.kernels import choose, reference
 from torch_mux.lowering.kernels.conv import conv, conv_launch, conv_problems
-from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Tile, Vector
+from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Vector
 from torch_mux.lowering.kernels.embedding import embedding
 from torch_mux.lowering.kernels.linear import linear, linear_launch, linear_problems
 from torch_mux.lowering.kernels.transport import gather, scatter
@@ -215,65 +214,6 @@ def test_conv_bits_do_not_depend_on_tile(
         )
 
 
-def low_bits(run: Callable[[Tensor, Tile], Tensor], tiles: Sequence[Tile]) -> None:
-    """Asserts that the fp32 sums of all tiles agree: subtracting the rounded sum leaves its low bits."""
-    rounded = run(torch.tensor(0.0), tiles[0])
-    first = run(-rounded, tiles[0])
-    assert torch.count_nonzero(first) > first.numel() // 2
-    for tile in tiles[1:]:
-        assert torch.equal(run(-rounded, tile), first), tile
-
-
-@pytest.mark.parametrize("dtype", [HALF, BRAIN])
-@pytest.mark.parametrize("spread", [0, 12])
-@pytest.mark.parametrize(("m", "n", "k"), [(197, 768, 768), (49, 512, 4608)])
-def test_all_instructions_leave_the_same_sums_of_linear(
-    gpu_tools: Any, dtype: torch.dtype, spread: int, m: int, n: int, k: int
-) -> None:
-    case = linear_case(gpu_tools, 2, (m, n, k), dtype)
-    for operand in (case["x"], *case["weights"]):
-        operand.mul_(torch.exp2(-torch.randint(0, spread + 1, operand.shape, device=CUDA)))
-    rows, table = torch.arange(2, device=CUDA), gpu_tools.table(case["weights"])
-
-    def run(residual: Tensor, tile: Tile) -> Tensor:
-        out = torch.full_like(case["residual"], 7.0)
-        before = residual.to(out).expand_as(out).contiguous()
-        linear(
-            case["x"], table, 1, rows, gpu_tools.control(2, 132), out, n=n, k=k, residual=before, tile=tile
-        )
-        return out
-
-    low_bits(run, choose.candidates(choose.linear_class([(m, n, k)], dtype), dtype))
-
-
-@pytest.mark.parametrize("dtype", [HALF, BRAIN])
-@pytest.mark.parametrize("spread", [0, 12])
-@pytest.mark.parametrize("layer", [CONV[1], CONV[3], CONV[7]])
-def test_all_instructions_leave_the_same_sums_of_convolutions(
-    gpu_tools: Any, dtype: torch.dtype, spread: int, layer: tuple[int, ...]
-) -> None:
-    case = conv_case(gpu_tools, 2, layer, dtype)
-    for operand in (case["x"], *case["weights"]):
-        operand.mul_(torch.exp2(-torch.randint(0, spread + 1, operand.shape, device=CUDA)))
-    rows, table = torch.arange(2, device=CUDA), gpu_tools.table(case["weights"])
-    shape = run_conv(gpu_tools, case, [0], 1, 132).shape[1:]
-    kernel = tuple(case["weights"][0].shape[1:3])
-
-    def run(residual: Tensor, tile: Tile) -> Tensor:
-        out = torch.full((2, *shape), 7.0, dtype=dtype, device=CUDA)
-        before = residual.to(out).expand_as(out).contiguous()
-        conv(
-            case["x"], table, 1, rows, gpu_tools.control(2, 132), out, kernel=kernel, residual=before,
-            tile=tile, **case["geometry"],
-        )  # fmt: skip
-        return out
-
-    c, o = layer[0], layer[2]
-    sizes = [(shape[0] * shape[1] * shape[2], o, kernel[0] * kernel[1] * c)]
-    bit_class = choose.conv_class(sizes, [c], kernel[0] * kernel[1], dtype, False)
-    low_bits(run, choose.candidates(bit_class, dtype, narrow=bit_class.gather and c % 4 != 0, lean=False))
-
-
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL])
 @pytest.mark.parametrize("layer", DEPTHWISE)
 def test_depthwise_bits_do_not_depend_on_tile(
@@ -342,87 +282,6 @@ def test_ragged_conv_gives_the_bits_of_each_slot_alone(
             **geometry,
         )
         assert torch.equal(got, alone[0])
-
-
-@pytest.mark.parametrize("pdl", [False, True])
-def test_one_captured_graph_serves_any_rows_and_counts(
-    gpu_tools: Any, pdl: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not pdl:
-        monkeypatch.setattr(common, "dependent", lambda device: False)
-    slots, n = 8, 256
-    x = torch.randn(slots, 64, n, device=CUDA).half()
-    weights = [gpu_tools.guarded((torch.randn(n, n) / n**0.5).half()) for _ in range(slots)]
-    table, rows, control = (
-        gpu_tools.table(weights),
-        torch.arange(slots, device=CUDA),
-        gpu_tools.control(slots, 132),
-    )
-    middle, out = torch.empty_like(x), torch.empty_like(x)
-    launches = [
-        linear_launch(x, table, 1, rows, control, middle, n=n, k=n, activation="relu"),
-        linear_launch(middle, table, 1, rows, control, out, n=n, k=n),
-    ]
-    for launch in launches:
-        launch.run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch.run()
-    for active, cap in [(8, 132), (3, 2), (5, 66)]:
-        order = torch.randperm(slots, device=CUDA)
-        rows.copy_(order)
-        control.copy_(gpu_tools.control(active, cap))
-        out.fill_(7.0)
-        graph.replay()
-        replayed = out.clone()
-        out.fill_(7.0)
-        for launch in launches:
-            launch.run()
-            torch.cuda.synchronize()
-        assert torch.equal(replayed, out)
-        assert bool((replayed[active:] == 7.0).all())
-        chosen = [weights[row] for row in order.tolist()]
-        first = reference.linear(list(x), chosen, activation="relu")
-        want = reference.linear([each.half() for each in first], chosen)
-        gpu_tools.close(replayed[:active], torch.stack(want)[:active], HALF)
-
-
-def test_a_chain_over_two_buffers_has_the_bits_of_launches_one_by_one(gpu_tools: Any) -> None:
-    """Each launch reads what the one before it wrote, and writes what that one read."""
-    slots, n = 8, 256
-    weights = [gpu_tools.guarded((torch.randn(n, n) * (2 / n) ** 0.5).half()) for _ in range(slots)]
-    table, rows = gpu_tools.table(weights), torch.arange(slots, device=CUDA)
-    control, x = gpu_tools.control(slots, 132), torch.randn(slots, 197, n, device=CUDA).half()
-    buffers = [torch.empty_like(x), torch.empty_like(x)]
-    launches = [
-        linear_launch(
-            buffers[step % 2], table, 1, rows, control, buffers[(step + 1) % 2], n=n, k=n, activation="relu"
-        )
-        for step in range(20)
-    ]
-    for launch in launches:
-        launch.run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch.run()
-    for active, cap in [(8, 132), (3, 1), (8, 7), (1, 132)]:
-        control.copy_(gpu_tools.control(active, cap))
-        found = []
-        for run in (graph.replay, lambda: [launch.run() for launch in launches]):
-            for _ in range(10):
-                buffers[0].copy_(x)
-                run()
-                found.append(buffers[0].clone())
-        buffers[0].copy_(x)
-        for launch in launches:
-            torch.cuda.synchronize()
-            launch.run()
-        assert all(torch.equal(each, buffers[0]) for each in found)
-        assert bool(buffers[0][:active].any()) and torch.equal(buffers[0][active:], x[active:])
 
 
 def test_weights_on_the_m_side(gpu_tools: Any) -> None:
