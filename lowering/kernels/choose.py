@@ -17,7 +17,7 @@ import torch
 
 from torch_mux.lowering.kernels import measured
 from torch_mux.lowering.kernels.data import BitClass, Family, Tile, family_of, precision_of
-from torch_mux.lowering.kernels.estimate import depthwise_seconds, kind_of, seconds
+from torch_mux.lowering.kernels.estimate import depthwise_seconds, seconds
 
 __all__ = [
     "candidates",
@@ -48,15 +48,17 @@ def _one(values: set[BitClass]) -> BitClass:
 def _class(
     size: tuple[int, int, int], dtype: torch.dtype, allow_tf32: bool, channels: int | None, taps: int = 1
 ) -> BitClass:
-    """Few rows fill only a warp's instructions. Some more rows of a long reduction take them as well: one
-    slot has too few wide tiles for the device, and with narrow ones it wins more (10 instead of 21 µs at 49
-    pixels, 512 channels, K = 4608) than 16 slots lose (42 instead of 36 µs). With more columns or a shorter
-    reduction it is the other way round.
+    """In half precision every tile of either family gives the same bits on an H100. In single precision the
+    shape decides: few rows fill only a warp's instructions, and some more rows of a long reduction take them
+    as well, since one slot has too few wide tiles for the device.
     """
+    precision = precision_of(dtype, allow_tf32)
+    gather = channels is not None and taps > 1 and channels < 64
+    if precision == "ieee":
+        return BitClass(None, gather=gather, precision=precision)
     m, n, k = size
     few = m <= 16 or (m <= 64 and k >= max(2048, 4 * n))
-    family, precision = Family.MMA if few else Family.WGMMA, precision_of(dtype, allow_tf32)
-    gather = channels is not None and taps > 1 and channels < 64
+    family = Family.MMA if few else Family.WGMMA
     if precision != "tf32x3":
         return BitClass(family, gather=gather, precision=precision)
     step = _SPLIT[family][0].block_k
@@ -163,6 +165,9 @@ def candidates(
         wide: loads are of 16 bytes, but for gathered pixels. If not, a thread may need all of the 255
             registers that it can have: eight warps of such threads fit.
     """
+    if bit_class.family is None:
+        each_of = (replace(bit_class, family=family) for family in Family)
+        return tuple(tile for one in each_of for tile in candidates(one, dtype, narrow, lean, wide))
     base: tuple[Tile, ...] = _WGMMA if bit_class.family is Family.WGMMA else _MMA
     if bit_class.family is Family.WGMMA:
         base += _LEAN if lean else _DEEP
@@ -188,7 +193,7 @@ def check(chosen: Tile, bit_class: BitClass) -> None:
     """Raises ValueError where ``chosen`` would give other bits than ``bit_class`` promises."""
     family = family_of(chosen, bit_class.swap)
     steps = chosen.block_k % 16 == 0 and bit_class.step in (0, chosen.block_k)
-    if family is not bit_class.family or not steps:
+    if bit_class.family not in (None, family) or not steps:
         raise ValueError(f"{chosen} multiplies with {family.value}, outside {bit_class}")
 
 
@@ -214,7 +219,8 @@ def _best(
     wide: bool,
     table: measured.Table,
 ) -> Tile:
-    found = candidates(bit_class, dtype, kind_of(bit_class, channels) == "narrow", lean, wide)
+    narrow = bit_class.gather and any(count % 4 for count in channels or ())
+    found = candidates(bit_class, dtype, narrow, lean, wide)
     if channels and not bit_class.step:
         reduction = [k for _, _, k in sizes] if bit_class.gather else channels
         found = tuple(

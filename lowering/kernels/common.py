@@ -24,6 +24,7 @@ __all__ = [
     "Tile",
     "Vector",
     "activate",
+    "dependent",
     "divisor",
     "epilogue",
     "find_slot",
@@ -75,6 +76,15 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def plus(acc, term):
+    """``acc + term``, written so that Triton does not start a dot product's sum at ``term`` instead of zero.
+
+    It would where the reduction is one step and no loop is left, so that bits would depend on the tile.
+    """
+    return tl.math.fma(acc, tl.full(acc.shape, 1.0, tl.float32), tl.broadcast_to(term, acc.shape))
+
+
+@triton.jit
 def finish(acc, scale, shift, residual, out, row, column, m, n, pitch, ACTIVATION: tl.constexpr):
     """Stores ``activate(acc * scale + shift + residual)`` for the channels ``column``."""
     inside = column < n
@@ -86,11 +96,11 @@ def finish(acc, scale, shift, residual, out, row, column, m, n, pitch, ACTIVATIO
         else:
             acc = acc * factor
     elif shift is not None:
-        acc = acc + tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        acc = plus(acc, tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)[None, :])
     offsets = row[:, None] * pitch + column[None, :]
     mask = (row < m)[:, None] & inside[None, :]
     if residual is not None:
-        acc = acc + tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+        acc = plus(acc, tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32))
     acc = activate(acc, ACTIVATION)
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
 
@@ -114,8 +124,13 @@ def epilogue(acc, scale, shift, residual, out, row, left, m, n, pitch, ACTIVATIO
 
 
 @triton.jit
-def working_set(control, slots, PROGRAMS_PER_SM: tl.constexpr):
-    """(active slots, programs that share the tiles) from the two words of ``control``."""
+def working_set(control, slots, PROGRAMS_PER_SM: tl.constexpr, PDL: tl.constexpr):
+    """(active slots, programs that share the tiles) from the two words of ``control``.
+
+    What a kernel calls before anything else: it waits for the kernel before it, see :func:`dependent`.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     active = tl.minimum(tl.load(control), slots)
     programs = tl.maximum(tl.load(control + 1), 1) * PROGRAMS_PER_SM
     return active, tl.minimum(programs, tl.num_programs(0))
@@ -158,20 +173,28 @@ def weight_pointer(table, row, width, column, like, ALIGNED: tl.constexpr):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, ready to run or to be compiled without a device."""
+    """One kernel launch, ready to run or to be compiled without a device.
+
+    Attributes:
+        arguments: the kernel's, by name, without ``PDL``.
+    """
 
     kernel: Any
     grid: int
     arguments: Mapping[str, Any]
     tile: Tile
     device: torch.device
-    pdl: bool = False
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All arguments of the kernel by name."""
+        return {**self.arguments, "PDL": dependent(self.device)}
 
     @property
     def options(self) -> dict[str, Any]:
         """What Triton is told besides the arguments."""
         options: dict[str, Any] = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
-        if self.pdl:
+        if dependent(self.device):
             options["launch_pdl"] = True
         return options
 
@@ -188,7 +211,8 @@ class Launch:
 
     def _types(self) -> list[Any]:
         """The arguments in order, of tensors their dtypes, which Triton takes as aligned to 16 bytes."""
-        values = [self.arguments[parameter.name] for parameter in self.kernel.params]
+        named = self.named
+        values = [named[parameter.name] for parameter in self.kernel.params]
         return [value.dtype if isinstance(value, Tensor) else value for value in values]
 
     def build(self) -> None:
@@ -202,9 +226,9 @@ class Launch:
             return
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
-                self.kernel[(self.grid,)](**self.arguments, **self.options)
+                self.kernel[(self.grid,)](**self.named, **self.options)
         else:
-            self.kernel[(self.grid,)](**self.arguments, **self.options)
+            self.kernel[(self.grid,)](**self.named, **self.options)
 
 
 @cache
@@ -213,6 +237,17 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def dependent(device: torch.device) -> bool:
+    """Whether launches on ``device`` are programmatic dependent ones, which compute capability 9 began.
+
+    Such a launch may start when the programs of the one before it on the stream have ended, without the
+    flush between two kernels. So every program of every kernel waits first of all, before it reads or writes
+    anything: then a kernel has ended only when all before it have, whatever was launched in between.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 #: Compute capabilities on which all tiles of a bit class were compared with ``torch.equal``.

@@ -63,13 +63,12 @@ def conv_launch(
     tile: Tile | None = None,
     bit_class: BitClass | None = None,
     sms: int | None = None,
-    pdl: bool = False,
 ) -> Launch:
     """What :func:`conv` runs; same arguments and errors."""
     pointwise = kernel == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1
     common: dict[str, Any] = {
         "scale": scale, "shift": shift, "residual": residual, "activation": activation, "aligned": aligned,
-        "tile": tile, "sms": sms, "pdl": pdl,
+        "tile": tile, "sms": sms,
     }  # fmt: skip
     if pointwise and problems is None and x.dim() == 5:
         common |= {"allow_tf32": allow_tf32, "bit_class": bit_class}
@@ -94,11 +93,11 @@ def conv_launch(
         "KH": kernel[0], "KW": kernel[1], "SH": stride[0], "SW": stride[1],
         "PH": padding[0], "PW": padding[1], "DH": dilation[0], "DW": dilation[1], "GROUPS": groups,
         **_cut(tile, bit_class, [taps * c for c in channels] if bit_class.gather else channels),
-        "PRECISION": bit_class.precision, "ALIGNED": aligned, "PDL": pdl,
+        "PRECISION": bit_class.precision, "ALIGNED": aligned,
         "ACTIVATION": Activation(activation).value,
     }  # fmt: skip
     programs = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
-    return Launch(conv_kernel, programs, arguments, tile, x.device, pdl)
+    return Launch(conv_kernel, programs, arguments, tile, x.device)
 
 
 def conv(
@@ -134,7 +133,6 @@ def conv(
         aligned: every address in the column is a multiple of 16 bytes.
         problems: a ragged list from :func:`conv_problems`.
         tile, bit_class, sms: instead of what :mod:`choose` and the device say.
-        pdl: programmatic dependent launch: waits for the kernel before it on the device.
 
     Raises:
         ValueError: an operand the kernel cannot read, or a tile outside the bit class.

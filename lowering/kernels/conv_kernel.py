@@ -165,9 +165,7 @@ def conv_kernel(x, table, rows, control, out, residual, problems, scale, shift, 
                 DATA_DIV: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
                 ACTIVATION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Programs take tiles in slot order until those of the active slots are done."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    active, programs = working_set(control, slots, PROGRAMS_PER_SM)
+    active, programs = working_set(control, slots, PROGRAMS_PER_SM, PDL)
     if RAGGED:
         index = tl.arange(0, SLOTS)
         sizes = problems + index * FIELDS

@@ -47,7 +47,7 @@ class BitClass:
     """What decides the bits of a result; a function of the operation's shape and dtype only.
 
     Attributes:
-        family: the multiplying instructions.
+        family: the multiplying instructions; None in half precision, where all give the same bits.
         swap: weights on the M side of the instruction and pixels on the N side.
         gather: the K axis of a convolution is flattened over taps and channels instead of tap by tap.
         precision: see :func:`precision_of`.
@@ -55,7 +55,7 @@ class BitClass:
             the same bits.
     """
 
-    family: Family
+    family: Family | None
     swap: bool = False
     gather: bool = False
     precision: str = "ieee"

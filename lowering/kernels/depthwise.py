@@ -111,9 +111,7 @@ def depthwise_kernel(x, table, rows, control, out, residual, problems, scale, sh
                      DATA_DIV: tl.constexpr, ALIGNED: tl.constexpr, ACTIVATION: tl.constexpr,
                      PDL: tl.constexpr):  # fmt: skip
     """Programs take tiles in slot order until those of the active slots are done."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    active, programs = working_set(control, slots, PROGRAMS_PER_SM)
+    active, programs = working_set(control, slots, PROGRAMS_PER_SM, PDL)
     if RAGGED:
         index = tl.arange(0, SLOTS)
         sizes = problems + index * FIELDS
@@ -174,7 +172,6 @@ def depthwise_launch(
     problems: Problems | None = None,
     tile: Tile | None = None,
     sms: int | None = None,
-    pdl: bool = False,
 ) -> Launch:
     """What :func:`depthwise` runs; same arguments and errors."""
     check_operands(x, out, residual, table, rows, control)
@@ -198,10 +195,10 @@ def depthwise_launch(
         "KW": kernel[1], "STEP": _together(kernel[1]), "MULTIPLIER": multiplier,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "GROUP": 8,
         "PROGRAMS_PER_SM": tile.programs_per_sm, "ALIGNED": aligned,
-        "ACTIVATION": Activation(activation).value, "PDL": pdl,
+        "ACTIVATION": Activation(activation).value,
     }  # fmt: skip
     grid = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
-    return Launch(depthwise_kernel, grid, arguments, tile, x.device, pdl)
+    return Launch(depthwise_kernel, grid, arguments, tile, x.device)
 
 
 def depthwise(
@@ -234,7 +231,6 @@ def depthwise(
         aligned: every address in the column is a multiple of 16 bytes.
         problems: a ragged list from :func:`geometry.conv_problems` of ungrouped shapes.
         tile, sms: instead of what :mod:`choose` and the device say.
-        pdl: programmatic dependent launch: waits for the kernel before it on the device.
 
     Raises:
         ValueError: an operand the kernel cannot read.

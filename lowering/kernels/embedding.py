@@ -19,9 +19,9 @@ PROGRAMS = 8
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
 def embedding_kernel(indices, table, rows, control, out, slots, count, depth, width, column, entries,
                      BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, PROGRAMS_PER_SM: tl.constexpr,
-                     D_DIV: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+                     D_DIV: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Copies [BLOCK_L, BLOCK_D] of the output a step; an index outside the table gives NaN."""
-    active, programs = working_set(control, slots, PROGRAMS_PER_SM)
+    active, programs = working_set(control, slots, PROGRAMS_PER_SM, PDL)
     depth = (depth // D_DIV) * D_DIV
     across = (depth + BLOCK_D - 1) // BLOCK_D
     each = ((count + BLOCK_L - 1) // BLOCK_L) * across

@@ -3,7 +3,7 @@
 A sum of parts, each a count that follows from the shapes times one constant: steps whose loads wait for
 memory, bytes through the port of the busiest multiprocessor, tiles begun and stored, bytes through the
 memory, and reads of the one line that the rows behind a matrix's end share. The constants are least squares
-over ``docs/benchmarks/kernels-h100.json``; ``python -m torch_mux.bench.table`` fits them again.
+over ``docs/benchmarks/kernels-*h100.json``; ``python -m torch_mux.bench.table`` fits them again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from torch_mux.lowering.kernels.data import BitClass, Family, Tile
+from torch_mux.lowering.kernels.data import BitClass, Family, Tile, family_of
 
 __all__ = ["RATES", "Rates", "depthwise_seconds", "kind_of", "seconds"]
 
@@ -63,20 +63,24 @@ RATES = {
     "wgmma": _WGMMA,
     "mma": _MMA,
     "fma": replace(_WGMMA, flops=0.375e12),
-    "gather": replace(_WGMMA, latency=0.135e-6, address=46e-12),
-    "narrow": replace(_WGMMA, latency=0.45e-6, address=255e-12),
+    "wgmma gather": replace(_WGMMA, latency=0.135e-6, address=46e-12),
+    "wgmma narrow": replace(_WGMMA, latency=0.45e-6, address=255e-12),
+    "mma gather": replace(_MMA, latency=0.94e-6, address=42e-12),
+    "mma narrow": replace(_MMA, latency=0.49e-6, address=160e-12),
 }
 
 
-def kind_of(bit_class: BitClass, channels: Sequence[int] | None = None) -> str:
-    """The key of :data:`RATES`. ``"narrow"``: pixels are loaded one by one, which no pipeline hides.
+def kind_of(family: Family, gather: bool, channels: Sequence[int] | None = None) -> str:
+    """The key of :data:`RATES`. ``"… narrow"``: pixels are loaded one by one, which no pipeline hides.
 
     Args:
+        family: the multiplying instructions of a tile.
+        gather: whether the K axis of a convolution is flattened.
         channels: input channels of every slot of a convolution, None for a linear layer.
     """
-    if bit_class.family is Family.WGMMA and bit_class.gather:
-        return "narrow" if any(count % 4 for count in channels or ()) else "gather"
-    return bit_class.family.value
+    if not gather:
+        return family.value
+    return f"{family.value} {'narrow' if any(count % 4 for count in channels or ()) else 'gather'}"
 
 
 def _steps(k: int, channels: int | None, gather: bool, block_k: int) -> int:
@@ -109,10 +113,10 @@ def seconds(
         channels: input channels of every slot of a convolution, None for a linear layer.
         rates: instead of those of :data:`RATES`.
     """
-    kind = kind_of(bit_class, channels)
+    kind = kind_of(family_of(tile, bit_class.swap), bit_class.gather, channels)
     rates = RATES[kind] if rates is None else rates
     width = dtype.itemsize
-    depth = 1 if kind == "narrow" else max(1, tile.stages - 1)
+    depth = 1 if kind.endswith("narrow") else max(1, tile.stages - 1)
     loads = (tile.block_m + tile.block_n) * tile.block_k * width / rates.load
     step = max(loads, _math(tile, bit_class.precision, rates))
     step += rates.address * tile.block_m * tile.block_k

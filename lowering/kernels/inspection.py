@@ -59,11 +59,12 @@ def _signature(
     launch: Launch,
 ) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[list[object]]]]:
     """Signature, constants and divisibility of every argument, as the just-in-time path would find them."""
+    named = launch.named
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[object]]] = {}
     for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
+        value = named[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value

@@ -130,9 +130,7 @@ def linear_kernel(x, table, rows, control, out, residual, problems, parts, scale
                   STRIDE_DIV: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
                   PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Programs take tiles in slot order until those of the active slots are done."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    active, programs = working_set(control, slots, PROGRAMS_PER_SM)
+    active, programs = working_set(control, slots, PROGRAMS_PER_SM, PDL)
     if RAGGED:
         index = tl.arange(0, SLOTS)
         sizes = problems + index * FIELDS
@@ -303,7 +301,6 @@ def linear_launch(
     tile: Tile | None = None,
     bit_class: BitClass | None = None,
     sms: int | None = None,
-    pdl: bool = False,
 ) -> Launch:
     """What :func:`linear` runs; same arguments and errors."""
     if parts and (problems is not None or len(parts) == 1 or sum(part.n for part in parts) != n):
@@ -334,9 +331,9 @@ def linear_launch(
         "EVEN_N": all(nn % tile.block_n == 0 for _, nn, _ in sizes),
         "EVEN_K": all(kk % tile.block_k == 0 for _, _, kk in sizes),
         "SWAP": bit_class.swap, "PRECISION": bit_class.precision,
-        "ACTIVATION": Activation(activation).value, "PDL": pdl,
+        "ACTIVATION": Activation(activation).value,
     }  # fmt: skip
-    return Launch(linear_kernel, min(tiles, sms * tile.programs_per_sm), arguments, tile, x.device, pdl)
+    return Launch(linear_kernel, min(tiles, sms * tile.programs_per_sm), arguments, tile, x.device)
 
 
 def linear(
@@ -376,7 +373,6 @@ def linear(
             theirs then, and ``n`` is their sum.
         problems: a ragged list from :func:`linear_problems`.
         tile, bit_class, sms: instead of what :mod:`choose` and the device say.
-        pdl: programmatic dependent launch: waits for the kernel before it on the device.
 
     Raises:
         ValueError: an operand the kernel cannot read, or a tile outside the bit class.

@@ -12,8 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch_mux.lowering.kernels.data import BitClass, Family, Tile
-from torch_mux.lowering.kernels.estimate import kind_of
+from torch_mux.lowering.kernels.data import BitClass, Tile
 
 __all__ = ["Entry", "Table", "dump", "parse", "shipped"]
 
@@ -41,10 +40,9 @@ class Entry:
     seconds: Mapping[Tile, float]
 
     @property
-    def kind(self) -> tuple[str, bool]:
+    def kind(self) -> tuple[bool, bool]:
         """What launches must agree in to be compared."""
-        channels = None if self.channels is None else [self.channels]
-        return kind_of(self.bit_class, channels), self.channels is None
+        return _kind(self.channels)
 
     def ratio(self, size: tuple[int, int, int], slots: int) -> float:
         """The largest ratio between one of this entry's sizes, or its slots, and what was asked for."""
@@ -71,13 +69,19 @@ class Table:
         """The entry closest to a launch of equal slots, or None where none is within :data:`RATIO`."""
         if sms != self.multiprocessors:
             return None
-        kind = (kind_of(bit_class, None if channels is None else [channels]), channels is None)
         alike = [
             each
             for each in self.entries
-            if each.bit_class == bit_class and each.kind == kind and each.ratio(size, slots) <= RATIO
+            if each.bit_class == bit_class
+            and each.kind == _kind(channels)
+            and each.ratio(size, slots) <= RATIO
         ]
         return min(alike, key=lambda each: each.ratio(size, slots), default=None)
+
+
+def _kind(channels: int | None) -> tuple[bool, bool]:
+    """Whether it is a linear layer, and whether pixels that are gathered are loaded one by one."""
+    return channels is None, channels is not None and channels % 4 != 0
 
 
 def _tile(words: str) -> Tile:
@@ -94,7 +98,7 @@ def _words(tile: Tile) -> str:
 def _entry(record: Mapping[str, Any]) -> Entry:
     m, n, k = record["size"]
     return Entry(
-        BitClass(Family(record["family"]), gather=record["gather"]),
+        BitClass(None, gather=record["gather"]),
         (m, n, k),
         record["channels"],
         record["slots"],
@@ -109,11 +113,10 @@ def parse(text: str) -> Table:
 
 
 def dump(table: Table) -> str:
-    """``table`` as JSON, a launch a line; only classes that neither swap nor round to tf32."""
+    """``table`` as JSON, a launch a line; only classes of half precision that do not swap."""
     lines = [
         json.dumps(
             {
-                "family": each.bit_class.family.value,
                 "gather": each.bit_class.gather,
                 "size": each.size,
                 "channels": each.channels,

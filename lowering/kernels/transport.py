@@ -46,9 +46,10 @@ def move_wide(mine, theirs, length, BLOCK: tl.constexpr, TO_BATCH: tl.constexpr)
 
 @triton.jit(do_not_specialize=["slots", "numel"], do_not_specialize_on_alignment=TABLES)
 def dense_kernel(batched, pointers, control, slots, numel, BLOCK: tl.constexpr,
-                 PROGRAMS_PER_SM: tl.constexpr, ITEMSIZE: tl.constexpr, TO_BATCH: tl.constexpr):  # fmt: skip
+                 PROGRAMS_PER_SM: tl.constexpr, ITEMSIZE: tl.constexpr, TO_BATCH: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
     """Both sides are one run of ``numel`` elements: 16 bytes a thread where both addresses allow it."""
-    active, programs = working_set(control, slots, PROGRAMS_PER_SM)
+    active, programs = working_set(control, slots, PROGRAMS_PER_SM, PDL)
     chunk: tl.constexpr = 4 * BLOCK
     size = numel.to(tl.int64) * ITEMSIZE
     each = ((size + chunk - 1) // chunk).to(tl.int32)
@@ -78,9 +79,10 @@ def peel(rest, here, there, size, mine, theirs):
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
 def strided_kernel(batched, pointers, control, slots, numel, slot_stride, d0, d1, d2, d3, d4, d5,
                    b0, b1, b2, b3, b4, b5, s0, s1, s2, s3, s4, s5, BLOCK: tl.constexpr,
-                   PROGRAMS_PER_SM: tl.constexpr, RANK: tl.constexpr, TO_BATCH: tl.constexpr):  # fmt: skip
+                   PROGRAMS_PER_SM: tl.constexpr, RANK: tl.constexpr, TO_BATCH: tl.constexpr,
+                   PDL: tl.constexpr):  # fmt: skip
     """Axes from the innermost (0) on: sizes d, strides b in the batched tensor and s in the caller's."""
-    active, programs = working_set(control, slots, PROGRAMS_PER_SM)
+    active, programs = working_set(control, slots, PROGRAMS_PER_SM, PDL)
     each = (numel + BLOCK - 1) // BLOCK
     first = tl.program_id(0)
     total = tl.where(first < programs, active * each, 0)

@@ -26,14 +26,14 @@ def test_every_candidate_is_of_its_class_and_the_chosen_one_is_timed() -> None:
         assert set(chosen) <= set(kernels.candidates(layer, own, chosen))
         for bit_class in (own, *others):
             found = kernels.candidates(layer, bit_class, chosen)
-            assert 1 <= len(found) <= 16
+            assert 1 <= len(found) <= 32
             for tile in found:
                 choose.check(tile, bit_class)
 
 
 def test_few_rows_are_timed_in_every_class() -> None:
     families = [(each.family, each.swap) for each in kernels.classes(Layer("m", "few rows", 8, 64, 64, 1))]
-    assert families == [(Family.MMA, False), (Family.WGMMA, False), (Family.WGMMA, True)]
+    assert families == [(None, False), (Family.WGMMA, True)]
     assert len(kernels.classes(Layer("m", "many rows", 197, 64, 64, 1))) == 1
 
 

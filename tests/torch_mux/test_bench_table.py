@@ -12,11 +12,13 @@ from torch_mux.bench import table
 from torch_mux.bench.layers import LAYERS
 from torch_mux.bench.table import Measurement, merged
 from torch_mux.lowering.kernels import choose, measured
-from torch_mux.lowering.kernels.data import Tile
-from torch_mux.lowering.kernels.estimate import RATES, kind_of
+from torch_mux.lowering.kernels.data import Family, Tile
+from torch_mux.lowering.kernels.estimate import RATES
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
-NUMBERS = [FOLDER / name for name in ("kernels-h100.json", "kernels-split-h100.json")]
+NUMBERS = [
+    FOLDER / name for name in ("kernels-h100.json", "kernels-split-h100.json", "kernels-families-h100.json")
+]
 
 
 def invented(factor: dict[str, float]) -> list[Measurement]:
@@ -26,9 +28,10 @@ def invented(factor: dict[str, float]) -> list[Measurement]:
     found = []
     for layer in LAYERS:
         own = table.own_class(layer)
-        if layer.channels is None and kind_of(own) == "wgmma":
+        if layer.channels is None:
+            wide = choose.candidates(replace(own, family=Family.WGMMA), table.HALF)
             for slots in (1, 16):
-                each = Measurement(layer, slots, dict.fromkeys(choose.candidates(own, table.HALF), 1.0))
+                each = Measurement(layer, slots, dict.fromkeys(wide, 1.0))
                 took = {tile: each.expected(tile, rates, 132) for tile in each.microseconds}
                 found.append(replace(each, microseconds=took))
     return found

@@ -33,7 +33,7 @@ from torch_mux.bench.table import own_class
 from torch_mux.lowering.kernels import choose, reference
 from torch_mux.lowering.kernels.common import Launch, multiprocessors
 from torch_mux.lowering.kernels.conv import conv_launch, out_size
-from torch_mux.lowering.kernels.data import BitClass, Family, Tile, Vector
+from torch_mux.lowering.kernels.data import BitClass, Family, Tile, Vector, family_of
 from torch_mux.lowering.kernels.linear import linear_launch
 
 __all__ = ["main"]
@@ -61,10 +61,7 @@ def classes(layer: Layer) -> list[BitClass]:
     own = own_class(layer)
     found = [own]
     if layer.m <= 64:
-        for family, swap in ((Family.MMA, False), (Family.WGMMA, False), (Family.WGMMA, True)):
-            other = replace(own, family=family, swap=swap)
-            if other not in found:
-                found.append(other)
+        found.append(replace(own, family=Family.WGMMA, swap=True))
     return found
 
 
@@ -76,17 +73,25 @@ def chosen_tile(layer: Layer, slots: int, sms: int) -> Tile:
     return choose.conv_tile(sizes, [layer.channels] * slots, HALF, own_class(layer), sms)
 
 
-def candidates(layer: Layer, bit_class: BitClass, chosen: Sequence[Tile]) -> list[Tile]:
-    """Tiles of a class to time: those of the chooser, a few more, and the chosen ones in the own class."""
+def candidates(
+    layer: Layer, bit_class: BitClass, chosen: Sequence[Tile], only: Family | None = None
+) -> list[Tile]:
+    """Tiles of a class to time: those of the chooser, a few more, and the chosen ones in the own class.
+
+    Args:
+        only: besides the chosen ones those that the chooser may take of these instructions.
+    """
     narrow = bit_class.gather and layer.channels is not None and layer.channels % 4 != 0
     found = list(choose.candidates(bit_class, HALF, narrow, layer.channels is None))
-    if not bit_class.gather:
-        extra = EXTRA[bit_class.family]
+    if not bit_class.gather and only is None:
+        families = Family if bit_class.family is None else (bit_class.family,)
+        extra = tuple(tile for family in families for tile in EXTRA[family])
         if bit_class.swap:
             extra = tuple(replace(each, block_m=each.block_n, block_n=each.block_m) for each in extra)
         found += [each for each in extra if each not in found]
     limit = 64 if layer.m <= 64 else 128
     side = [each for each in found if each.block_m <= max(limit, 16) and each.block_n <= max(2 * layer.n, 64)]
+    side = [each for each in side if only in (None, family_of(each, bit_class.swap))]
     return list(dict.fromkeys([*side, *(chosen if bit_class == own_class(layer) else ())]))
 
 
@@ -197,21 +202,21 @@ def _warm(job: tuple[Layer, list[tuple[BitClass, Tile]]]) -> list[str]:
     layer, pairs = job
     data, failed = Data(layer, 1, 1), []
     for bit_class, tile in pairs:
-        launch = data.launch(0, bit_class, tile)
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
         try:
-            launch.kernel.warmup(**launch.arguments, grid=(launch.grid,), **options)
+            data.launch(0, bit_class, tile).build()
         except Exception as error:
             failed.append(f"{layer.name} {tile}: {type(error).__name__}: {error}")
     return failed
 
 
-def precompile(layers: Sequence[Layer], slots: Sequence[int], workers: int) -> list[str]:
+def precompile(
+    layers: Sequence[Layer], slots: Sequence[int], workers: int, only: Family | None = None
+) -> list[str]:
     """Compiles every candidate in parallel processes; what failed, in words."""
     jobs, sms = [], multiprocessors(torch.device("cuda", 0))
     for layer in layers:
         chosen = [chosen_tile(layer, count, sms) for count in slots]
-        pairs = [(each, tile) for each in classes(layer) for tile in candidates(layer, each, chosen)]
+        pairs = [(each, tile) for each in classes(layer) for tile in candidates(layer, each, chosen, only)]
         jobs += [(layer, pairs[start : start + 4]) for start in range(0, len(pairs), 4)]
     failed: list[str] = []
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -220,11 +225,14 @@ def precompile(layers: Sequence[Layer], slots: Sequence[int], workers: int) -> l
     return failed
 
 
-def measure(layer: Layer, slots: int, alone: dict[BitClass, Tensor]) -> dict[str, Any]:
+def measure(
+    layer: Layer, slots: int, alone: dict[BitClass, Tensor], only: Family | None = None
+) -> dict[str, Any]:
     """Checks and times every candidate of one layer at one slot count.
 
     Args:
         alone: results of slot 0 by class, filled by the first call and compared with by later ones.
+        only: as for :func:`candidates`.
     """
     weight_bytes = slots * layer.n * layer.k * 2
     sets = max(3, min(MAX_SETS, -(-COLD_BYTES // weight_bytes)))
@@ -234,7 +242,7 @@ def measure(layer: Layer, slots: int, alone: dict[BitClass, Tensor]) -> dict[str
     rows = []
     for bit_class in classes(layer):
         first: Tensor | None = None
-        for tile in candidates(layer, bit_class, [chosen]):
+        for tile in candidates(layer, bit_class, [chosen], only):
             data.outs[0].fill_(float("nan"))
             data.launch(0, bit_class, tile).run()
             got = data.outs[0].clone()
@@ -261,7 +269,8 @@ def measure(layer: Layer, slots: int, alone: dict[BitClass, Tensor]) -> dict[str
 def _short(row: dict[str, Any]) -> str:
     tile, kind = row["tile"], row["class"]
     words = f"{tile['block_m']}x{tile['block_n']}x{tile['block_k']} w{tile['warps']} s{tile['stages']}"
-    return f"{words} p{tile['programs_per_sm']}{' swap' if kind['swap'] else ''} {kind['family'].value[:2]}"
+    family = family_of(Tile(**tile), kind["swap"])
+    return f"{words} p{tile['programs_per_sm']}{' swap' if kind['swap'] else ''} {family.value[:2]}"
 
 
 def line(result: dict[str, Any]) -> str:
@@ -315,6 +324,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 4, 16], help="slot counts")
     parser.add_argument("--only", default="", help="layers whose model and name contain this")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1), help="compile processes")
+    parser.add_argument(
+        "--family",
+        type=Family,
+        choices=list(Family),
+        help="besides the chosen tile time only those of these instructions that may be chosen",
+    )
     options = parser.parse_args(argv)
     layers = [layer for layer in LAYERS if options.only in f"{layer.model} {layer.name}"]
     if not layers:
@@ -324,13 +339,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     announce(torch.device("cuda"))
     torch.backends.cudnn.benchmark = True
     start = time.perf_counter()
-    failed = precompile(layers, options.slots, options.workers)
+    failed = precompile(layers, options.slots, options.workers, options.family)
     print(f"compiled in {time.perf_counter() - start:.0f} s", *failed, sep="\n")
     results = []
     for layer in layers:
         alone: dict[BitClass, Tensor] = {}
         for slots in options.slots:
-            results.append(measure(layer, slots, alone))
+            results.append(measure(layer, slots, alone, options.family))
             print(line(results[-1]), flush=True)
     print(*totals(results), f"{time.perf_counter() - start:.0f} s in all", sep="\n")
     if options.json is not None:

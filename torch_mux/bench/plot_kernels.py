@@ -45,10 +45,11 @@ def totals(content: dict[str, Any], tenants: int = 16) -> list[Total]:
             layer = result["layer"]
             spent = layer["count"] * result["vendor_microseconds"]
             vendor[layer["model"]] = vendor.get(layer["model"], 0.0) + spent
+    own = table.table_of(content)  # later records may know of tiles that this one has not timed
     ours: dict[str, float] = {}
     for each in table.read(content):
         if each.slots == tenants:
-            spent = each.layer.count * each.microseconds[table.chosen(each, sms)]
+            spent = each.layer.count * each.microseconds[table.chosen(each, sms, own)]
             ours[each.layer.model] = ours.get(each.layer.model, 0.0) + spent
     return [Total(model, tenants, vendor[model], ours[model]) for model in vendor if model in _NAMES]
 

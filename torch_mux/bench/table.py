@@ -24,18 +24,20 @@ from torch import Tensor
 from torch_mux.bench import measure
 from torch_mux.bench.layers import Layer
 from torch_mux.lowering.kernels import choose, measured
-from torch_mux.lowering.kernels.data import BitClass, Family, Tile
+from torch_mux.lowering.kernels.data import BitClass, Tile, family_of
 from torch_mux.lowering.kernels.estimate import RATES, Rates, kind_of, seconds
 
 __all__ = ["Measurement", "fit", "main", "own_class", "read", "table_of"]
 
 HALF = torch.float16
-#: What is fitted of each kind of launch; the rest of a convolution that gathers is that of ``"wgmma"``.
+#: What is fitted of each kind of launch; the rest of a convolution that gathers is that of its family.
 FITTED = {
     "wgmma": ("start", "latency", "begin", "load", "store", "memory", "line"),
     "mma": ("start", "latency", "begin", "load", "store", "memory", "line"),
-    "gather": ("latency", "address"),
-    "narrow": ("latency", "address"),
+    "wgmma gather": ("latency", "address"),
+    "wgmma narrow": ("latency", "address"),
+    "mma gather": ("latency", "address"),
+    "mma narrow": ("latency", "address"),
 }
 PRIOR = 0.02  # what moving a constant by e times costs, in the error of one measurement
 ROBUST = 0.1  # relative errors beyond this count linearly
@@ -64,10 +66,10 @@ class Measurement:
         """Input channels of every slot of a convolution."""
         return None if self.layer.channels is None else [self.layer.channels] * self.slots
 
-    @property
-    def kind(self) -> str:
+    def kind(self, tile: Tile) -> str:
         """What the model's constants go by."""
-        return kind_of(own_class(self.layer), self.channels)
+        own = own_class(self.layer)
+        return kind_of(family_of(tile, own.swap), own.gather, self.channels)
 
     @property
     def best(self) -> float:
@@ -76,8 +78,9 @@ class Measurement:
 
     def tiles(self) -> list[Tile]:
         """The measured tiles that the chooser may take."""
-        lean = self.channels is None
-        allowed = choose.candidates(own_class(self.layer), HALF, self.kind == "narrow", lean)
+        own, channels = own_class(self.layer), self.layer.channels
+        narrow = own.gather and channels is not None and channels % 4 != 0
+        allowed = choose.candidates(own, HALF, narrow, channels is None)
         return [tile for tile in self.microseconds if tile in allowed]
 
     def expected(self, tile: Tile, rates: Rates, sms: int) -> float:
@@ -123,7 +126,7 @@ def read(content: dict[str, Any]) -> list[Measurement]:
         own, times = own_class(layer), {}
         for row in result["candidates"]:
             kind = row["class"]
-            if BitClass(Family(kind["family"]), kind["swap"], kind["gather"], kind["precision"]) == own:
+            if BitClass(None, kind["swap"], kind["gather"], kind["precision"]) == own:
                 times[Tile(**row["tile"])] = row["microseconds"]
         if times:
             found.append(Measurement(layer, result["slots"], times))
@@ -175,7 +178,7 @@ def fit(found: Sequence[Measurement], kind: str, rates: Rates, sms: int) -> Rate
         rates: where to start, and what the constants that are not fitted are.
     """
     names = FITTED[kind]
-    rows = [(each, tile) for each in found if each.kind == kind for tile in each.tiles()]
+    rows = [(each, tile) for each in found for tile in each.tiles() if each.kind(tile) == kind]
     took = torch.tensor([each.microseconds[tile] for each, tile in rows], dtype=torch.float64)
     weight = torch.tensor([each.best for each, _ in rows], dtype=torch.float64) / took
     start = torch.tensor([getattr(rates, name) for name in names], dtype=torch.float64).log()
@@ -217,14 +220,16 @@ def chosen(each: Measurement, sms: int, table: measured.Table | None = None) -> 
 def left_out(found: Sequence[Measurement], sms: int) -> dict[tuple[str, int], float]:
     """As :func:`totals` of the model alone, with every shape predicted by a fit that has not seen it."""
     fitted: dict[tuple[tuple[int, int, int], str], Rates] = {}
-    for shape, kind in {(each.shape, each.kind) for each in found}:
+    for shape, kind in {(each.shape, each.kind(tile)) for each in found for tile in each.tiles()}:
         others = [each for each in found if each.shape != shape]
         rough = replace(RATES[kind], **{name: getattr(ROUGH, name) for name in FITTED[kind]})
         fitted[shape, kind] = fit(others, kind, rough, sms)
 
     def pick(each: Measurement) -> Tile:
-        rates = fitted[each.shape, each.kind]
-        return min(each.tiles(), key=lambda tile: each.expected(tile, rates, sms))
+        def expected(tile: Tile) -> float:
+            return each.expected(tile, fitted[each.shape, each.kind(tile)], sms)
+
+        return min(each.tiles(), key=expected)
 
     return totals(found, pick)
 
@@ -240,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table, found = table_of(content), read(content)
     options.out.write_text(measured.dump(table))
     for kind in FITTED:
-        print(f"{kind:8s}", fit(found, kind, RATES[kind], table.multiprocessors))
+        print(f"{kind:12s}", fit(found, kind, RATES[kind], table.multiprocessors))
     sms, empty = table.multiprocessors, replace(table, entries=())
     rows = {
         "table": totals(found, lambda each: chosen(each, sms, table)),

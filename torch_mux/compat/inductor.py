@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
+from torch._inductor import config as _config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.replace_random import replace_random_passes
@@ -114,11 +115,22 @@ def trace_graph(function: Callable[..., Any], fakes: Sequence[Tensor]) -> GraphM
     return make_fx(function, decomposition_table=select_decomp_table())(*fakes)
 
 
+def _plain_launches() -> contextlib.AbstractContextManager[object]:
+    """Inductor's own programmatic dependent launches switched off, where it has them.
+
+    A kernel of it that does not read what the one before it wrote would not wait for it, and so could end
+    first; super-kernels count on all that came before their predecessor having ended with it.
+    """
+    if not hasattr(_config.triton, "enable_pdl"):
+        return contextlib.nullcontext()
+    return cast(Any, _config).patch({"triton.enable_pdl": False})  # type: ignore[no-any-return]
+
+
 def inductor_compile(
     graph: GraphModule, fakes: Sequence[Any], mode: FakeTensorMode
 ) -> Callable[[list[Any]], Any]:
     """Inductor's code for an inference graph; it takes its arguments as one list, which it empties."""
-    with torch.no_grad(), tracing(TracingContext(mode)):
+    with torch.no_grad(), tracing(TracingContext(mode)), _plain_launches():
         with V.set_fake_mode(mode):
             replace_random_passes(graph)  # the inner compile has no code for random operations as they are
         return cast("Callable[[list[Any]], Any]", compile_fx_inner(graph, list(fakes), is_inference=True))

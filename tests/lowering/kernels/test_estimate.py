@@ -49,10 +49,11 @@ def test_channels_that_do_not_fill_a_step_cost_whole_steps() -> None:
 
 
 def test_kinds() -> None:
-    gather = BitClass(Family.WGMMA, gather=True)
-    assert kind_of(WGMMA) == kind_of(WGMMA, [3]) == "wgmma"
-    assert (kind_of(gather, [4, 8]), kind_of(gather, [4, 3])) == ("gather", "narrow")
-    assert kind_of(BitClass(Family.MMA)) == kind_of(BitClass(Family.MMA, gather=True), [3]) == "mma"
+    assert kind_of(Family.WGMMA, False) == kind_of(Family.WGMMA, False, [3]) == "wgmma"
+    for family in Family:
+        kinds = [kind_of(family, True, each) for each in ([4, 8], [4, 3])]
+        assert kinds == [f"{family.value} gather", f"{family.value} narrow"]
+    assert kind_of(Family.MMA, False) == "mma"
 
 
 def test_unequal_slots_lie_between_equal_ones() -> None:

@@ -241,6 +241,6 @@ def test_refuses_what_it_cannot_read(tools: Any) -> None:
     with pytest.raises(ValueError, match="two or more parts must fill the 8"):
         linear(x, *common, out, n=8, k=8, parts=[Part(0, 4, 8), Part(1, 5, 8)])
     with pytest.raises(ValueError, match="outside"):
-        linear(x, *common, out, n=8, k=8, tile=Tile(64, 64, 64, 4, 2, 1))
+        linear(x, *common, out, n=8, k=8, tile=Tile(64, 64, 24, 4, 2, 1))
     with pytest.raises(ValueError, match="residual must be contiguous"):
         linear(x, *common, out, n=8, k=8, residual=out[:, :2])

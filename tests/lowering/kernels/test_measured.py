@@ -13,13 +13,15 @@ from torch_mux.lowering.kernels.data import BitClass, Family, Tile
 from torch_mux.lowering.kernels.measured import Entry, Table
 
 FOLDER = Path(__file__).parents[3] / "docs" / "benchmarks"
-NUMBERS = [FOLDER / name for name in ("kernels-h100.json", "kernels-split-h100.json")]
-WGMMA, GATHER = BitClass(Family.WGMMA), BitClass(Family.WGMMA, gather=True)
+NUMBERS = [
+    FOLDER / name for name in ("kernels-h100.json", "kernels-split-h100.json", "kernels-families-h100.json")
+]
+ANY, GATHER = BitClass(None), BitClass(None, gather=True)
 TILE = Tile(64, 64, 64, 4, 4, 3)
 
 
 def entry(size: tuple[int, int, int], channels: int | None = None, slots: int = 16) -> Entry:
-    own = GATHER if channels is not None and channels < 64 else WGMMA
+    own = GATHER if channels is not None and channels < 64 else ANY
     return Entry(own, size, channels, slots, {TILE: 4e-6})
 
 
@@ -33,7 +35,7 @@ def test_every_entry_is_of_its_class_and_has_several_tiles() -> None:
     assert (table.device, table.multiprocessors) == ("sm_90", 132)
     assert {each.slots for each in table.entries} >= {1, 16}
     for each in table.entries:
-        narrow = each.kind[0] == "narrow"
+        narrow = each.bit_class.gather and each.channels is not None and each.channels % 4 != 0
         allowed = choose.candidates(each.bit_class, torch.float16, narrow, each.channels is None)
         assert len(each.seconds) >= 3
         assert set(each.seconds) <= set(allowed)
@@ -49,11 +51,11 @@ def test_written_and_read_again() -> None:
 def test_the_nearest_of_those_within_the_ratio() -> None:
     near, nearer = entry((128, 100, 768)), entry((128, 104, 768))
     table = Table("sm_90", 132, (near, nearer))
-    assert table.nearest(WGMMA, (128, 103, 768), None, 16, 132) is nearer
-    assert table.nearest(WGMMA, (128, 100, 768), None, 17, 132) is near
-    assert table.nearest(WGMMA, (128, 100, 768), None, 19, 132) is None
-    assert table.nearest(WGMMA, (150, 100, 768), None, 16, 132) is None
-    assert table.nearest(WGMMA, (128, 100, 768), None, 16, 66) is None
+    assert table.nearest(ANY, (128, 103, 768), None, 16, 132) is nearer
+    assert table.nearest(ANY, (128, 100, 768), None, 17, 132) is near
+    assert table.nearest(ANY, (128, 100, 768), None, 19, 132) is None
+    assert table.nearest(ANY, (150, 100, 768), None, 16, 132) is None
+    assert table.nearest(ANY, (128, 100, 768), None, 16, 66) is None
     assert table.nearest(BitClass(Family.MMA), (128, 100, 768), None, 16, 132) is None
 
 
@@ -62,5 +64,5 @@ def test_kernels_are_not_confused() -> None:
     table = Table("sm_90", 132, (narrow, wide, linear))
     assert table.nearest(GATHER, (784, 64, 192), 5, 16, 132) is narrow
     assert table.nearest(GATHER, (784, 64, 192), 8, 16, 132) is wide
-    assert table.nearest(WGMMA, (784, 64, 192), None, 16, 132) is linear
-    assert table.nearest(WGMMA, (784, 64, 192), 192, 16, 132) is None
+    assert table.nearest(ANY, (784, 64, 192), None, 16, 132) is linear
+    assert table.nearest(ANY, (784, 64, 192), 192, 16, 132) is None

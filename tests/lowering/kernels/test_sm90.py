@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from torch_mux.lowering.kernels import choose
+from torch_mux.lowering.kernels import choose, common
 from torch_mux.lowering.kernels.common import Launch
 from torch_mux.lowering.kernels.conv import conv_launch, conv_problems
 from torch_mux.lowering.kernels.data import BitClass, Family, Part, Tile, Vector
@@ -78,7 +78,6 @@ WGMMA = {
     "linear 197x768x768, chosen": lambda: linear_of(16, 197, 768, 768, HALF),
     "addmm bf16": lambda: linear_of(16, 197, 768, 768, BRAIN, weight_strides=(1, 768), tile=BIG),
     "linear tf32": lambda: linear_of(4, 197, 768, 768, FULL, allow_tf32=True),
-    "linear, dependent launch": lambda: linear_of(16, 128, 768, 768, HALF, pdl=True),
     "linear, ragged": ragged_linear,
     "three linears of one input": lambda: linear_of(
         16, 197, 768 * 3, 768, HALF, parts=[Part(column, 768, 768) for column in range(3)], tile=BIG
@@ -110,7 +109,17 @@ def test_tensor_cores_fed_asynchronously(name: str) -> None:
     itemsize = launch.arguments["out"].dtype.itemsize
     assert found.cp_async_bytes == min(16, narrowest * itemsize // (32 * launch.tile.warps))
     assert found.programs_per_sm >= launch.tile.programs_per_sm
-    assert ("griddepcontrol.wait" in found.ptx) == launch.pdl
+
+
+@pytest.mark.parametrize("block_k", [64, 128])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_sum_does_not_start_at_what_is_added_to_it(block_k: int, residual: bool) -> None:
+    """A reduction of one step is no loop, and Triton would fold what is added into its accumulator."""
+    tile = Tile(64, 64, block_k, 4, 3, 2)
+    named = {"residual": torch.empty(4, 1, 14, 14, 256, dtype=HALF), "shift": None} if residual else {}
+    launch = conv_of(4, 128, 28, 256, 1, 2, HALF, tile=tile, scale=None, activation="none", **named)
+    added = len(re.findall(r"add(?:\.rn)?(?:\.ftz)?\.f32", compile_launch(launch).ptx))
+    assert added == tile.block_m * tile.block_n // (32 * tile.warps)
 
 
 CROWDED = {
@@ -120,6 +129,12 @@ CROWDED = {
     ),
     "conv, ragged, three": lambda: ragged_conv(Tile(64, 64, 64, 4, 4, 3)),
     "linear, ragged, four": lambda: ragged_linear(Tile(64, 64, 64, 4, 3, 4)),
+    "conv 3x3 256 @14, a warp's instructions": lambda: conv_of(
+        1, 256, 14, 256, 3, 1, HALF, tile=Tile(16, 32, 256, 4, 3, 3)
+    ),
+    "conv 7x7 of 3 channels, a warp's instructions": lambda: conv_of(
+        1, 3, 224, 64, 7, 2, HALF, tile=Tile(16, 16, 256, 4, 4, 3)
+    ),
     "linear of four-byte loads": lambda: linear_of(16, 197, 770, 770, HALF),
     "conv of four-byte loads": lambda: conv_of(4, 66, 28, 66, 3, 1, HALF),
 }
@@ -160,7 +175,7 @@ DEPTHWISE = {
     "7x7, small tile": lambda: depthwise_of(96, 7, HALF, tile=SMALL),
     "31x31, small tile": lambda: depthwise_of(96, 31, HALF, tile=SMALL),
     "fp32": lambda: depthwise_of(96, 5, FULL, tile=WIDE),
-    "fp32, small tile": lambda: depthwise_of(96, 5, FULL, tile=SMALL, pdl=True),
+    "fp32, small tile": lambda: depthwise_of(96, 5, FULL, tile=SMALL),
 }
 
 
@@ -172,7 +187,6 @@ def test_depthwise_loads_whole_words_and_exchanges_nothing(name: str) -> None:
     assert found.ptx.count("bar.sync") == 0
     assert "ld.global.v4" in found.ptx and "st.global.v4" in found.ptx
     assert found.programs_per_sm >= launch.tile.programs_per_sm
-    assert ("griddepcontrol.wait" in found.ptx) == launch.pdl
 
 
 @pytest.mark.parametrize(("channels", "multiplier"), [(98, 1), (99, 1), (96, 2)])
@@ -215,9 +229,39 @@ def test_true_fp32_adds_every_step_outside_the_tensor_cores(
         assert found.programs_per_sm >= tile.programs_per_sm, tile
 
 
-def test_copies_are_wide() -> None:
+def embedding_of() -> Launch:
     indices, out = torch.zeros(4, 128, dtype=torch.int64), torch.empty(4, 128, 768, dtype=HALF)
-    found = compile_launch(embedding_launch(indices, TABLE, 1, ROWS, CONTROL, out, 30522, sms=132))
+    return embedding_launch(indices, TABLE, 1, ROWS, CONTROL, out, 30522, sms=132)
+
+
+EVERY = {
+    "linear": lambda: linear_of(16, 128, 768, 768, HALF),
+    "conv": lambda: conv_of(16, 64, 56, 64, 3, 1, HALF),
+    "conv, ragged": ragged_conv,
+    "depthwise": DEPTHWISE["3x3"],
+    "embedding": embedding_of,
+    "gather": lambda: gather_launch(ROWS, torch.empty(4, 224, 224), CONTROL, (224, 1)),
+    "scatter, strided": lambda: scatter_launch(torch.empty(4, 224, 224), ROWS, CONTROL, (1, 224)),
+}
+
+
+@pytest.mark.parametrize("name", list(EVERY))
+def test_a_dependent_launch_waits_once_before_it_touches_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = EVERY[name]()
+    assert "launch_pdl" not in launch.options
+    assert "griddepcontrol" not in compile_launch(launch).ptx
+    monkeypatch.setattr(common, "dependent", lambda device: True)
+    assert launch.options["launch_pdl"]
+    before, *after = compile_launch(launch).ptx.split("griddepcontrol.wait")
+    assert len(after) == 1
+    touches = re.compile(r"(ld|st|red|atom)\.(\w+\.)*global|cp\.async|\bbra\b|\bret\b")
+    assert touches.search(before) is None and touches.search(after[0]) is not None
+
+
+def test_copies_are_wide() -> None:
+    found = compile_launch(embedding_of())
     assert "ld.global.v4" in found.ptx or "ld.global.v8" in found.ptx
     batched = torch.empty(4, 3, 224, 224, dtype=HALF)
     strides = batched.stride()[1:]
