@@ -70,8 +70,9 @@ class CompiledPlan:
     ``coalesced`` plans serve any subset of instances at any slot count up to ``max_slots`` with one compiled
     artifact; the others serve one request at a time through :meth:`run_alone`. ``capturable`` plans may be
     captured in a CUDA graph. ``small`` ones have so little work an operation that a core of a CPU is enough:
-    a property of the program, so that how sums are split over threads never depends on the bundle. ``work``
-    is what a slot costs: floating-point operations, at least 1.
+    a property of the program, so that how sums are split over threads never depends on the bundle.
+    ``from_disk`` ones an earlier process had left. ``work`` is what a slot costs: floating-point operations,
+    at least 1.
     """
 
     def __init__(
@@ -83,11 +84,13 @@ class CompiledPlan:
         steps: tuple[_Step, ...],
         outputs: tuple[int, ...],
         alone: Artifact | None,
+        from_disk: bool = False,
     ) -> None:
         self.program = program
         self.reasons = reasons
         self.report = report
         self.storage = storage
+        self.from_disk = from_disk
         self.coalesced = alone is None
         self.capturable = alone is None and all(step.recipe.coalesced for step in steps)
         self.max_slots = min((step.recipe.slots for step in steps), default=1)
@@ -246,7 +249,7 @@ def _restored(program: Program, recipe: PlanRecipe, keys: Sequence[str]) -> Comp
         if artifact is None:
             return None
         steps.append(_Step(step, artifact))
-    return _plan(program, recipe, storage, steps)
+    return _plan(program, recipe, storage, steps, from_disk=True)
 
 
 def _found(step: StepRecipe, key: str, layout: Layout, device: torch.device) -> Artifact | None:
@@ -259,9 +262,12 @@ def _found(step: StepRecipe, key: str, layout: Layout, device: torch.device) -> 
     return compat.inductor_load(key, fakes, space.shapes.mode)
 
 
-def _plan(program: Program, recipe: PlanRecipe, storage: Storage, steps: Sequence[_Step]) -> CompiledPlan:
+def _plan(
+    program: Program, recipe: PlanRecipe, storage: Storage, steps: Sequence[_Step], from_disk: bool
+) -> CompiledPlan:
     storage.most_rows = min(storage.most_rows, *(step.recipe.rows for step in steps))
-    return CompiledPlan(program, recipe.reasons, recipe.report, storage, tuple(steps), recipe.outputs, None)
+    reasons, report, outputs = recipe.reasons, recipe.report, recipe.outputs
+    return CompiledPlan(program, reasons, report, storage, tuple(steps), outputs, None, from_disk)
 
 
 def _lowered(program: Program, settings: Settings, name: str | None) -> CompiledPlan:
@@ -300,7 +306,7 @@ def _lowered(program: Program, settings: Settings, name: str | None) -> Compiled
     keys = [key for step in steps if (key := compat.inductor_key(step.artifact)) is not None]
     if name is not None and len(keys) == len(steps):
         kept_plans.save(name, recipe, tuple(keys))
-    return _plan(program, recipe, storage, steps)
+    return _plan(program, recipe, storage, steps, from_disk=False)
 
 
 def _copy_graph(module: GraphModule) -> torch.fx.Graph:

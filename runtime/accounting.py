@@ -36,6 +36,7 @@ class TenantStats:
         late: requests that were served, but after their ``slo`` or ``deadline``.
         expired: requests that were dropped because their ``deadline`` had passed.
         refused: requests that were not accepted: a limit of their quota said no.
+        weight: of the quota that its last accepted request ran under.
         coalesced_share: part of its requests to coalesced plans that shared their bundle, None before the
             first.
     """
@@ -55,6 +56,7 @@ class TenantStats:
     late: int = 0
     expired: int = 0
     refused: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class _Tenant:
         "queue_seconds",
         "refused",
         "shared",
+        "weight",
     )
 
     def __init__(self) -> None:
@@ -98,6 +101,7 @@ class _Tenant:
         self.coalescible = self.shared = 0
         self.device_time = 0  # picoseconds
         self.queue_seconds = 0.0
+        self.weight = 1.0
         self.latencies: deque[float] = deque(maxlen=_WINDOW)
 
     def ended(self, requests: Sequence[Request], now: float) -> None:
@@ -145,6 +149,7 @@ class _Tenant:
             late=self.late,
             expired=self.expired,
             refused=self.refused,
+            weight=self.weight,
         )
 
 
@@ -192,6 +197,7 @@ class Accounting:
             for quota in quotas:
                 if quota is not last:
                     last, tenant = quota, self._tenant(quota.tenant)
+                    tenant.weight = quota.weight
                 tenant.accepted += 1
 
     def withdrawn(self, quota: Quota) -> None:

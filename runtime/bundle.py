@@ -36,6 +36,13 @@ class Bundle:
         return self.issue.share
 
     @property
+    def ranges(self) -> list[str]:
+        """What a profiler shows around its launch, from the outside in."""
+        whole = f"mux::bundle {self.served.program.name} x{len(self.requests)}"
+        tenants = dict.fromkeys(request.quota.tenant for request in self.requests)
+        return [whole, *(f"mux::tenant {tenant}" for tenant in tenants)]
+
+    @property
     def lane(self) -> int:
         """Which lane it runs on."""
         return self.issue.lane

@@ -141,6 +141,7 @@ class Engine:
 
     def _compile(self, served: ServedProgram) -> None:
         program, executor = served.program, served.dispatcher.executor
+        started = self.clock()
         try:
             with self.compile_lock:
                 if self._compile_plan is None:
@@ -162,8 +163,7 @@ class Engine:
             served.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
         else:
             logger.debug("%s is ready, %s", program.name, "coalesced" if plan.coalesced else "per instance")
-        served.memory_changed()
-        served.dispatcher.compiled(served)
+        served.finished(self.clock() - started)
 
     def instance(self, program: Program, parameters: Sequence[Tensor]) -> Instance:
         """The instance whose parameters and buffers are these very tensors; a new one if they are unknown.

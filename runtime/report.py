@@ -32,6 +32,8 @@ class ProgramReport:
         captured: bundle sizes captured as CUDA graphs, by lane.
         capture_failures: why sizes could not be captured.
         sizes: bundles that went out, by number of slots.
+        compile_seconds: how long the plan took to make, or to load.
+        from_disk: whether an earlier process had left the plan.
     """
 
     name: str
@@ -48,6 +50,8 @@ class ProgramReport:
     captured: tuple[tuple[int, ...], ...]
     capture_failures: tuple[str, ...]
     sizes: Mapping[int, int]
+    compile_seconds: float
+    from_disk: bool
 
 
 def report_of(served: ServedProgram) -> ProgramReport:
@@ -71,4 +75,6 @@ def report_of(served: ServedProgram) -> ProgramReport:
         captured=executor.captured,
         capture_failures=executor.failures,
         sizes=dict(sorted(served.sizes.items())),
+        compile_seconds=served.compile_seconds,
+        from_disk=plan is not None and plan.from_disk,
     )

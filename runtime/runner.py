@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
+from torch_mux import compat
 from torch_mux.errors import DeadlineExceeded, DispatchFailed, MuxError
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.bundle import Bundle
@@ -19,6 +20,7 @@ from torch_mux.runtime.memory import make_room, out_of_memory
 from torch_mux.runtime.request import Request, RequestState
 from torch_mux.runtime.scheduler.base import Issue, Policy, share_of
 from torch_mux.runtime.served import failure
+from torch_mux.runtime.timeline import recorders
 
 __all__ = ["Runner", "call_back"]
 
@@ -95,7 +97,8 @@ class Runner:
         started = self._clock()
         raised: Exception | None = None
         try:
-            flight = self._executor.launch(bundle)
+            with compat.ranges(lambda: bundle.ranges):
+                flight = self._executor.launch(bundle)
         except Exception as error:
             raised = error
         if out_of_memory(raised) and not bundle.again and bundle.served.coalesced:
@@ -121,6 +124,8 @@ class Runner:
         self._policy.completed(bundle.issue, ended, seconds)
         self._accounting.ran(bundle.requests, seconds, bundle.served.coalesced)
         self.end(bundle.requests, ended)
+        for timeline in recorders.active:
+            timeline.add(bundle, ended)
 
     def _isolate(self, bundle: Bundle, error: Exception) -> None:
         """A bundle raised: each request runs again alone, so that only the guilty one fails."""

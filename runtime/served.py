@@ -40,6 +40,7 @@ class ServedProgram:
         ordered: bundles must keep their order, so they stay on the first lane.
         requests: the queue, oldest first; guarded by the dispatcher's mutex.
         sizes: bundles that went out, by number of slots.
+        compile_seconds: how long the plan took to make, or to load.
         output_bytes: bytes of one request's outputs.
         storage_lock: held while tables are written or a plan is captured over them.
     """
@@ -59,6 +60,7 @@ class ServedProgram:
         self.requests: Pending[Request] = Pending()
         self.instances = InstanceTable()
         self.sizes: Counter[int] = Counter()
+        self.compile_seconds = 0.0
         self.storage_lock = threading.Lock()
         self.output_bytes = sum(spec.nbytes for spec in program.outputs if spec is not None)
         self.devices = tuple(
@@ -70,6 +72,12 @@ class ServedProgram:
             else partial(program.literals.get, position)
             for position, spec in enumerate(program.outputs)
         )
+
+    def finished(self, seconds: float) -> None:
+        """Its plan, or its error, is there after ``seconds``: requests can go out, or fail."""
+        self.compile_seconds = seconds
+        self.memory_changed()
+        self.dispatcher.compiled(self)
 
     @property
     def timed(self) -> bool:

@@ -25,6 +25,7 @@ STABLE = frozenset(
     {"torch._ops", "torch._foreach_copy_", "torch._subclasses.fake_tensor", "torch.utils._pytree"}
 )
 OPTIONAL |= {"bench": {"torchvision", "transformers", "typer", "rich"}}
+OPTIONAL |= {"metrics": {"prometheus_client"}, "observe": {"prometheus_client", "rich"}}
 
 
 def files() -> list[tuple[Path, str]]:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         UnparsableQuantity,
     )
     from torch_mux.quotas import current_quota, quota
+    from torch_mux.timelines import trace
 
 __version__ = "0.1.0"
 
@@ -84,6 +85,7 @@ __all__ = [
     "reset",
     "stats",
     "submit",
+    "trace",
     "warmup",
 ]
 
@@ -95,6 +97,8 @@ def _home(name: str) -> str:
         return "torch_mux.api"
     if name in ("quota", "current_quota"):
         return "torch_mux.quotas"
+    if name == "trace":
+        return "torch_mux.timelines"
     return "torch_mux.errors"
 
 

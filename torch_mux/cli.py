@@ -11,6 +11,7 @@ __all__ = ["app"]
 _EXTRAS: Final = {
     "typer": "cli",
     "rich": "cli",
+    "prometheus_client": "metrics",
     "sklearn": "demo",
     "timm": "bench",
     "torchvision": "bench",

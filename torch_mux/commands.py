@@ -39,6 +39,40 @@ def demo(
     raise typer.Exit(0 if outcome.right else 1)
 
 
+_SCRIPT = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@commands.command(context_settings=_SCRIPT)
+def trace(
+    context: typer.Context,
+    script: str = typer.Argument(..., help="A Python program; what follows are its arguments."),
+    output: str = typer.Option("torch-mux-trace.json", "--output", "-o", help="Where the timeline goes."),
+) -> None:
+    """Run a program and write which tenant was served when, in which bundle, for ui.perfetto.dev."""
+    from torch_mux.observe import run_script
+    from torch_mux.timelines import trace as recorded
+
+    with recorded(output) as timeline:
+        run_script(script, context.args)
+    spans = timeline.spans
+    requests = sum(len(span.requests) for span in spans)
+    typer.echo(
+        f"{len(spans)} bundles with {requests} requests in {output}; open it at https://ui.perfetto.dev"
+    )
+
+
+@commands.command()
+def top(
+    url: str = typer.Argument("http://127.0.0.1:9400/metrics", help="Where torch_mux.metrics.serve answers."),
+    every: float = typer.Option(1.0, min=0.05, help="Seconds between two readings."),
+    times: int = typer.Option(0, min=0, help="Readings; 0: until it is interrupted."),
+) -> None:
+    """A live table of the tenants of a running process."""
+    from torch_mux.observe import watch
+
+    watch(url, every, times)
+
+
 _BENCHES = {
     "models": "Whole models for several tenants next to their peers.",
     "kernels": "Every tile of every super-kernel layer shape, on a GPU.",

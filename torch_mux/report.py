@@ -107,6 +107,8 @@ class ProgramExplanation:
     counts: Mapping[FallbackReason, int] = field(default_factory=dict)
     flops: int = 0
     flops_alone: int = 0
+    compile_seconds: float = 0.0
+    from_disk: bool = False
 
     @property
     def coalesced_flops(self) -> float | None:
@@ -231,6 +233,8 @@ def _program(found: ProgramReport) -> ProgramExplanation:
         counts=dict(plan.counts) if plan is not None else {},
         flops=plan.flops if plan is not None else 0,
         flops_alone=plan.flops_alone if plan is not None else 0,
+        compile_seconds=found.compile_seconds,
+        from_disk=found.from_disk,
     )
 
 

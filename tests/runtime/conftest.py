@@ -92,7 +92,7 @@ class FakePlan:
         self.program = program
         self.coalesced = coalesced
         self.capturable = capturable
-        self.small = False
+        self.small = self.from_disk = False
         self.max_slots = 1 << 20
         self.work = 1
         self.reasons: tuple[FallbackReason, ...] = ()

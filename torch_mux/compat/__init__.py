@@ -52,6 +52,7 @@ from .inductor import (
     trace_graph,
     unset_fake_temporarily,
 )
+from .profiling import ranges
 from .saved_code import (
     inductor_key,
     inductor_load,
@@ -100,6 +101,7 @@ __all__ = [
     "plain_tracing",
     "precision_state",
     "raise_recompile_limits",
+    "ranges",
     "replayed_constructors",
     "replayed_setattr",
     "source_keys",
