@@ -41,14 +41,11 @@ def child(contender: str, model: str, tenants: int, device: str, dtype: str) -> 
     import torch
 
     marks.append(time.perf_counter())
-    from torch_mux.bench.workloads import DTYPES, WORKLOADS
+    from torch_mux.bench.workloads import DTYPES, WORKLOADS, build
 
-    workload, place = WORKLOADS[model], torch.device(device)
-    nets = _models(workload.model, tenants, place, DTYPES[dtype])
-    inputs = [
-        tuple(x.to(place, DTYPES[dtype]) if x.is_floating_point() else x.to(place) for x in given)
-        for given in (workload.inputs(torch.Generator().manual_seed(seed)) for seed in range(tenants))
-    ]
+    workload = WORKLOADS[model]
+    made = build(workload, tenants, torch.device(device), DTYPES[dtype], variants=1)
+    nets, inputs = made.models, made.requests[0]
     mark()
     models: list[Callable[..., Any]] = [torch.compile(net, backend=contender, dynamic=False) for net in nets]
     mark()
@@ -70,23 +67,6 @@ def child(contender: str, model: str, tenants: int, device: str, dtype: str) -> 
     seconds = [after - before for before, after in itertools.pairwise(marks)]
     bundles = torch_mux.stats().bundles if contender == "mux" else 0
     return dict(zip(PARTS, seconds, strict=True)) | {"bundles": float(bundles)}
-
-
-def _models(make: Callable[[], Any], count: int, place: Any, dtype: Any) -> list[Any]:
-    """Models of one architecture, each with weights of its own, made about as fast as they load."""
-    import copy
-
-    import torch
-
-    first = make().to(place, dtype)
-    made = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
-    with torch.no_grad():
-        for seed, net in enumerate(made):
-            generator = torch.Generator(place).manual_seed(seed)
-            for weight in net.parameters():
-                noise = torch.randn(weight.shape, generator=generator, device=place, dtype=dtype)
-                weight.add_(noise * weight.abs().mean(), alpha=0.05)
-    return made
 
 
 def _process(contender: str, model: str, tenants: int, device: str, dtype: str) -> dict[str, float]:
