@@ -63,7 +63,8 @@ def test_a_deadline_takes_nobody_further_ahead_than_the_longest_bundle() -> None
     taken, now = [], 0.0
     patient, hasty = Queue("a", tickets("patient", 400)), Queue("b")
     for turn in range(60):
-        hasty.add(*tickets("hasty", 4, now + 7e-3, 1000 + 10 * turn))
+        hasty.requests.take(list(hasty.requests))  # who was not served gives up and asks again
+        hasty.add(*tickets("hasty", 4, now + 4.1e-3, 1000 + 10 * turn))
         decision = form(policy, patient, hasty, now=now, max_bundle=4)
         for queue in (patient, hasty):
             if queue.key == decision.key:

@@ -59,9 +59,6 @@ class Backlog:
         return decision
 
 
-names = st.integers(2, 6)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 8.0]), min_size=2, max_size=6),
@@ -133,6 +130,8 @@ def test_a_full_bundle_is_shared_by_turns_and_not_by_age() -> None:
 def test_who_was_idle_has_saved_nothing_up() -> None:
     tenants = {"busy": ("a", 1.0), "other": ("b", 1.0), "idle": ("c", 1.0)}
     lab = Backlog(tenants, dict.fromkeys("abc", (0.0, 1e-3)), max_bundle=4)
+    for _ in range(30):
+        lab.step()
     lab.device.queues["c"].requests.take(list(lab.device.queues["c"].requests))
     for _ in range(100):
         lab.step()
@@ -183,6 +182,19 @@ def test_companions_far_ahead_of_others_stay_behind() -> None:
             lab.refill("few", 1)
         lab.step()
     assert lab.served["many"] == pytest.approx(lab.served["other"], abs=2 * 16e-3)
+
+
+def test_also_where_all_would_fit_who_is_far_ahead_stays_behind() -> None:
+    policy = FairPolicy()
+    mine = Queue("a", [Ticket(0.0, 1, Quota("modest"), 0), Ticket(0.0, 2, Quota("ahead"), 1)])
+    other = Queue("b", [Ticket(0.0, 3, Quota("other"), 2)])
+    policy._time(0).account("ahead").tag = 1.0
+    decision = policy.form(View([mine, other], IDLE), 0.0, Settings())
+    assert isinstance(decision, Issue)
+    assert [request.quota.tenant for request in decision.requests] == ["modest"]
+    alone = policy.form(View([mine], IDLE), 0.0, Settings())
+    assert isinstance(alone, Issue)
+    assert len(alone.requests) == 2
 
 
 def test_a_bundle_that_did_not_run_is_not_charged() -> None:

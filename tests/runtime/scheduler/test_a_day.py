@@ -1,0 +1,247 @@
+"""A day of a thousand tenants in a simulation: shares, lag, no starvation, no lost request, faults."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import combinations
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated_day import Day, bursts
+
+from torch_mux.runtime.scheduler.base import Issue
+from torch_mux.settings import Settings
+from torch_mux.types import Quota
+
+HOURS = 3600.0
+DAY = 24 * HOURS
+PROGRAMS = 12
+#: Tenants who always have requests pending, with their programs and weights.
+GREEDY = {"g1": ("p0", 1.0), "g2": ("p0", 2.0), "g4": ("p1", 4.0), "g8": ("greedy", 8.0)}
+LONGEST = 4.0 + 64 * 0.25
+
+
+def seconds(key: str, slots: int) -> float:
+    """A day is scaled: bundles of seconds instead of milliseconds."""
+    return 4.0 + 0.25 * slots
+
+
+def quota_of(number: int) -> Quota:
+    """Most tenants have no limits; some have one of each kind."""
+    name = f"t{number}"
+    kinds: dict[int, dict[str, Any]] = {
+        0: {"slo": 60.0},
+        1: {"deadline": 120.0},
+        2: {"rate": 1 / 600, "burst": 3},
+        3: {"rate": 1 / 600, "burst": 3, "excess": "refuse"},
+        4: {"max_pending": 4},
+        5: {"priority": 1},
+        6: {"rate": 1 / 300, "burst": 1, "deadline": 600.0},
+    }
+    return Quota(name, **kinds.get(number % 20, {}))
+
+
+class Greedy:
+    """Keeps the greedy tenants backlogged and follows how far apart they are."""
+
+    def __init__(self, day: Day) -> None:
+        self.day = day
+        self.served: Counter[str] = Counter()
+        self.start: Counter[str] | None = None
+        self.wrong: list[float] = [0.0]
+        day.on_issue = self.issued
+        for name in GREEDY:
+            for _ in range(2 * day.settings.max_bundle):
+                self.refill(name)
+
+    def refill(self, name: str) -> None:
+        key, weight = GREEDY[name]
+        self.day.submit(key, Quota(name, weight=weight), client=hash(name))
+
+    def issued(self, issue: Issue, seconds: float) -> None:
+        slots = len(issue.requests)
+        charge = self.day.policy._flying.get(issue)
+        assert charge is not None, "the greedy are always left behind"
+        self.wrong.append(abs(seconds - charge.each * slots))
+        for request in issue.requests:
+            if request.quota.tenant in GREEDY:
+                self.served[request.quota.tenant] += seconds / slots  # type: ignore[assignment]
+                self.refill(request.quota.tenant)
+        if self.start is None:
+            return
+        # Two bundles are under way, and what was charged too much is taken off the next charge.
+        slack = 3 * max(self.wrong)
+        lag = {name: (self.served[name] - self.start[name]) / weight for name, (_, weight) in GREEDY.items()}
+        bound = {name: (LONGEST + 4.25) / weight + slack for name, (_, weight) in GREEDY.items()}
+        for f, g in combinations(GREEDY, 2):
+            assert abs(lag[f] - lag[g]) <= bound[f] + bound[g]
+
+    def begin(self) -> None:
+        """From now on the lag is looked at."""
+        self.start, self.wrong = Counter(self.served), [0.0]
+
+
+def check_counts(day: Day) -> None:
+    tenants = day.accounting.snapshot().tenants
+    for name, got in tenants.items():
+        ends = got.ok + got.late + got.expired + got.cancelled + got.errors
+        assert got.accepted == ends + got.pending, name
+    assert sum(got.accepted for got in tenants.values()) == len(day.requests)
+    times = [tenant.device_time for tenant in day.accounting._tenants.values()]
+    assert sum(times) == day.accounting._device_time
+
+
+@pytest.fixture(scope="module")
+def day() -> Day:
+    """The day itself: a thousand tenants, four of them greedy, with faults all day long."""
+    draw = random.Random(20261124)
+    greedy_programs = {key for key, _ in GREEDY.values()}
+    day = Day(
+        Settings(max_bundle=64, linger=5.0, in_flight=2),
+        seconds,
+        lanes=1,
+        faulty=lambda key: key not in greedy_programs and draw.random() < 0.01,
+        guilty=lambda: draw.random() < 0.001,
+        slower=lambda: 3.0 if draw.random() < 0.005 else 1.0,
+    )
+    for number in range(996):
+        quota, key = quota_of(number), f"p{number % PROGRAMS}"
+        for moment in bursts(draw, DAY / 30, DAY):
+            day.at(moment, lambda key=key, quota=quota, number=number: day.submit(key, quota, number))
+
+    def cancel_some() -> None:
+        pending = [request for request in day.requests[-500:] if not request.out]
+        for request in draw.sample(pending, min(3, len(pending))):
+            if request.quota.tenant not in GREEDY:
+                day.cancel(request)
+
+    def recompile() -> None:
+        queue = day.queue(f"p{draw.randrange(2, PROGRAMS)}")
+        queue.ready = False
+        day.at(day.now + 900.0, lambda: setattr(queue, "ready", True))
+
+    def jump(by: float) -> None:
+        day.skew += by
+
+    greedy = Greedy(day)
+    day.at(0.2 * HOURS, greedy.begin)
+    for hour in range(1, 24):
+        day.at(hour * HOURS, cancel_some)
+        day.at((hour + 0.4) * HOURS, recompile)
+    day.at(7.1 * HOURS, lambda: jump(600.0))
+    day.at(15.1 * HOURS, lambda: jump(-300.0))
+    day.run(DAY)
+    day.greedy = greedy  # type: ignore[attr-defined]
+    return day
+
+
+def test_every_accepted_request_is_counted_once(day: Day) -> None:
+    check_counts(day)
+    snapshot = day.accounting.snapshot()
+    assert snapshot.device_seconds == pytest.approx(day.busy)
+    assert day.busy == pytest.approx(DAY, rel=0.02)  # it never rests while the greedy wait
+    everybody = snapshot.tenants.values()
+    for outcome in ("ok", "late", "expired", "cancelled", "errors"):
+        assert sum(getattr(got, outcome) for got in everybody) > 0, outcome
+    assert sum(day.refused.values()) > 0
+
+
+def test_the_greedy_share_what_is_left_by_weight(day: Day) -> None:
+    greedy = day.greedy  # type: ignore[attr-defined]
+    whole = sum(greedy.served.values())
+    assert whole > 0.4 * DAY
+    for name, (_, weight) in GREEDY.items():
+        assert greedy.served[name] / whole == pytest.approx(weight / 15, rel=0.05)
+
+
+def test_nobody_starves(day: Day) -> None:
+    """A modest tenant waits for a few bundles, however long the queues of the greedy are."""
+    waits = sorted(
+        request.started - request.eligible
+        for request in day.requests
+        if request.quota.tenant not in GREEDY and request.state.value == "done"
+    )
+    assert len(waits) > 20_000
+    assert waits[len(waits) // 2] < 4 * LONGEST
+    assert waits[int(0.99 * len(waits))] < 2000.0  # the plan of its program was away for 900, or its clock
+    assert waits[-1] < 2 * HOURS
+
+
+def test_what_is_pending_at_midnight_still_ends(day: Day) -> None:
+    day.on_issue = lambda issue, seconds: None
+    day.run()
+    assert all(request.out for request in day.requests)
+    check_counts(day)
+    assert sum(got.pending for got in day.accounting.snapshot().tenants.values()) == 0
+    assert (day.policy._flying, day.policy._turns) == ({}, {})
+
+
+requests = st.tuples(
+    st.integers(0, 6),
+    st.sampled_from("abc"),
+    st.floats(0.0, 0.02),
+    st.sampled_from(
+        [
+            {},
+            {"weight": 4.0},
+            {"priority": 1},
+            {"slo": 0.01},
+            {"deadline": 0.02},
+            {"rate": 100.0, "burst": 1},
+            {"max_pending": 2},
+        ]
+    ),
+    st.booleans(),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    arrivals=st.lists(requests, max_size=60),
+    most=st.integers(1, 8),
+    lanes=st.integers(1, 3),
+    wait=st.sampled_from([0.0, 0.004]),
+    seed=st.integers(0, 1000),
+    jumps=st.lists(st.tuples(st.floats(0.0, 1.0), st.floats(-0.5, 0.5)), max_size=3),
+)
+def test_whatever_comes_everybody_is_served_or_told(
+    arrivals: list[tuple[int, str, float, dict[str, Any], bool]],
+    most: int,
+    lanes: int,
+    wait: float,
+    seed: int,
+    jumps: list[tuple[float, float]],
+) -> None:
+    draw = random.Random(seed)
+    day = Day(
+        Settings(max_bundle=most, max_wait=wait, linger=0.002, in_flight=2),
+        lambda key, slots: 1e-3 + 1e-3 * slots,
+        lanes=lanes,
+        faulty=lambda key: draw.random() < 0.1,
+        guilty=lambda: draw.random() < 0.05,
+        slower=lambda: 10.0 if draw.random() < 0.1 else 1.0,
+    )
+
+    def jump(by: float) -> None:
+        day.skew += by
+
+    now = 0.0
+    for tenant, key, gap, limits, gives_up in arrivals:
+        now += gap
+        quota = Quota(f"t{tenant}", **limits)
+
+        def arrive(key: str = key, quota: Quota = quota, gives_up: bool = gives_up) -> None:
+            request = day.submit(key, quota, client=hash(quota.tenant))
+            if request is not None and gives_up:
+                day.at(day.now + 2e-3, lambda: day.cancel(request))
+
+        day.at(now, arrive)
+    for moment, by in jumps:
+        day.at(moment, lambda by=by: jump(by))
+    day.run()
+    assert all(request.out for request in day.requests)
+    check_counts(day)
+    assert len(day.requests) + sum(day.refused.values()) == len(arrivals)
