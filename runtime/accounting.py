@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch_mux.errors import ExecutionFailed
 from torch_mux.runtime.memory import MemoryLedger
+from torch_mux.runtime.quarantine import Quarantine
 from torch_mux.runtime.request import Request, RequestState
 from torch_mux.runtime.shares import PICOSECONDS, divided
 from torch_mux.types import Quota
@@ -104,18 +106,22 @@ class _Tenant:
         self.weight = 1.0
         self.latencies: deque[float] = deque(maxlen=_WINDOW)
 
-    def ended(self, requests: Sequence[Request], now: float) -> None:
+    def ended(self, requests: Sequence[Request], now: float) -> bool:
+        """Counts; returns whether one of them failed."""
         arrivals = [request.arrival for request in requests if request.state is _DONE]
         late = sum([request.due < now for request in requests if request.state is _DONE])
         self.late += late
         self.ok += len(arrivals) - late
         self.latencies.extend([now - arrival if now > arrival else 0.0 for arrival in arrivals])
+        failed = 0
         if len(arrivals) < len(requests):
             cancelled = sum(request.state is _CANCELLED for request in requests)
             expired = sum(request.state is _EXPIRED for request in requests)
             self.cancelled += cancelled
             self.expired += expired
-            self.errors += len(requests) - len(arrivals) - cancelled - expired
+            failed = len(requests) - len(arrivals) - cancelled - expired
+            self.errors += failed
+        return failed > 0
 
     @property
     def pending(self) -> int:
@@ -163,12 +169,14 @@ def _quantile(ordered: Sequence[float], q: float) -> float | None:
 class Accounting:
     """Counters a tenant, of bounded size; safe from any thread.
 
-    Attributes:
+    Args:
         memory: what tenants hold; it is told of every end.
+        quarantine: how many failures in a row are too many; see :class:`Quarantine`.
     """
 
-    def __init__(self, memory: MemoryLedger | None = None) -> None:
+    def __init__(self, memory: MemoryLedger | None = None, quarantine: Callable[[], int] = lambda: 0) -> None:
         self.memory = memory
+        self.quarantine = Quarantine(quarantine)
         self._lock = threading.Lock()
         self._tenants: dict[str, _Tenant] = {}
         self._bundles = 0
@@ -219,10 +227,20 @@ class Accounting:
     def ended(self, requests: Sequence[Request], now: float) -> None:
         """Requests ended at ``now``; their state says how."""
         with self._lock:
+            failed = False
             for tenant, group in self._by_tenant(requests):
-                tenant.ended(group, now)
+                failed = tenant.ended(group, now) or failed
+        if failed or self.quarantine.watching:
+            self._watch(requests, now)
         if self.memory is not None:
             self.memory.release(requests)
+
+    def _watch(self, requests: Sequence[Request], now: float) -> None:
+        for request in requests:
+            if request.state is _DONE:
+                self.quarantine.succeeded(request.quota.tenant)
+            elif isinstance(request.error, ExecutionFailed):
+                self.quarantine.failed(request.quota.tenant, now, request.error)
 
     def ran(self, requests: Sequence[Request], seconds: float, coalesced: bool) -> None:
         """A bundle of these requests took ``seconds`` of the device."""
@@ -258,10 +276,12 @@ class Accounting:
         """In a forked child, where the lock may be held for ever."""
         self._lock = threading.Lock()
         self.clear()
+        self.quarantine.clear()
 
     def clear(self) -> None:
         """Forgets everything."""
         with self._lock:
+            self.quarantine.clear()
             self._tenants.clear()
             self._sizes.clear()
             self._bundles = self._requests = self._device_time = 0

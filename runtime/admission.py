@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from torch_mux.errors import DeadlineUnattainable, InvalidQuota, Overloaded, RateExceeded
+from torch_mux.errors import DeadlineUnattainable, InvalidQuota, Overloaded, Quarantined, RateExceeded
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.scheduler.bucket import TokenBucket
 from torch_mux.types import Quota
@@ -27,6 +27,7 @@ class Admission:
 
     def __init__(self, accounting: Accounting) -> None:
         self._accounting = accounting
+        self._quarantine = accounting.quarantine
         self.clear()
 
     def clear(self) -> None:
@@ -47,6 +48,7 @@ class Admission:
             For how many seconds each is held back; None where none is.
 
         Raises:
+            Quarantined: the last requests of one of the tenants all raised.
             Overloaded, RateExceeded, DeadlineUnattainable: a limit of one of the quotas says no.
             InvalidQuota: the reserves of all tenants add up to more than 1.
         """
@@ -54,6 +56,8 @@ class Admission:
         for quota in quotas:
             if quota is not last:
                 last = quota
+                if self._quarantine.watching:
+                    self._check_quarantine(quota, now)
                 if quota.limited or quota.tenant in self._reserves:
                     return self._limited(quotas, now, outlook)
         self._accounting.accepted(quotas)
@@ -71,6 +75,12 @@ class Admission:
                     self._bucket(quota).take(now, quota.rate, burst_of(quota))
             self._accounting.accepted(quotas)
         return waits if any(waits) else None
+
+    def _check_quarantine(self, quota: Quota, now: float) -> None:
+        held = self._quarantine.held(quota.tenant, now)
+        if held is not None:
+            wait, failures, cause = held
+            raise Quarantined(tenant=quota.tenant, wait=wait, failures=failures, cause=cause)
 
     def _reserved(self, quotas: Sequence[Quota]) -> dict[str, float]:
         reserves = dict(self._reserves)

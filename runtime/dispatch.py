@@ -18,10 +18,11 @@ from torch_mux.errors import CancelledRequest, ClosedError
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Executor, Flight
+from torch_mux.runtime.health import DeviceHealth
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.line import Line, line_up
 from torch_mux.runtime.request import Request, RequestState, Waiter
-from torch_mux.runtime.runner import Runner, call_back
+from torch_mux.runtime.runner import Runner
 from torch_mux.runtime.scheduler.base import Busy, Issue, Later, Policy, View
 from torch_mux.runtime.served import ServedProgram, failure, unservable
 from torch_mux.runtime.service import Service
@@ -150,16 +151,7 @@ class Dispatcher:
 
     def add_done_callback(self, request: Request, callback: Callable[[Request], object]) -> None:
         """See :meth:`Request.add_done_callback`."""
-        with self._mutex:
-            ended = request.done()
-            flying = request.out and not ended
-            if not ended:
-                request.callbacks = (*request.callbacks, callback)
-            if flying:
-                self._runner.watched = True
-        if ended:
-            call_back(callback, request)
-        elif flying:
+        if self._runner.add_done_callback(request, callback):
             self.service.poke()
 
     def configure(self, settings: Settings) -> None:
@@ -198,6 +190,12 @@ class Dispatcher:
                 self._hand_on(poke=True)
         if failed:
             self._runner.end(failed, self._clock())
+
+    def health(self) -> DeviceHealth:
+        """How the device is, and what waits for it."""
+        with self._mutex:
+            arrivals = [request.arrival for request in self._line.queued()]
+        return DeviceHealth.of(self.executor, arrivals, self._clock())
 
     def died(self, instance: Instance) -> None:
         """A model was collected; its row is released when nothing of it is under way. Takes no lock."""

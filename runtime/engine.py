@@ -27,6 +27,7 @@ from torch_mux.runtime.dispatch import Dispatcher
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.executors.make import make_executor
 from torch_mux.runtime.forecasts import Forecasts
+from torch_mux.runtime.health import EngineHealth
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.report import ProgramReport, report_of
@@ -34,7 +35,7 @@ from torch_mux.runtime.request import Request, by_dispatcher
 from torch_mux.runtime.scheduler.base import Policy
 from torch_mux.runtime.scheduler.policy import FairPolicy
 from torch_mux.runtime.scheduler.predictor import Predictor
-from torch_mux.runtime.served import ServedProgram
+from torch_mux.runtime.served import ServedProgram, outdate
 from torch_mux.runtime.submission import Call, Submission
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
@@ -86,7 +87,7 @@ class Engine:
         self._make_executor = make_executor if executor is None else executor
         self._lock = threading.RLock()
         self._memory = MemoryLedger(self._instances, self._pools)
-        self._accounting = Accounting(self._memory)
+        self._accounting = Accounting(self._memory, lambda: self.settings.quarantine)
         self._admission = gate = Admission(self._accounting)
         self._submission = Submission(gate, self._memory, clock, lambda: self.settings, self._catch_up)
         self._closed = False
@@ -187,18 +188,11 @@ class Engine:
             if found is None:
                 found = Instance(served, parameters, dispatcher.died)
                 served.instances.add(found)
-                self._outdate(served, parameters)
+                outdate(self._served.values(), served, parameters)
                 if parameters:
                     dispatcher.service.start()
                 logger.debug("instance %d of %s", len(served.instances), served.program.name)
         return found
-
-    def _outdate(self, served: ServedProgram, parameters: Sequence[Tensor]) -> None:
-        """Forgets the model as other programs knew it before ``.to()`` changed its weights' form."""
-        for other in self._served.values():
-            former = other.instances.find(parameters) if other is not served and parameters else None
-            if former is not None and not former.removed and not former.fits:
-                other.dispatcher.outdated(former)
 
     def _instances(self) -> list[Instance]:
         return [instance for served in list(self._served.values()) for instance in served.instances]
@@ -332,6 +326,12 @@ class Engine:
         """What is known of every program, in the order they were registered."""
         return tuple(report_of(served) for served in list(self._served.values()))
 
+    def health(self) -> EngineHealth:
+        """Whether it can serve; see :class:`EngineHealth`."""
+        devices = tuple(dispatcher.health() for dispatcher in list(self._dispatchers.values()))
+        held = self._accounting.quarantine.tenants(self.clock())
+        return EngineHealth.of(self._closed, devices, list(self._served.values()), held)
+
     def reset(self) -> None:
         """Drains, drops every program, instance and counter, and serves again, also after :meth:`close`."""
         for dispatcher in list(self._dispatchers.values()):
@@ -339,9 +339,8 @@ class Engine:
         self._stop()
         with self._lock:
             self._start()
-            self._accounting.clear()
-            self._admission.clear()
-            self._memory.clear()
+            for part in (self._accounting, self._admission, self._memory):
+                part.clear()
             self._closed = False
 
     def close(self) -> None:

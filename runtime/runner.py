@@ -194,6 +194,19 @@ class Runner:
         for callback, request in callbacks:
             call_back(callback, request)
 
+    def add_done_callback(self, request: Request, callback: Callable[[Request], object]) -> bool:
+        """See :meth:`Request.add_done_callback`; returns whether the device has to be watched for its end."""
+        with self.mutex:
+            ended = request.done()
+            flying = request.out and not ended
+            if not ended:
+                request.callbacks = (*request.callbacks, callback)
+            if flying:
+                self.watched = True
+        if ended:
+            call_back(callback, request)
+        return flying
+
     def fail(self, requests: Sequence[Request], error: BaseException) -> None:
         """Ends requests that the runtime could not serve."""
         for request in requests:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from torch_mux import compat
 from torch_mux.errors import DeviceMismatch, ExecutionFailed, ModelRemoved, MuxError
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from torch_mux.lowering.storage import Storage
     from torch_mux.runtime.dispatch import Dispatcher
 
-__all__ = ["ServedProgram", "failure", "unservable"]
+__all__ = ["ServedProgram", "failure", "outdate"]
 
 _RUNTIME = __name__.rpartition(".")[0]
 
@@ -165,3 +167,11 @@ def failure(served: ServedProgram, cause: BaseException) -> ExecutionFailed:
     error = ExecutionFailed(f"{type(cause).__name__}: {cause}", model=served.program.name)
     error.__cause__ = cause
     return error
+
+
+def outdate(programs: Iterable[ServedProgram], served: ServedProgram, parameters: Sequence[Tensor]) -> None:
+    """Forgets the model as other programs than ``served`` knew it before ``.to()`` changed its weights."""
+    for other in programs:
+        former = other.instances.find(parameters) if other is not served and parameters else None
+        if former is not None and not former.removed and not former.fits:
+            other.dispatcher.outdated(former)

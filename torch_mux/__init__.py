@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         configure,
         explain,
         gather,
+        health,
         refresh,
         remove,
         reset,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         MuxError,
         NotCompiled,
         Overloaded,
+        Quarantined,
         RateExceeded,
         RefreshNeeded,
         Refused,
@@ -66,6 +68,7 @@ __all__ = [
     "MuxError",
     "NotCompiled",
     "Overloaded",
+    "Quarantined",
     "RateExceeded",
     "RefreshNeeded",
     "Refused",
@@ -79,6 +82,7 @@ __all__ = [
     "current_quota",
     "explain",
     "gather",
+    "health",
     "quota",
     "refresh",
     "remove",
@@ -89,7 +93,9 @@ __all__ = [
     "warmup",
 ]
 
-_API = frozenset("adopt close configure explain gather refresh remove reset stats submit warmup".split())
+_API = frozenset(
+    "adopt close configure explain gather health refresh remove reset stats submit warmup".split()
+)
 
 
 def _home(name: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torch_mux import carry, compat, state
 from torch_mux.calls import Prepared, prepare, require_mux
+from torch_mux.condition import Health, condition
 from torch_mux.errors import InvalidRequest, InvalidSetting, MuxError, NotCompiled
 from torch_mux.futures import Future
 from torch_mux.learned import name_of
@@ -30,6 +31,7 @@ __all__ = [
     "configure",
     "explain",
     "gather",
+    "health",
     "refresh",
     "remove",
     "reset",
@@ -42,7 +44,7 @@ log = logging.getLogger(__name__)
 
 _DURATIONS = ("max_wait", "linger")
 _COUNTS = ("max_bundle", "lanes", "in_flight")
-_SWITCHES = ("enabled", "capture")
+_SWITCHES = ("enabled", "capture", "keep_plans")
 
 
 def gather(*requests: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -254,6 +256,8 @@ def _setting(name: str, value: Any) -> Any:
         return parse_duration(value)
     if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise InvalidSetting(name=name, value=value, detail="a whole number from 1")
+    if name == "quarantine" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise InvalidSetting(name=name, value=value, detail="a whole number, or 0 for never")
     if name in _SWITCHES and not isinstance(value, bool):
         raise InvalidSetting(name=name, value=value, detail="True or False")
     return value
@@ -359,6 +363,11 @@ def close() -> None:
 def stats() -> Stats:
     """What each tenant got so far: outcomes, latencies, device time, coalesced share."""
     return statistics()
+
+
+def health() -> Health:
+    """Whether the runtime can serve, device by device; a fault that only a new process ends is named."""
+    return condition()
 
 
 def explain() -> Explanation:

@@ -21,6 +21,7 @@ __all__ = [
     "MuxError",
     "NotCompiled",
     "Overloaded",
+    "Quarantined",
     "RateExceeded",
     "RefreshNeeded",
     "Refused",
@@ -146,6 +147,15 @@ class RateExceeded(Refused):
     message = (
         "tenant {tenant!r} sends more than rate={rate:g} requests a second with burst={burst}: "
         'try again in {wait:.3g} s, raise them, or have requests wait with excess="hold"'
+    )
+
+
+class Quarantined(Refused):
+    """A tenant whose last requests all raised is held off for a while."""
+
+    message = (
+        "tenant {tenant!r} is held off for another {wait:.3g} s, because its last {failures} requests all "
+        "raised: mend that first ({cause}), or raise torch_mux.configure(quarantine=...)"
     )
 
 

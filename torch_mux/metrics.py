@@ -15,6 +15,7 @@ from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from torch_mux.condition import condition
 from torch_mux.report import Explanation, Stats, explanation, statistics
 
 __all__ = ["MuxCollector", "register", "serve"]
@@ -40,6 +41,13 @@ class MuxCollector(Collector):
         yield from _of_tenants(found)
         yield from self._shares(found)
         yield _bundles(found)
+        status = condition().status
+        yield _family(
+            GaugeMetricFamily,
+            "healthy",
+            "1: serves; 0.5: all but some tenants or models; 0: serves nothing more.",
+            [([], {"ok": 1.0, "degraded": 0.5}.get(status, 0.0))],
+        )
         yield from _of_programs(explanation())
 
     def _shares(self, found: Stats) -> Iterator[Metric]:

@@ -25,6 +25,8 @@ class Settings:
         in_flight: most bundles enqueued on one lane.
         linger: longest adaptive wait, in seconds, for closed-loop clients of the last bundle.
         capture: replay captured CUDA graphs (``TORCH_MUX_CAPTURE``); off launches directly.
+        quarantine: requests in a row that raise while they run after which their tenant is refused, for 0.1 s
+            and up to 30 s if it goes on; 0: never.
         keep_plans: keep what lowering makes on disk for later processes (``TORCH_MUX_KEEP_PLANS``).
     """
 
@@ -35,4 +37,5 @@ class Settings:
     in_flight: int = 2
     linger: float = 200e-6
     capture: bool = field(default_factory=lambda: _flag("TORCH_MUX_CAPTURE", True))
+    quarantine: int = 16
     keep_plans: bool = field(default_factory=lambda: _flag("TORCH_MUX_KEEP_PLANS", True))

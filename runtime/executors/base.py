@@ -78,10 +78,14 @@ class Executor(Protocol):
     """One device.
 
     Only the holder of the dispatcher's role calls launch, reap and oldest; the compile thread calls rehearse.
+
+    Attributes:
+        fault: what the device reported that only a new process ends, or None.
     """
 
     device: torch.device
     sms: int
+    fault: Exception | None
 
     def configure(self, settings: Settings) -> None:
         """Takes over new settings before the next bundle."""

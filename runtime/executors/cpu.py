@@ -71,6 +71,7 @@ class CpuExecutor:
         self.device = device
         self._stack = stack
         self.sms = 1
+        self.fault: Exception | None = None
         self._stacks: dict[ServedProgram, _Stacks] = {}
         self._controls: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[tuple[int, ...], Tensor] = {}

@@ -56,6 +56,7 @@ class CudaExecutor:
     ) -> None:
         self.device = device
         self.sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self.fault: Exception | None = None
         self._steps = steps
         self._capturer = capturer
         self._clock = clock
@@ -104,9 +105,11 @@ class CudaExecutor:
             if not self._at_once(lane, flight, marks):
                 with compat.on_stream(lane.stream), plain_context("cuda"):
                     self._enqueue_flight(lane, flight, marks)
-        except BaseException:
-            # What was enqueued before it failed reads inputs and writes outputs that are let go of now.
-            lane.stream.synchronize()
+        except BaseException as error:
+            self._examine(error)
+            if self.fault is None:
+                # What was enqueued before it failed reads inputs and writes outputs that are let go of now.
+                lane.stream.synchronize()
             raise
         for request in bundle.requests:
             request.flight = flight
@@ -227,6 +230,7 @@ class CudaExecutor:
                 return False
             flight.seconds = flight.start.event.elapsed_time(flight.end.event) * 1e-3
         except Exception as error:
+            self._examine(error)
             flight.error = failure(flight.bundle.served, error)
         # It started when it was enqueued or when its predecessor ended; seen later, it still ended then.
         flight.ended = min(now, max(flight.launched, lane.free_at) + flight.seconds)
@@ -234,6 +238,15 @@ class CudaExecutor:
         flight.finished = True
         flight.kept = ()
         return True
+
+    def _examine(self, error: BaseException) -> None:
+        """Notes an error of CUDA that stays: after an illegal access every call of the process fails."""
+        if self.fault is None and compat.is_device_error(error):
+            try:
+                torch.cuda.synchronize(self.device)
+            except Exception as again:
+                self.fault = again
+                logger.error("%s can serve nothing more in this process: %s", self.device, again)
 
     def flying(self) -> bool:
         """Whether a lane has bundles under way."""

@@ -61,6 +61,7 @@ from .saved_code import (
 from .streams import (
     current_stream,
     is_current,
+    is_device_error,
     on_stream,
 )
 from .tracing import install_tracing_check
@@ -93,6 +94,7 @@ __all__ = [
     "install_first_call_guard",
     "install_tracing_check",
     "is_current",
+    "is_device_error",
     "is_fake",
     "is_symbolic",
     "native",

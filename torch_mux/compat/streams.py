@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["current_stream", "is_current", "on_stream"]
+__all__ = ["current_stream", "is_current", "is_device_error", "on_stream"]
 
 _MOST = 256
 _known: dict[tuple[int, int], torch.cuda.Stream] = {}
@@ -61,3 +61,8 @@ def _select(stream: torch.cuda.Stream) -> None:
     torch._C._cuda_setStream(
         stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
     )
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether CUDA itself reported this, lack of memory aside."""
+    return isinstance(error, torch.AcceleratorError)

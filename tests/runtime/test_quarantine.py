@@ -1,0 +1,102 @@
+"""Tenants whose requests keep raising are held off, for longer and longer, and nobody else is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import torch_mux
+from torch_mux.runtime.quarantine import Quarantine
+
+
+def test_it_opens_after_the_limit_and_doubles() -> None:
+    quarantine = Quarantine(lambda: 3)
+    cause = ValueError("bad")
+    for now in (0.0, 1.0):
+        quarantine.failed("a", now, cause)
+        assert quarantine.held("a", now) is None
+    quarantine.failed("a", 2.0, cause)
+    assert quarantine.held("a", 2.0) == (pytest.approx(0.1), 3, "bad")
+    assert quarantine.held("a", 2.11) is None and quarantine.held("b", 2.0) is None
+    quarantine.failed("a", 3.0, cause)
+    held = quarantine.held("a", 3.0)
+    assert held is not None and held[0] == pytest.approx(0.2)
+    assert quarantine.tenants(3.0) == {"a": pytest.approx(0.2)}
+    quarantine.succeeded("a")
+    assert quarantine.held("a", 3.0) is None and not quarantine.watching
+
+
+@given(st.integers(1, 5), st.lists(st.booleans(), max_size=60))
+def test_only_a_run_of_failures_holds_anybody(limit: int, outcomes: list[bool]) -> None:
+    quarantine = Quarantine(lambda: limit)
+    run, now = 0, 0.0
+    for well in outcomes:
+        now += 100.0
+        if well:
+            quarantine.succeeded("a")
+        else:
+            quarantine.failed("a", now, None)
+        run = 0 if well else run + 1
+        held = quarantine.held("a", now)
+        assert (held is not None) == (run >= limit)
+        assert held is None or 0.0999 <= held[0] <= 30.0001
+
+
+def test_zero_is_never() -> None:
+    quarantine = Quarantine(lambda: 0)
+    for now in range(100):
+        quarantine.failed("a", float(now), None)
+    assert quarantine.held("a", 99.0) is None
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(x)
+
+
+def test_the_engine_refuses_the_tenant_and_serves_the_others() -> None:
+    torch_mux.configure(quarantine=3)
+    model = torch.compile(Table().eval(), backend="mux")
+    good, bad = torch.tensor([1]), torch.tensor([9])
+    with torch.inference_mode():
+        torch_mux.gather((model, good))
+        with torch_mux.quota("mallory"):
+            for _ in range(3):
+                with pytest.raises(torch_mux.ExecutionFailed):
+                    torch_mux.gather((model, bad))
+            with pytest.raises(torch_mux.Quarantined, match=r"mallory.*last 3 requests") as caught:
+                torch_mux.gather((model, good))
+            assert isinstance(caught.value, torch_mux.Refused)
+        with torch_mux.quota("alice"):
+            torch_mux.gather((model, good))
+        health = torch_mux.health()
+        assert health.status == "degraded" and list(health.quarantined) == ["mallory"]
+        assert "mallory" in str(health)
+        _wait()
+        with torch_mux.quota("mallory"):
+            torch_mux.gather((model, good))
+    assert torch_mux.health().status == "ok"
+    got = torch_mux.stats().tenants["mallory"]
+    assert (got.errors, got.refused, got.ok) == (3, 1, 1)
+    assert got.accepted == got.ok + got.errors and got.pending == 0
+
+
+def _wait() -> None:
+    import time
+
+    deadline = time.monotonic() + 5.0
+    while torch_mux.health().quarantined and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.5, "often"])
+def test_the_setting_is_checked(value: object) -> None:
+    with pytest.raises(torch_mux.InvalidSetting, match="quarantine"):
+        torch_mux.configure(quarantine=value)
