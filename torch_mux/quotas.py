@@ -187,15 +187,25 @@ CHECKS: Final[Mapping[str, Callable[[Any], object]]] = MappingProxyType(
 
 def _checked(values: Mapping[str, object]) -> dict[str, Any]:
     """The fields that are set, each valid on its own."""
-    for name in values:
-        if name not in CHECKS:
-            raise UnknownOption.near("quota field", name, FIELDS)
-    return {name: CHECKS[name](value) for name, value in values.items() if value is not UNSET}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is not UNSET:
+            check = CHECKS.get(name)
+            if check is None:
+                raise UnknownOption.near("quota field", name, FIELDS)
+            found[name] = check(value)
+    return found
 
 
 def _resolve(outer: Quota, changes: Mapping[str, Any]) -> Quota:
     """``outer`` with ``changes``; raises InvalidQuota where the two do not go together."""
-    merged = replace(outer, **changes)
+    return _merged(outer, tuple(changes.items()))
+
+
+# A ``with quota(...)`` around each request gives the same object: whoever counts asks whether it is the same.
+@functools.lru_cache(maxsize=8192)
+def _merged(outer: Quota, changes: tuple[tuple[str, Any], ...]) -> Quota:
+    merged = replace(outer, **dict(changes))
     if merged.reserve > merged.sms:
         detail = f"it lies above the hard limit sms={merged.sms!r}: raise sms or lower reserve"
         raise InvalidQuota(field="reserve", value=merged.reserve, detail=detail)
