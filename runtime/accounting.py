@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,53 +12,13 @@ from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.quarantine import Quarantine
 from torch_mux.runtime.request import Request, RequestState
 from torch_mux.runtime.shares import PICOSECONDS, divided
+from torch_mux.runtime.tally import TenantStats, TenantTally
 from torch_mux.types import Quota
 
 __all__ = ["Accounting", "StatsSnapshot", "TenantStats"]
 
 _WINDOW = 2048
 _DONE, _CANCELLED, _EXPIRED = RequestState.DONE, RequestState.CANCELLED, RequestState.EXPIRED
-
-
-@dataclass(frozen=True)
-class TenantStats:
-    """What one tenant got so far.
-
-    Attributes:
-        tenant: its name.
-        accepted: requests queued; always ok + late + expired + cancelled + errors + pending.
-        ok, errors, cancelled: requests by outcome.
-        pending: requests queued or under way.
-        p50, p99: latency quantiles in seconds from submission to the end on the device, over the last 2,048
-            requests that ended well; None before the first.
-        device_seconds: device time, that of a bundle divided over its slots by their work. The sum over
-            tenants is that of the bundles to the picosecond.
-        queue_seconds: time its requests spent queued, in sum.
-        held: bytes that it holds now, see :class:`torch_mux.runtime.memory.MemoryLedger`.
-        late: requests that were served, but after their ``slo`` or ``deadline``.
-        expired: requests that were dropped because their ``deadline`` had passed.
-        refused: requests that were not accepted: a limit of their quota said no.
-        weight: of the quota that its last accepted request ran under.
-        coalesced_share: part of its requests to coalesced plans that shared their bundle, None before the
-            first.
-    """
-
-    tenant: str
-    accepted: int
-    ok: int
-    errors: int
-    cancelled: int
-    pending: int
-    p50: float | None
-    p99: float | None
-    device_seconds: float
-    queue_seconds: float
-    coalesced_share: float | None
-    held: int = 0
-    late: int = 0
-    expired: int = 0
-    refused: int = 0
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,92 +40,6 @@ class StatsSnapshot:
     sizes: Mapping[int, int]
 
 
-class _Tenant:
-    __slots__ = (
-        "accepted",
-        "cancelled",
-        "coalescible",
-        "device_time",
-        "errors",
-        "expired",
-        "late",
-        "latencies",
-        "ok",
-        "queue_seconds",
-        "refused",
-        "shared",
-        "weight",
-    )
-
-    def __init__(self) -> None:
-        self.accepted = self.ok = self.late = 0
-        self.errors = self.cancelled = self.expired = self.refused = 0
-        self.coalescible = self.shared = 0
-        self.device_time = 0  # picoseconds
-        self.queue_seconds = 0.0
-        self.weight = 1.0
-        self.latencies: deque[float] = deque(maxlen=_WINDOW)
-
-    def ended(self, requests: Sequence[Request], now: float) -> bool:
-        """Counts; returns whether one of them failed."""
-        arrivals = [request.arrival for request in requests if request.state is _DONE]
-        late = sum([request.due < now for request in requests if request.state is _DONE])
-        self.late += late
-        self.ok += len(arrivals) - late
-        self.latencies.extend([now - arrival if now > arrival else 0.0 for arrival in arrivals])
-        failed = 0
-        if len(arrivals) < len(requests):
-            cancelled = sum(request.state is _CANCELLED for request in requests)
-            expired = sum(request.state is _EXPIRED for request in requests)
-            self.cancelled += cancelled
-            self.expired += expired
-            failed = len(requests) - len(arrivals) - cancelled - expired
-            self.errors += failed
-        return failed > 0
-
-    @property
-    def pending(self) -> int:
-        return self.accepted - self.ok - self.late - self.errors - self.cancelled - self.expired
-
-    def ran(self, requests: Sequence[Request], time: int, coalescible: bool, shared: bool) -> None:
-        count = len(requests)
-        self.device_time += time
-        self.queue_seconds += sum(
-            [one.started - one.arrival if one.started > one.arrival else 0.0 for one in requests]
-        )
-        if coalescible:
-            self.coalescible += count
-            self.shared += count if shared else 0
-
-    def snapshot(self, name: str, held: int) -> TenantStats:
-        ordered = sorted(self.latencies)
-        return TenantStats(
-            tenant=name,
-            accepted=self.accepted,
-            ok=self.ok,
-            errors=self.errors,
-            cancelled=self.cancelled,
-            pending=self.pending,
-            p50=_quantile(ordered, 0.5),
-            p99=_quantile(ordered, 0.99),
-            device_seconds=self.device_time / PICOSECONDS,
-            queue_seconds=self.queue_seconds,
-            coalesced_share=self.shared / self.coalescible if self.coalescible else None,
-            held=held,
-            late=self.late,
-            expired=self.expired,
-            refused=self.refused,
-            weight=self.weight,
-        )
-
-
-def _quantile(ordered: Sequence[float], q: float) -> float | None:
-    """The nearest-rank quantile of sorted values."""
-    if not ordered:
-        return None
-    return ordered[min(len(ordered) - 1, max(0, -int(-q * len(ordered) // 1) - 1))]
-
-
 class Accounting:
     """Counters a tenant, of bounded size; safe from any thread.
 
@@ -178,19 +52,19 @@ class Accounting:
         self.memory = memory
         self.quarantine = Quarantine(quarantine)
         self._lock = threading.Lock()
-        self._tenants: dict[str, _Tenant] = {}
+        self._tenants: dict[str, TenantTally] = {}
         self._bundles = 0
         self._requests = 0
         self._device_time = 0
         self._sizes: Counter[int] = Counter()
 
-    def _tenant(self, name: str) -> _Tenant:
+    def _tenant(self, name: str) -> TenantTally:
         tenant = self._tenants.get(name)
         if tenant is None:
-            tenant = self._tenants[name] = _Tenant()
+            tenant = self._tenants[name] = TenantTally()
         return tenant
 
-    def _by_tenant(self, requests: Sequence[Request]) -> list[tuple[_Tenant, Sequence[Request]]]:
+    def _by_tenant(self, requests: Sequence[Request]) -> list[tuple[TenantTally, Sequence[Request]]]:
         """Requests with the counters of their tenant: all together where they run under one quota."""
         first = requests[0].quota if requests else None
         for request in requests:

@@ -20,7 +20,7 @@ from torch_mux.report import Explanation, Stats, explanation, statistics
 
 __all__ = ["MuxCollector", "register", "serve"]
 
-_OUTCOMES: Final = ("ok", "late", "expired", "cancelled", "errors", "refused")
+_OUTCOMES: Final = ("ok", "late", "expired", "cancelled", "errors")
 _BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -72,9 +72,10 @@ class MuxCollector(Collector):
         yield granted
 
 
-def _family(
-    kind: type[Any], name: str, about: str, rows: Iterable[tuple[list[str], float]], *labels: str
-) -> Any:
+_Rows = Iterable[tuple[list[str], float]]
+
+
+def _family(kind: type[Any], name: str, about: str, rows: _Rows, *labels: str) -> Any:
     family = kind(f"torch_mux_{name}", about, labels=list(labels))
     for values, number in rows:
         family.add_metric(values, number)
@@ -83,35 +84,32 @@ def _family(
 
 def _of_tenants(found: Stats) -> Iterator[Metric]:
     tenants = sorted(found.tenants.items())
+    both = [((name, model), part) for name, got in tenants for model, part in sorted(got.models.items())]
     yield _family(
         CounterMetricFamily,
         "requests",
         "Requests that ended, by outcome.",
-        (([name, how], getattr(got, how)) for name, got in tenants for how in _OUTCOMES),
+        (([*key, how], getattr(part, how)) for key, part in both for how in _OUTCOMES),
         "tenant",
+        "model",
         "outcome",
     )
+    for attribute, about in (
+        ("queue_seconds", "Seconds that requests were queued."),
+        ("device_seconds", "Device seconds, in bundles by work."),
+    ):
+        rows: _Rows = ((list(key), getattr(part, attribute)) for key, part in both)
+        yield _family(CounterMetricFamily, attribute, about, rows, "tenant", "model")
     plain: tuple[tuple[type[Any], str, str, str], ...] = (
         (CounterMetricFamily, "accepted_requests", "accepted", "Requests that were accepted."),
+        (CounterMetricFamily, "refused_requests", "refused", "Requests that a limit of the quota refused."),
         (GaugeMetricFamily, "pending_requests", "pending", "Requests that are queued or under way."),
-        (CounterMetricFamily, "queue_seconds", "queue_seconds", "Seconds that requests were queued."),
-        (
-            CounterMetricFamily,
-            "device_seconds",
-            "device_seconds",
-            "Device seconds, in bundles by work.",
-        ),
         (GaugeMetricFamily, "held_bytes", "held", "Bytes held for the tenant."),
-        (
-            GaugeMetricFamily,
-            "coalesced_ratio",
-            "coalesced_share",
-            "Part that shared a bundle.",
-        ),
+        (GaugeMetricFamily, "coalesced_ratio", "coalesced_share", "Part that shared a bundle."),
     )
     for kind, name, attribute, about in plain:
-        rows = [([tenant], getattr(got, attribute)) for tenant, got in tenants]
-        yield _family(kind, name, about, ((labels, n) for labels, n in rows if n is not None), "tenant")
+        values = [([tenant], getattr(got, attribute)) for tenant, got in tenants]
+        yield _family(kind, name, about, ((labels, n) for labels, n in values if n is not None), "tenant")
     quantiles = (
         ([name, q], value) for name, got in tenants for q, value in (("0.5", got.p50), ("0.99", got.p99))
     )

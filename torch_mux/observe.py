@@ -46,7 +46,7 @@ class Reading:
 
     Attributes:
         when: seconds on this process's clock.
-        values: the value of each sample, by (name, tenant, what its other label says).
+        values: the sum of the samples over models, by (name, tenant, outcome or quantile).
     """
 
     when: float
@@ -78,7 +78,8 @@ def read(url: str) -> Reading:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             other = sample.labels.get("outcome") or sample.labels.get("quantile") or ""
-            values[sample.name, sample.labels.get("tenant", ""), other] = sample.value
+            key = (sample.name, sample.labels.get("tenant", ""), other)
+            values[key] = values.get(key, 0.0) + sample.value
     return Reading(time.perf_counter(), values)
 
 
@@ -106,7 +107,8 @@ def table(before: Reading, now: Reading) -> Group:
     used = {t: now.of("device_seconds_total", t) - before.of("device_seconds_total", t) for t in now.tenants}
     whole = sum(used.values()) or 1.0
     for tenant in sorted(now.tenants, key=lambda one: (-rates[one], one)):
-        failed = sum(now.of("requests_total", tenant, how) for how in ("errors", "expired", "refused"))
+        failed = sum(now.of("requests_total", tenant, how) for how in ("errors", "expired"))
+        failed += now.of("refused_requests_total", tenant)
         shown.add_row(
             tenant,
             f"{rates[tenant]:.0f}",

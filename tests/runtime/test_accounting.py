@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ class Slot:
     work: int = 1
     arrival: float = 0.0
     started: float = field(default=0.0)
+    served: Any = field(default_factory=lambda: SimpleNamespace(program=SimpleNamespace(name="net")))
 
 
 def bundle(*slots: tuple[str, int]) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
+from types import SimpleNamespace
 
 from torch_mux.runtime.scheduler.base import Busy, Issue, LaneLoad, Later, Policy, View
 from torch_mux.runtime.scheduler.pending import Flow, Pending
@@ -42,6 +43,7 @@ class Queue:
         ordered: bool = False,
     ) -> None:
         self.key, self.ready, self.slots, self.ordered = key, ready, slots, ordered
+        self.program = SimpleNamespace(name=key)
         self.requests: Pending[Ticket] = Pending()
         self.add(*requests)
 

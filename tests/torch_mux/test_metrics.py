@@ -68,6 +68,27 @@ def test_a_scrape_says_what_stats_says(models: list[Any], url: str) -> None:
     assert sum(shares) == pytest.approx(1.0) and min(shares) > 0
 
 
+def test_what_a_tenant_got_is_told_by_model(models: list[Any]) -> None:
+    class Other(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).tanh()
+
+    other = torch.compile(Other().eval(), backend="mux")
+    _serve(models, "alice", 3)
+    _serve([other], "alice", 2)
+    registry = prometheus.CollectorRegistry()
+    metrics.register(registry)
+    got = torch_mux.stats().tenants["alice"]
+    assert {name: part.ok for name, part in got.models.items()} == {"Net": 6, "Other": 2}
+    assert sum(part.device_seconds for part in got.models.values()) == pytest.approx(got.device_seconds)
+    for name, part in got.models.items():
+        labels = {"tenant": "alice", "model": name}
+        value = registry.get_sample_value
+        assert value("torch_mux_requests_total", {**labels, "outcome": "ok"}) == part.ok
+        assert value("torch_mux_device_seconds_total", labels) == pytest.approx(part.device_seconds)
+        assert value("torch_mux_queue_seconds_total", labels) == pytest.approx(part.queue_seconds)
+
+
 def test_shares_are_those_since_the_scrape_before(models: list[Any], url: str) -> None:
     _serve(models, "alice", 3)
     _serve(models, "bob", 3)

@@ -1,0 +1,221 @@
+"""Counters of one tenant, by model."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from torch_mux.runtime.request import Request, RequestState
+from torch_mux.runtime.shares import PICOSECONDS
+
+__all__ = ["ModelStats", "TenantStats", "TenantTally"]
+
+_WINDOW: Final = 2048
+_DONE, _CANCELLED, _EXPIRED = RequestState.DONE, RequestState.CANCELLED, RequestState.EXPIRED
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """What one tenant got of one model's class.
+
+    Attributes:
+        ok, late, expired, cancelled, errors: its requests that ended, by outcome; see :class:`TenantStats`.
+        device_seconds, queue_seconds: as there.
+        coalesced_share: as there.
+    """
+
+    ok: int
+    late: int
+    expired: int
+    cancelled: int
+    errors: int
+    device_seconds: float
+    queue_seconds: float
+    coalesced_share: float | None
+
+
+@dataclass(frozen=True)
+class TenantStats:
+    """What one tenant got so far.
+
+    Attributes:
+        tenant: its name.
+        accepted: requests queued; always ok + late + expired + cancelled + errors + pending.
+        ok, errors, cancelled: requests by outcome.
+        pending: requests queued or under way.
+        p50, p99: latency quantiles in seconds from submission to the end on the device, over the last 2,048
+            requests that ended well; None before the first.
+        device_seconds: device time, that of a bundle divided over its slots by their work. The sum over
+            tenants is that of the bundles to the picosecond.
+        queue_seconds: time its requests spent queued, in sum.
+        held: bytes that it holds now, see :class:`torch_mux.runtime.memory.MemoryLedger`.
+        late: requests that were served, but after their ``slo`` or ``deadline``.
+        expired: requests that were dropped because their ``deadline`` had passed.
+        refused: requests that were not accepted: a limit of their quota said no.
+        weight: of the quota that its last accepted request ran under.
+        coalesced_share: part of its requests to coalesced plans that shared their bundle, None before the
+            first.
+        models: the same by model, for what has ended.
+    """
+
+    tenant: str
+    accepted: int
+    ok: int
+    errors: int
+    cancelled: int
+    pending: int
+    p50: float | None
+    p99: float | None
+    device_seconds: float
+    queue_seconds: float
+    coalesced_share: float | None
+    held: int = 0
+    late: int = 0
+    expired: int = 0
+    refused: int = 0
+    weight: float = 1.0
+    models: Mapping[str, ModelStats] = field(default_factory=dict)
+
+
+class _Tally:
+    """Counters of requests that went out or ended."""
+
+    __slots__ = (
+        "cancelled",
+        "coalescible",
+        "device_time",
+        "errors",
+        "expired",
+        "late",
+        "ok",
+        "queue_seconds",
+        "shared",
+    )
+
+    def __init__(self) -> None:
+        self.ok = self.late = self.errors = self.cancelled = self.expired = 0
+        self.coalescible = self.shared = 0
+        self.device_time = 0  # picoseconds
+        self.queue_seconds = 0.0
+
+    @classmethod
+    def sum(cls, parts: Iterable[_Tally]) -> _Tally:
+        """All of them together."""
+        whole = cls()
+        for part in parts:
+            for name in cls.__slots__:
+                setattr(whole, name, getattr(whole, name) + getattr(part, name))
+        return whole
+
+    @property
+    def ended(self) -> int:
+        return self.ok + self.late + self.errors + self.cancelled + self.expired
+
+    @property
+    def coalesced_share(self) -> float | None:
+        return self.shared / self.coalescible if self.coalescible else None
+
+    def stats(self) -> ModelStats:
+        return ModelStats(
+            ok=self.ok,
+            late=self.late,
+            expired=self.expired,
+            cancelled=self.cancelled,
+            errors=self.errors,
+            device_seconds=self.device_time / PICOSECONDS,
+            queue_seconds=self.queue_seconds,
+            coalesced_share=self.coalesced_share,
+        )
+
+
+class TenantTally:
+    """Counters of one tenant; guarded by the accounting's lock."""
+
+    __slots__ = ("_models", "accepted", "latencies", "refused", "weight")
+
+    def __init__(self) -> None:
+        self.accepted = self.refused = 0
+        self.weight = 1.0
+        self.latencies: deque[float] = deque(maxlen=_WINDOW)
+        self._models: dict[str, _Tally] = {}
+
+    @property
+    def device_time(self) -> int:
+        """Picoseconds of the device."""
+        return sum([model.device_time for model in self._models.values()])
+
+    @property
+    def pending(self) -> int:
+        """Requests queued or under way."""
+        return self.accepted - sum([model.ended for model in self._models.values()])
+
+    def _model(self, request: Request) -> _Tally:
+        name = request.served.program.name
+        found = self._models.get(name)
+        if found is None:
+            found = self._models[name] = _Tally()
+        return found
+
+    def ended(self, requests: Sequence[Request], now: float) -> bool:
+        """Counts requests, which may be of several models; returns whether one of them failed."""
+        if len({request.served.program.name for request in requests}) > 1:
+            failures = [self.ended((request,), now) for request in requests]
+            return any(failures)
+        model = self._model(requests[0])
+        arrivals = [request.arrival for request in requests if request.state is _DONE]
+        late = sum([request.due < now for request in requests if request.state is _DONE])
+        model.late += late
+        model.ok += len(arrivals) - late
+        self.latencies.extend([now - arrival if now > arrival else 0.0 for arrival in arrivals])
+        failed = 0
+        if len(arrivals) < len(requests):
+            cancelled = sum(request.state is _CANCELLED for request in requests)
+            expired = sum(request.state is _EXPIRED for request in requests)
+            model.cancelled += cancelled
+            model.expired += expired
+            failed = len(requests) - len(arrivals) - cancelled - expired
+            model.errors += failed
+        return failed > 0
+
+    def ran(self, requests: Sequence[Request], time: int, coalescible: bool, shared: bool) -> None:
+        """Requests of one bundle took so many picoseconds of the device."""
+        count, model = len(requests), self._model(requests[0])
+        model.device_time += time
+        model.queue_seconds += sum(
+            [one.started - one.arrival if one.started > one.arrival else 0.0 for one in requests]
+        )
+        if coalescible:
+            model.coalescible += count
+            model.shared += count if shared else 0
+
+    def snapshot(self, name: str, held: int) -> TenantStats:
+        """Everything so far."""
+        ordered, whole = sorted(self.latencies), _Tally.sum(self._models.values())
+        return TenantStats(
+            tenant=name,
+            accepted=self.accepted,
+            ok=whole.ok,
+            errors=whole.errors,
+            cancelled=whole.cancelled,
+            pending=self.accepted - whole.ended,
+            p50=_quantile(ordered, 0.5),
+            p99=_quantile(ordered, 0.99),
+            device_seconds=whole.device_time / PICOSECONDS,
+            queue_seconds=whole.queue_seconds,
+            coalesced_share=whole.coalesced_share,
+            held=held,
+            late=whole.late,
+            expired=whole.expired,
+            refused=self.refused,
+            weight=self.weight,
+            models={model: tally.stats() for model, tally in self._models.items()},
+        )
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float | None:
+    """The nearest-rank quantile of sorted values."""
+    if not ordered:
+        return None
+    return ordered[min(len(ordered) - 1, max(0, -int(-q * len(ordered) // 1) - 1))]
