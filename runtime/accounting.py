@@ -100,32 +100,23 @@ class _Tenant:
         self.queue_seconds = 0.0
         self.latencies: deque[float] = deque(maxlen=_WINDOW)
 
-    def ended(self, requests: Sequence[Request], now: float) -> None:
-        arrivals = [request.arrival for request in requests if request.state is _DONE]
-        late = sum([request.due < now for request in requests if request.state is _DONE])
-        self.late += late
-        self.ok += len(arrivals) - late
-        self.latencies.extend([now - arrival if now > arrival else 0.0 for arrival in arrivals])
-        if len(arrivals) < len(requests):
-            cancelled = sum(request.state is _CANCELLED for request in requests)
-            expired = sum(request.state is _EXPIRED for request in requests)
-            self.cancelled += cancelled
-            self.expired += expired
-            self.errors += len(requests) - len(arrivals) - cancelled - expired
+    def not_served(self, state: RequestState) -> None:
+        if state is _CANCELLED:
+            self.cancelled += 1
+        elif state is _EXPIRED:
+            self.expired += 1
+        else:
+            self.errors += 1
+
+    def ran(self, time: int, coalescible: int, shared: int, queued: float) -> None:
+        self.device_time += time
+        self.coalescible += coalescible
+        self.shared += shared
+        self.queue_seconds += queued
 
     @property
     def pending(self) -> int:
         return self.accepted - self.ok - self.late - self.errors - self.cancelled - self.expired
-
-    def ran(self, requests: Sequence[Request], time: int, coalescible: bool, shared: bool) -> None:
-        count = len(requests)
-        self.device_time += time
-        self.queue_seconds += sum(
-            [one.started - one.arrival if one.started > one.arrival else 0.0 for one in requests]
-        )
-        if coalescible:
-            self.coalescible += count
-            self.shared += count if shared else 0
 
     def snapshot(self, name: str, held: int) -> TenantStats:
         ordered = sorted(self.latencies)
@@ -177,14 +168,6 @@ class Accounting:
             tenant = self._tenants[name] = _Tenant()
         return tenant
 
-    def _by_tenant(self, requests: Sequence[Request]) -> list[tuple[_Tenant, Sequence[Request]]]:
-        """Requests with the counters of their tenant: all together where they run under one quota."""
-        first = requests[0].quota if requests else None
-        for request in requests:
-            if request.quota is not first:
-                return [(self._tenant(one.quota.tenant), (one,)) for one in requests]
-        return [(self._tenant(first.tenant), requests)] if first is not None else []
-
     def accepted(self, quotas: Sequence[Quota]) -> None:
         """Requests under these quotas are about to be queued."""
         last: Quota | None = None
@@ -212,9 +195,21 @@ class Accounting:
 
     def ended(self, requests: Sequence[Request], now: float) -> None:
         """Requests ended at ``now``; their state says how."""
+        last: Quota | None = None
         with self._lock:
-            for tenant, group in self._by_tenant(requests):
-                tenant.ended(group, now)
+            for request in requests:
+                quota = request.quota
+                if quota is not last:
+                    last, tenant = quota, self._tenant(quota.tenant)
+                if request.state is _DONE:
+                    arrival = request.arrival
+                    tenant.latencies.append(now - arrival if now > arrival else 0.0)
+                    if request.due < now:
+                        tenant.late += 1
+                    else:
+                        tenant.ok += 1
+                else:
+                    tenant.not_served(request.state)
         if self.memory is not None:
             self.memory.release(requests)
 
@@ -222,18 +217,25 @@ class Accounting:
         """A bundle of these requests took ``seconds`` of the device."""
         slots = len(requests)
         time = round(seconds * PICOSECONDS)
+        coalescible, shared = int(coalesced), int(coalesced and slots > 1)
+        last: Quota | None = None
+        queued = [max(one.started - one.arrival, 0.0) for one in requests]
+        alone = len({id(request.quota) for request in requests}) == 1
+        parts = () if alone else divided(time, [request.work for request in requests])
         with self._lock:
             self._bundles += 1
             self._requests += slots
             self._device_time += time
             self._sizes[slots] += 1
-            groups = self._by_tenant(requests)
-            if len(groups) == 1:
-                groups[0][0].ran(requests, time, coalesced, slots > 1)
+            if alone:
+                tenant = self._tenant(requests[0].quota.tenant)
+                tenant.ran(time, slots * coalescible, slots * shared, sum(queued))
                 return
-            times = divided(time, [request.work for request in requests])
-            for (tenant, group), part in zip(groups, times, strict=True):
-                tenant.ran(group, part, coalesced, slots > 1)
+            for request, part, wait in zip(requests, parts, queued, strict=True):
+                quota = request.quota
+                if quota is not last:
+                    last, tenant = quota, self._tenant(quota.tenant)
+                tenant.ran(part, coalescible, shared, wait)
 
     def snapshot(self) -> StatsSnapshot:
         """Everything counted so far, as frozen data."""
