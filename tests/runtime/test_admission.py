@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -351,3 +353,34 @@ def check(engine: Any, requests: list[Any], refused: int) -> None:
         ends = got.ok + got.late + got.expired + got.cancelled + got.errors
         assert got.accepted == ends + got.pending
         assert got.pending >= 0
+
+
+def test_alarms_of_what_was_served_keep_nothing_alive(lab: Any) -> None:
+    engine, program, model = ready(lab)
+    quota = Quota("a", deadline=3600.0)
+    gone = []
+    for _ in range(500):
+        request = lab.submit(engine, program, model, quota=quota)
+        request.result()
+        gone.append(weakref.ref(request))
+    alarms = request.dispatcher._line.alarms
+    del request
+    gc.collect()
+    assert sum(reference() is not None for reference in gone) == 0
+    assert len(alarms) <= 64
+
+
+def test_an_interrupted_request_with_a_deadline_goes_out_again(lab: Any) -> None:
+    engine, program, model = ready(lab)
+    plan = lab.plans["affine"]
+    others = [lab.submit(engine, program, model, 5.0, Quota("a", deadline=30.0)) for _ in range(3)]
+
+    def interrupt(inputs: list[torch.Tensor]) -> None:
+        plan.before = lambda inputs: None
+        raise KeyboardInterrupt
+
+    plan.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        lab.call(engine, program, model)
+    lab.until(lambda: all(other.done() for other in others))
+    assert [other.result()[0][0].item() for other in others] == [10.0] * 3
