@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from torch_mux.errors import (
@@ -294,9 +294,11 @@ QUOTAS = [
 ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # every example has an engine of its own
 @given(
-    st.lists(
+    steps=st.lists(
         st.tuples(
             st.sampled_from(["submit", "submit", "submit", "cancel", "clock", "kick", "wait", "fault"]),
             st.integers(0, 5),
@@ -305,11 +307,9 @@ QUOTAS = [
         max_size=40,
     )
 )
-def test_accepted_is_the_sum_of_all_outcomes(steps: list[tuple[str, int, float]]) -> None:
+def test_accepted_is_the_sum_of_all_outcomes(lab: Any, steps: list[tuple[str, int, float]]) -> None:
     """Whatever happens, also when the clock jumps."""
-    from tests.runtime.conftest import Lab
-
-    lab, clock = Lab(), Clock()
+    clock = Clock()
     engine, program, model = ready(lab, clock, max_bundle=3)
 
     def fail(inputs: list[torch.Tensor]) -> None:
