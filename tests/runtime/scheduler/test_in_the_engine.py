@@ -9,7 +9,8 @@ import pytest
 import torch
 from slow_device import slow
 
-from torch_mux.errors import ExecutionFailed, MemoryQuotaExceeded
+from torch_mux.errors import DispatchFailed, ExecutionFailed, MemoryQuotaExceeded
+from torch_mux.runtime.scheduler.policy import FairPolicy
 from torch_mux.types import Quota
 
 
@@ -97,3 +98,27 @@ def test_weights_hold_between_programs_on_a_device_that_runs_behind_the_host(lab
     lab.until(lambda: len(order) == 160, 20.0)
     assert order[:80].count("three") == pytest.approx(60, abs=6)
     assert engine.stats().tenants["one"].device_seconds == pytest.approx(0.08)
+
+
+class Faulty(FairPolicy):
+    """Raises once when it is told what was issued."""
+
+    fault = True
+
+    def issued(self, issue: Any, now: float) -> None:
+        fault, self.fault = self.fault, False
+        if fault:
+            raise SystemError("bug")
+        super().issued(issue, now)
+
+
+def test_a_policy_that_raises_fails_its_bundle_and_nobody_hangs(lab: Any) -> None:
+    engine, program, model = lab.engine(), lab.program(), lab.Affine(2.0)
+    lab.call(engine, program, model)
+    request = lab.submit(engine, program, model)
+    request.dispatcher.policy = request.dispatcher._runner._policy = Faulty()
+    engine.kick()
+    lab.until(request.done)
+    with pytest.raises(DispatchFailed, match="bug"):
+        request.result()
+    assert lab.call(engine, program, model, 3.0)[0].item() == 6.0
