@@ -219,7 +219,7 @@ class Accounting:
         time = round(seconds * PICOSECONDS)
         coalescible, shared = int(coalesced), int(coalesced and slots > 1)
         last: Quota | None = None
-        queued = [max(one.started - one.arrival, 0.0) for one in requests]
+        queued = [one.started - one.arrival if one.started > one.arrival else 0.0 for one in requests]
         alone = len({id(request.quota) for request in requests}) == 1
         parts = () if alone else divided(time, [request.work for request in requests])
         with self._lock:
