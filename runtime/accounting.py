@@ -64,14 +64,6 @@ class Accounting:
             tenant = self._tenants[name] = TenantTally()
         return tenant
 
-    def _by_tenant(self, requests: Sequence[Request]) -> list[tuple[TenantTally, Sequence[Request]]]:
-        """Requests with the counters of their tenant: all together where they run under one quota."""
-        first = requests[0].quota if requests else None
-        for request in requests:
-            if request.quota is not first:
-                return [(self._tenant(one.quota.tenant), (one,)) for one in requests]
-        return [(self._tenant(first.tenant), requests)] if first is not None else []
-
     def accepted(self, quotas: Sequence[Quota]) -> None:
         """Requests under these quotas are about to be queued."""
         last: Quota | None = None
@@ -100,10 +92,25 @@ class Accounting:
 
     def ended(self, requests: Sequence[Request], now: float) -> None:
         """Requests ended at ``now``; their state says how."""
+        last: Quota | None = None
+        program: object = None
+        failed = False
         with self._lock:
-            failed = False
-            for tenant, group in self._by_tenant(requests):
-                failed = tenant.ended(group, now) or failed
+            for request in requests:
+                quota, served = request.quota, request.served
+                if quota is not last or served is not program:
+                    last, program, tenant = quota, served, self._tenant(quota.tenant)
+                    model = tenant.model(served.program.name)
+                if request.state is _DONE:
+                    arrival = request.arrival
+                    tenant.latencies.append(now - arrival if now > arrival else 0.0)
+                    if request.due < now:
+                        model.late += 1
+                    else:
+                        model.ok += 1
+                else:
+                    model.not_served(request.state)
+                    failed = True
         if failed or self.quarantine.watching:
             self._watch(requests, now)
         if self.memory is not None:
@@ -119,19 +126,26 @@ class Accounting:
     def ran(self, requests: Sequence[Request], seconds: float, coalesced: bool) -> None:
         """A bundle of these requests took ``seconds`` of the device."""
         slots = len(requests)
-        time = round(seconds * PICOSECONDS)
+        time, name = round(seconds * PICOSECONDS), requests[0].served.program.name
+        coalescible, shared = int(coalesced), int(coalesced and slots > 1)
+        last: Quota | None = None
+        queued = [one.started - one.arrival if one.started > one.arrival else 0.0 for one in requests]
+        alone = len({id(request.quota) for request in requests}) == 1
+        parts = () if alone else divided(time, [request.work for request in requests])
         with self._lock:
             self._bundles += 1
             self._requests += slots
             self._device_time += time
             self._sizes[slots] += 1
-            groups = self._by_tenant(requests)
-            if len(groups) == 1:
-                groups[0][0].ran(requests, time, coalesced, slots > 1)
+            if alone:
+                tenant = self._tenant(requests[0].quota.tenant).model(name)
+                tenant.ran(time, slots * coalescible, slots * shared, sum(queued))
                 return
-            times = divided(time, [request.work for request in requests])
-            for (tenant, group), part in zip(groups, times, strict=True):
-                tenant.ran(group, part, coalesced, slots > 1)
+            for request, part, wait in zip(requests, parts, queued, strict=True):
+                quota = request.quota
+                if quota is not last:
+                    last, tenant = quota, self._tenant(quota.tenant).model(name)
+                tenant.ran(part, coalescible, shared, wait)
 
     def snapshot(self) -> StatsSnapshot:
         """Everything counted so far, as frozen data."""

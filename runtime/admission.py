@@ -83,6 +83,8 @@ class Admission:
             raise Quarantined(tenant=quota.tenant, wait=wait, failures=failures, cause=cause)
 
     def _reserved(self, quotas: Sequence[Quota]) -> dict[str, float]:
+        if all(self._reserves.get(quota.tenant, 0.0) == quota.reserve for quota in quotas):
+            return self._reserves
         reserves = dict(self._reserves)
         for quota in quotas:
             if quota.reserve:
@@ -90,7 +92,7 @@ class Admission:
             else:
                 reserves.pop(quota.tenant, None)
         total = sum(reserves.values())
-        if total > 1 + _ROUNDING and reserves != self._reserves:
+        if total > 1 + _ROUNDING:
             names = ", ".join(f"{name!r} {part:g}" for name, part in sorted(reserves.items()))
             asked = next(quota for quota in quotas if quota.reserve)
             detail = f"the reserves of all tenants add up to {total:g}, above 1 ({names}): lower one of them"

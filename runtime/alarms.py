@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import heapq
+import weakref
+from itertools import count
 
 from torch_mux.runtime.request import Request, RequestState
 
 __all__ = ["Alarms"]
 
 _NEVER = float("inf")
+_KEPT = 64
 
 
 class Alarms:
-    """A heap of moments; what has gone out or ended meanwhile is passed over."""
+    """A heap of moments. What has gone out or ended meanwhile is passed over and not kept alive."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Request]] = []
+        self._heap: list[tuple[float, int, weakref.ref[Request]]] = []
+        self._numbers = count()
+        self._prune_at = _KEPT
 
     def __bool__(self) -> bool:
         return bool(self._heap)
 
+    def __len__(self) -> int:
+        return len(self._heap)
+
     def set(self, moment: float, request: Request) -> None:
         """Rings for ``request`` at ``moment``, seconds on the clock."""
-        heapq.heappush(self._heap, (moment, request.seq, request))
+        if len(self._heap) >= self._prune_at:
+            self._heap = [entry for entry in self._heap if _pending(entry[2]) is not None]
+            heapq.heapify(self._heap)
+            self._prune_at = max(_KEPT, 2 * len(self._heap))
+        heapq.heappush(self._heap, (moment, next(self._numbers), weakref.ref(request)))
 
     def peek(self) -> float:
         """When the first one was set for, which may have been passed over; takes no lock."""
@@ -33,7 +45,7 @@ class Alarms:
 
     def next(self) -> float:
         """When the next one rings, or never."""
-        while self._heap and self._heap[0][2].state is not RequestState.QUEUED:
+        while self._heap and _pending(self._heap[0][2]) is None:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else _NEVER
 
@@ -41,5 +53,12 @@ class Alarms:
         """The requests whose moment has come, in order."""
         rung: list[Request] = []
         while self.next() <= now:
-            rung.append(heapq.heappop(self._heap)[2])
+            request = heapq.heappop(self._heap)[2]()
+            if request is not None:
+                rung.append(request)
         return rung
+
+
+def _pending(reference: weakref.ref[Request]) -> Request | None:
+    request = reference()
+    return request if request is not None and request.state is RequestState.QUEUED else None

@@ -65,9 +65,9 @@ class Runner:
         for request in requests:
             request.state = _RUNNING
             request.started = now
+        bundle = self._underway = Bundle(served, requests, issue)
         self._policy.issued(issue, now)
-        self._underway = Bundle(served, requests, issue)
-        return self._underway
+        return bundle
 
     def run(self, bundle: Bundle) -> None:
         """Runs or enqueues a bundle; what it raises becomes errors of its requests."""

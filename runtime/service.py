@@ -13,7 +13,8 @@ logger = logging.getLogger(__name__)
 
 _INTERVAL = 2e-3
 _LEAST = 1e-3  # so that it does not spin while somebody else holds the role
-_FAR = 3600.0  # poked long before
+_MOST = 3600.0  # a lock's timeout is limited
+_NEVER = float("inf")
 
 
 class Service:
@@ -104,7 +105,7 @@ class Service:
         self._asleep = not flying
         try:
             alarm = self._alarm()
-            timeout = max(_LEAST, alarm) if alarm < _FAR else None
+            timeout = min(max(_LEAST, alarm), _MOST) if alarm < _NEVER else None
             go = self._tokens.get(timeout=_INTERVAL if flying else timeout)
             while go and not self._tokens.empty():
                 go = self._tokens.get_nowait()

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from torch_mux.runtime.request import Request, RequestState
+from torch_mux.runtime.request import RequestState
 from torch_mux.runtime.shares import PICOSECONDS
 
-__all__ = ["ModelStats", "TenantStats", "TenantTally"]
+__all__ = ["ModelStats", "Tally", "TenantStats", "TenantTally"]
 
 _WINDOW: Final = 2048
-_DONE, _CANCELLED, _EXPIRED = RequestState.DONE, RequestState.CANCELLED, RequestState.EXPIRED
+_CANCELLED, _EXPIRED = RequestState.CANCELLED, RequestState.EXPIRED
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TenantStats:
     models: Mapping[str, ModelStats] = field(default_factory=dict)
 
 
-class _Tally:
+class Tally:
     """Counters of requests that went out or ended."""
 
     __slots__ = (
@@ -101,7 +101,7 @@ class _Tally:
         self.queue_seconds = 0.0
 
     @classmethod
-    def sum(cls, parts: Iterable[_Tally]) -> _Tally:
+    def sum(cls, parts: Iterable[Tally]) -> Tally:
         """All of them together."""
         whole = cls()
         for part in parts:
@@ -109,15 +109,34 @@ class _Tally:
                 setattr(whole, name, getattr(whole, name) + getattr(part, name))
         return whole
 
+    def not_served(self, state: RequestState) -> None:
+        """A request ended without an answer."""
+        if state is _CANCELLED:
+            self.cancelled += 1
+        elif state is _EXPIRED:
+            self.expired += 1
+        else:
+            self.errors += 1
+
+    def ran(self, time: int, coalescible: int, shared: int, queued: float) -> None:
+        """Requests took so many picoseconds of the device, after so many seconds in the queue."""
+        self.device_time += time
+        self.coalescible += coalescible
+        self.shared += shared
+        self.queue_seconds += queued
+
     @property
     def ended(self) -> int:
+        """Requests that ended, however."""
         return self.ok + self.late + self.errors + self.cancelled + self.expired
 
     @property
     def coalesced_share(self) -> float | None:
+        """Part of those that could share a bundle."""
         return self.shared / self.coalescible if self.coalescible else None
 
     def stats(self) -> ModelStats:
+        """As frozen data."""
         return ModelStats(
             ok=self.ok,
             late=self.late,
@@ -139,7 +158,7 @@ class TenantTally:
         self.accepted = self.refused = 0
         self.weight = 1.0
         self.latencies: deque[float] = deque(maxlen=_WINDOW)
-        self._models: dict[str, _Tally] = {}
+        self._models: dict[str, Tally] = {}
 
     @property
     def device_time(self) -> int:
@@ -151,48 +170,16 @@ class TenantTally:
         """Requests queued or under way."""
         return self.accepted - sum([model.ended for model in self._models.values()])
 
-    def _model(self, request: Request) -> _Tally:
-        name = request.served.program.name
+    def model(self, name: str) -> Tally:
+        """The counters of one model."""
         found = self._models.get(name)
         if found is None:
-            found = self._models[name] = _Tally()
+            found = self._models[name] = Tally()
         return found
-
-    def ended(self, requests: Sequence[Request], now: float) -> bool:
-        """Counts requests, which may be of several models; returns whether one of them failed."""
-        if len({request.served.program.name for request in requests}) > 1:
-            failures = [self.ended((request,), now) for request in requests]
-            return any(failures)
-        model = self._model(requests[0])
-        arrivals = [request.arrival for request in requests if request.state is _DONE]
-        late = sum([request.due < now for request in requests if request.state is _DONE])
-        model.late += late
-        model.ok += len(arrivals) - late
-        self.latencies.extend([now - arrival if now > arrival else 0.0 for arrival in arrivals])
-        failed = 0
-        if len(arrivals) < len(requests):
-            cancelled = sum(request.state is _CANCELLED for request in requests)
-            expired = sum(request.state is _EXPIRED for request in requests)
-            model.cancelled += cancelled
-            model.expired += expired
-            failed = len(requests) - len(arrivals) - cancelled - expired
-            model.errors += failed
-        return failed > 0
-
-    def ran(self, requests: Sequence[Request], time: int, coalescible: bool, shared: bool) -> None:
-        """Requests of one bundle took so many picoseconds of the device."""
-        count, model = len(requests), self._model(requests[0])
-        model.device_time += time
-        model.queue_seconds += sum(
-            [one.started - one.arrival if one.started > one.arrival else 0.0 for one in requests]
-        )
-        if coalescible:
-            model.coalescible += count
-            model.shared += count if shared else 0
 
     def snapshot(self, name: str, held: int) -> TenantStats:
         """Everything so far."""
-        ordered, whole = sorted(self.latencies), _Tally.sum(self._models.values())
+        ordered, whole = sorted(self.latencies), Tally.sum(self._models.values())
         return TenantStats(
             tenant=name,
             accepted=self.accepted,

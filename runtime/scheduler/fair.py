@@ -62,8 +62,10 @@ class VirtualTime:
 
     def arrived(self, tenant: str) -> Account:
         """The account of a tenant who had nothing pending before."""
-        account = self.account(tenant)
-        if account.tag < self.now:
+        account = self._accounts.get(tenant)
+        if account is None:
+            account = self._accounts[tenant] = Account(self.now)
+        elif account.tag < self.now:
             account.tag = self.now
             account.credit = 0.0
         return account

@@ -7,7 +7,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 from itertools import islice
 
 from torch_mux.runtime.scheduler.base import Queue, Ticket
-from torch_mux.runtime.scheduler.fair import Account
+from torch_mux.runtime.scheduler.fair import Account, VirtualTime
 from torch_mux.runtime.scheduler.pending import Flow
 
 __all__ = ["Turns"]
@@ -33,22 +33,24 @@ class Turns:
         self._heaps: dict[int, list[_Entry]] = {}
         self._new = True
 
-    def least(self, arrived: Callable[[Flow], Account]) -> dict[int, tuple[float, int]]:
+    def least(self, times: Callable[[int], VirtualTime]) -> dict[int, tuple[float, int]]:
         """(start tag, age) of who is first in each class that has something pending.
 
         Args:
-            arrived: the account of a flow that had nothing pending before.
+            times: the virtual time of a class.
         """
         flows = self.queue.flows()
-        fresh: Collection[Flow] = self.queue.fresh()
+        fresh = self.queue.fresh()
         if self._new:
-            fresh, self._new = flows.keys(), False
-        for flow in fresh:
-            account, tickets = arrived(flow), flows.get(flow)
-            if tickets is not None and flow not in self.members:
-                self.members.add(flow)
-                heap = self._heaps.setdefault(flow[0], [])
-                heappush(heap, (account.tag, next(iter(tickets)).seq, flow[1], account, None, None))
+            self._new = False
+            self._sort(flows, times)
+        else:
+            for flow in fresh:
+                account, tickets = times(flow[0]).arrived(flow[1]), flows.get(flow)
+                if tickets is not None and flow not in self.members:
+                    self.members.add(flow)
+                    heap = self._heaps.setdefault(flow[0], [])
+                    heappush(heap, (account.tag, next(iter(tickets)).seq, flow[1], account, None, None))
         found: dict[int, tuple[float, int]] = {}
         for priority, heap in self._heaps.items():
             while heap:
@@ -63,6 +65,17 @@ class Turns:
                     found[priority] = (tag, seq)
                     break
         return found
+
+    def _sort(self, flows: _Flows, times: Callable[[int], VirtualTime]) -> None:
+        self.members = set(flows)
+        for level in {priority for priority, _ in flows}:
+            arrived = times(level).arrived
+            heap = self._heaps[level] = []
+            for (priority, name), tickets in flows.items():
+                if priority == level:
+                    account = arrived(name)
+                    heap.append((account.tag, next(iter(tickets)).seq, name, account, None, None))
+            heapify(heap)
 
     def fill(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -40,7 +40,7 @@ class Pending(Collection[T], Generic[T]):
 
     def __init__(self) -> None:
         self._all: OrderedDict[T, None] = OrderedDict()
-        self._flows: dict[Flow, OrderedDict[T, None]] | None = None
+        self._flows: dict[Flow, deque[T]] | None = None
         self._fresh: list[Flow] = []
         self.timed = False
 
@@ -64,7 +64,7 @@ class Pending(Collection[T], Generic[T]):
         if request.due < _NEVER:
             self.timed = True
         if self._flows is not None:
-            self._flow(request)[request] = None
+            self._flow(request).append(request)
 
     def appendleft(self, request: T) -> None:
         """A request that had been taken out becomes the oldest again."""
@@ -72,9 +72,7 @@ class Pending(Collection[T], Generic[T]):
         self._all.move_to_end(request, last=False)
         self.timed = self.timed or request.due < _NEVER
         if self._flows is not None:
-            own = self._flow(request)
-            own[request] = None
-            own.move_to_end(request, last=False)
+            self._flow(request).appendleft(request)
 
     def take(self, requests: Sequence[T]) -> None:
         """Takes these out; each of them must be pending."""
@@ -90,7 +88,10 @@ class Pending(Collection[T], Generic[T]):
                 quota = request.quota
                 flow = (quota.priority, quota.tenant)
                 own = self._flows[flow]
-                del own[request]
+                if own[0] is request:
+                    own.popleft()
+                else:
+                    own.remove(request)
                 if not own:
                     del self._flows[flow]
 
@@ -100,7 +101,7 @@ class Pending(Collection[T], Generic[T]):
             self._flows = {}
             self._fresh = []
             for request in self._all:
-                self._flow(request)[request] = None
+                self._flow(request).append(request)
         return self._flows
 
     def fresh(self) -> Sequence[Flow]:
@@ -111,12 +112,12 @@ class Pending(Collection[T], Generic[T]):
         fresh, self._fresh = self._fresh, []
         return fresh
 
-    def _flow(self, request: T) -> OrderedDict[T, None]:
+    def _flow(self, request: T) -> deque[T]:
         assert self._flows is not None
         quota = request.quota
         flow = (quota.priority, quota.tenant)
         own = self._flows.get(flow)
         if own is None:
-            own = self._flows[flow] = OrderedDict()
+            own = self._flows[flow] = deque()
             self._fresh.append(flow)
         return own

@@ -22,7 +22,6 @@ from torch_mux.runtime.scheduler.cohorts import Cohorts
 from torch_mux.runtime.scheduler.deadlines import Urgent, attainable, latest_start, urgent
 from torch_mux.runtime.scheduler.fair import Account, VirtualTime
 from torch_mux.runtime.scheduler.formation import Turns
-from torch_mux.runtime.scheduler.pending import Flow
 from torch_mux.runtime.scheduler.predictor import Context, Forecast, Predictor, context
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
@@ -172,7 +171,7 @@ class FairPolicy:
         self, ready: Sequence[Queue], choices: Sequence[_Open], urgent: dict[str, list[Urgent]]
     ) -> Issue:
         """Something stays behind: the order says what."""
-        waiting = {queue.key: self._turns_of(queue).least(self._arrived) for queue in ready}
+        waiting = {queue.key: self._turns_of(queue).least(self._time) for queue in ready}
         chosen, best = choices[0], (0, 0, _NEVER, 0)
         for choice in choices:
             rank = _rank(waiting[choice.queue.key], urgent.get(choice.queue.key))
@@ -209,9 +208,6 @@ class FairPolicy:
         if time is None:
             time = self._times[priority] = VirtualTime()
         return time
-
-    def _arrived(self, flow: Flow) -> Account:
-        return self._time(flow[0]).arrived(flow[1])
 
     def issued(self, issue: Issue, now: float) -> None:
         """Charges its tenants what it will probably take."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from torch_mux.errors import (
@@ -96,8 +98,7 @@ def test_a_hold_ends_though_the_dispatcher_sleeps_for_others(lab: Any) -> None:
     time.sleep(0.05)
     held = [lab.submit(engine, other, model, quota=quota) for _ in range(2)]
     engine.kick()
-    time.sleep(0.2)
-    assert len(held[1].served.requests) == 2
+    lab.until(lambda: len(held[1].served.requests) == 2)
     assert not first.done()
     engine.close()
     assert held[1].done() and first.done()
@@ -293,9 +294,11 @@ QUOTAS = [
 ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # every example has an engine of its own
 @given(
-    st.lists(
+    steps=st.lists(
         st.tuples(
             st.sampled_from(["submit", "submit", "submit", "cancel", "clock", "kick", "wait", "fault"]),
             st.integers(0, 5),
@@ -304,11 +307,9 @@ QUOTAS = [
         max_size=40,
     )
 )
-def test_accepted_is_the_sum_of_all_outcomes(steps: list[tuple[str, int, float]]) -> None:
+def test_accepted_is_the_sum_of_all_outcomes(lab: Any, steps: list[tuple[str, int, float]]) -> None:
     """Whatever happens, also when the clock jumps."""
-    from tests.runtime.conftest import Lab
-
-    lab, clock = Lab(), Clock()
+    clock = Clock()
     engine, program, model = ready(lab, clock, max_bundle=3)
 
     def fail(inputs: list[torch.Tensor]) -> None:
@@ -351,3 +352,34 @@ def check(engine: Any, requests: list[Any], refused: int) -> None:
         ends = got.ok + got.late + got.expired + got.cancelled + got.errors
         assert got.accepted == ends + got.pending
         assert got.pending >= 0
+
+
+def test_alarms_of_what_was_served_keep_nothing_alive(lab: Any) -> None:
+    engine, program, model = ready(lab)
+    quota = Quota("a", deadline=3600.0)
+    gone = []
+    for _ in range(500):
+        request = lab.submit(engine, program, model, quota=quota)
+        request.result()
+        gone.append(weakref.ref(request))
+    alarms = request.dispatcher._line.alarms
+    del request
+    gc.collect()
+    assert sum(reference() is not None for reference in gone) == 0
+    assert len(alarms) <= 64
+
+
+def test_an_interrupted_request_with_a_deadline_goes_out_again(lab: Any) -> None:
+    engine, program, model = ready(lab)
+    plan = lab.plans["affine"]
+    others = [lab.submit(engine, program, model, 5.0, Quota("a", deadline=30.0)) for _ in range(3)]
+
+    def interrupt(inputs: list[torch.Tensor]) -> None:
+        plan.before = lambda inputs: None
+        raise KeyboardInterrupt
+
+    plan.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        lab.call(engine, program, model)
+    lab.until(lambda: all(other.done() for other in others))
+    assert [other.result()[0][0].item() for other in others] == [10.0] * 3

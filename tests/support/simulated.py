@@ -27,7 +27,6 @@ class Ticket:
     quota: Quota = field(default_factory=Quota)
     seq: int = 0
     key: str = ""
-    ended: float = float("nan")
     due: float = float("inf")
 
 
@@ -81,8 +80,6 @@ class Device:
         self.now = 0.0
         self.queues: dict[str, Queue] = {}
         self.issues: list[Issue] = []
-        self.busy = 0.0
-        self.decisions = 0
         self._seq = count()
         self._lanes = [0] * lanes
         self._free = [0.0] * lanes
@@ -105,7 +102,6 @@ class Device:
             view = self.view()
             if not view.queues:
                 break
-            self.decisions += 1
             decision = self.policy.form(view, self.now, self.settings)
             if not isinstance(decision, Issue):
                 assert isinstance(decision, (Later, Busy)), "something is pending and nothing happens"
@@ -126,7 +122,6 @@ class Device:
         self._lanes[lane] += 1
         seconds = self.seconds(issue.key, len(taken))
         self._free[lane] = max(self._free[lane], self.now) + seconds
-        self.busy += seconds
         heappush(self._ends, (self._free[lane], len(self.issues), lane, issue, seconds))
 
     def advance(self, until: float) -> Iterator[Issue]:
@@ -140,8 +135,5 @@ class Device:
                 _, _, lane, issue, seconds = heappop(self._ends)
                 self._lanes[lane] -= 1
                 self.policy.completed(issue, self.now, seconds)
-                for request in issue.requests:
-                    assert isinstance(request, Ticket)
-                    request.ended = self.now
                 yield issue
         self.now = max(self.now, until)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from slow_device import slow
 
-from torch_mux.errors import ExecutionFailed, MemoryQuotaExceeded
+from torch_mux.errors import DispatchFailed, ExecutionFailed, MemoryQuotaExceeded
+from torch_mux.runtime.scheduler.policy import FairPolicy
 from torch_mux.types import Quota
 
 
@@ -79,3 +81,44 @@ def test_what_is_left_of_a_refused_bundle_is_charged_and_measured(lab: Any) -> N
     policy = requests[0].dispatcher.policy
     assert policy._flying == {}
     assert list(policy.predictor._programs["print-slow"].contexts[16, 0]) == [1]
+
+
+def test_weights_hold_between_programs_on_a_device_that_runs_behind_the_host(lab: Any) -> None:
+    engine, device = slow(lab, max_bundle=2)
+    device.seconds = 0.002
+    other = lab.program("other")
+    engine.register(other)
+    assert engine.quiesce(10)
+    model, order = lab.Affine(), []
+    for program, name, weight in ((lab.program(), "one", 1.0), (other, "three", 3.0)):
+        for _ in range(80):
+            request = lab.submit(engine, program, model, quota=Quota(name, weight=weight))
+            request.add_done_callback(lambda done: order.append(done.quota.tenant))
+    engine.kick()
+    lab.until(lambda: len(order) == 160, 20.0)
+    assert order[:80].count("three") == pytest.approx(60, abs=6)
+    assert engine.stats().tenants["one"].device_seconds == pytest.approx(0.08)
+
+
+class Faulty(FairPolicy):
+    """Raises once when it is told what was issued."""
+
+    fault = True
+
+    def issued(self, issue: Any, now: float) -> None:
+        fault, self.fault = self.fault, False
+        if fault:
+            raise SystemError("bug")
+        super().issued(issue, now)
+
+
+def test_a_policy_that_raises_fails_its_bundle_and_nobody_hangs(lab: Any) -> None:
+    engine, program, model = lab.engine(), lab.program(), lab.Affine(2.0)
+    lab.call(engine, program, model)
+    request = lab.submit(engine, program, model)
+    request.dispatcher.policy = request.dispatcher._runner._policy = Faulty()
+    engine.kick()
+    lab.until(request.done)
+    with pytest.raises(DispatchFailed, match="bug"):
+        request.result()
+    assert lab.call(engine, program, model, 3.0)[0].item() == 6.0

@@ -1,0 +1,92 @@
+"""A device that goes on after the host has its answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torch_mux.runtime.bundle import Bundle
+from torch_mux.runtime.executors.base import Flight
+from torch_mux.runtime.executors.cpu import CpuExecutor
+from torch_mux.runtime.scheduler.base import LaneLoad
+from torch_mux.runtime.served import failure
+from torch_mux.settings import Settings
+
+__all__ = ["SlowDevice", "slow"]
+
+
+@dataclass(eq=False)
+class SlowFlight(Flight):
+    """Ends at a time of its own."""
+
+    until: float = 0.0
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self.until - time.perf_counter()))
+
+
+class SlowDevice(CpuExecutor):
+    """Answers at once and is busy afterwards, for ``seconds`` a bundle on each lane."""
+
+    seconds = 0.02
+
+    def __init__(self, device: torch.device, stack: Any) -> None:
+        super().__init__(device, stack)
+        self.lanes: list[list[SlowFlight]] = [[]]
+        self.highest = 0
+        self.faults: list[Exception] = []
+
+    def configure(self, settings: Settings) -> None:
+        while len(self.lanes) < settings.lanes:
+            self.lanes.append([])
+
+    def loads(self) -> Sequence[LaneLoad]:
+        return [LaneLoad(len(lane)) for lane in self.lanes]
+
+    def launch(self, bundle: Bundle) -> Flight | None:
+        super().launch(bundle)
+        lane = self.lanes[bundle.lane]
+        now = time.perf_counter()
+        begin = max([now, *(flight.until for flight in lane)])
+        flight = SlowFlight(bundle, now, seconds=self.seconds, until=begin + self.seconds)
+        for request in bundle.requests:
+            request.flight = flight
+        lane.append(flight)
+        self.highest = max(self.highest, len(lane))
+        return flight
+
+    def reap(self) -> Sequence[Flight]:
+        landed: list[Flight] = []
+        for lane in self.lanes:
+            while lane and lane[0].until <= time.perf_counter():
+                flight = lane.pop(0)
+                flight.ended, flight.finished = flight.until, True
+                if self.faults:
+                    flight.error = failure(flight.bundle.served, self.faults.pop())
+                landed.append(flight)
+        return landed
+
+    def flying(self) -> bool:
+        return any(self.lanes)
+
+    def oldest(self) -> Flight | None:
+        return min((lane[0] for lane in self.lanes if lane), key=lambda flight: flight.until, default=None)
+
+
+def slow(lab: Any, **settings: Any) -> tuple[Any, SlowDevice]:
+    made: list[SlowDevice] = []
+
+    def make(engine: Any, device: torch.device) -> SlowDevice:
+        executor = SlowDevice(device, lab.stack)
+        executor.configure(engine.settings)
+        made.append(executor)
+        return executor
+
+    engine = lab.engine(executor=make, **settings)
+    engine.register(lab.program())
+    assert engine.quiesce(10)
+    return engine, made[0]
