@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_mux
-from torch_mux import state
+from torch_mux import compat, state
 
 
 class Net(nn.Module):
@@ -121,3 +121,16 @@ def test_an_illegal_access_is_a_fault_that_stays() -> None:
     )
     assert "cuda:0 has failed, start a new process" in done.stdout, done.stdout + done.stderr
     assert "failed" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("the model says CUDA error"), False),
+        (ValueError("CUDA error"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+)
+def test_what_cuda_reported_is_told_from_what_models_raise(error: BaseException, wanted: bool) -> None:
+    assert compat.is_device_error(error) == wanted

@@ -64,5 +64,6 @@ def _select(stream: torch.cuda.Stream) -> None:
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether CUDA itself reported this, lack of memory aside."""
-    return isinstance(error, torch.AcceleratorError)
+    """Whether CUDA itself reported this, to torch or to our own code, lack of memory aside."""
+    own = type(error) is RuntimeError and str(error).startswith("CUDA error")
+    return own or isinstance(error, torch.AcceleratorError)
