@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 
 from torch_mux import compat
 
+from .graphs import call_nodes
 from .program import Program
 from .recipe import PlanRecipe
 
@@ -43,8 +44,17 @@ def _sources() -> str:
     return found.hexdigest()
 
 
-def name_of(program: Program) -> str:
-    """The name of the program's plan on disk: a digest of all that decides about it."""
+def name_of(program: Program) -> str | None:
+    """The name of the program's plan on disk: a digest of all that decides about it.
+
+    None for a graph with operators of higher order: what they call, a kernel of the user's own for example,
+    is known by a number of this process.
+    """
+    if not all(
+        isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        for node in call_nodes(program.graph.graph)
+    ):
+        return None
     device, gpu = program.device, None
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)

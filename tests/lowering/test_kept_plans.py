@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,13 +133,24 @@ def test_without_inductors_code_it_is_made_again(
     assert len(lowered) == 2
 
 
+def _program(operator: Any) -> Any:
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(operator, (graph.placeholder("x"),)))
+    module = torch.fx.GraphModule({}, graph)
+    return SimpleNamespace(fingerprint="f", device=torch.device("cpu"), graph=module)
+
+
+def test_what_calls_by_a_number_of_this_process_is_not_kept() -> None:
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
+
+    assert kept_plans.name_of(_program(torch.ops.aten.relu.default)) is not None
+    assert kept_plans.name_of(_program(triton_kernel_wrapper_functional)) is None
+    assert kept_plans.name_of(_program(torch.ops.higher_order.cond)) is None
+
+
 @pytest.mark.parametrize("changed", ["torch", "lowering", "device", "precision"])
 def test_another_version_or_device_has_another_name(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Like:
-        fingerprint = "f"
-        device = torch.device("cpu")
-
-    program: Any = Like()
+    program: Any = _program(torch.ops.aten.relu.default)
     before = kept_plans.name_of(program)
     assert kept_plans.name_of(program) == before
     if changed == "torch":
