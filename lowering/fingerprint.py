@@ -41,7 +41,8 @@ def fingerprint(module: GraphModule) -> str:
     """SHA-256 of operations, attributes, shapes, dtypes, strides, roles, constants and precision settings.
 
     Names of nodes do not count. Aliasing counts through the graph itself: a tied weight is one placeholder,
-    two untied weights are two.
+    two untied weights are two. A kernel of the user's own counts by its source, since the number that the
+    graph has for it is given anew after Dynamo's reset.
     """
     numbers: dict[Node, int] = {}
     lines = [compat.precision_state()]
@@ -49,7 +50,7 @@ def fingerprint(module: GraphModule) -> str:
         numbers[node] = len(numbers)
         arguments = torch.fx.map_arg((node.args, node.kwargs), lambda source: f"%{numbers[source]}")
         target = node.target if node.op == "call_function" else node.op
-        constant = _constant(module, str(node.target)) if node.op == "get_attr" else ""
+        constant = _constant(module, str(node.target)) if node.op == "get_attr" else compat.user_kernel(node)
         lines.append(
             f"{target}{arguments!r}{node.meta.get(ROLE, '')}{_value(node.meta.get('val'))}{constant}"
         )

@@ -118,10 +118,11 @@ class Accounting:
 
     def _watch(self, requests: Sequence[Request], now: float) -> None:
         for request in requests:
+            key = request.quota.tenant, request.served.program.name
             if request.state is _DONE:
-                self.quarantine.succeeded(request.quota.tenant)
+                self.quarantine.succeeded(key)
             elif isinstance(request.error, ExecutionFailed):
-                self.quarantine.failed(request.quota.tenant, now, request.error)
+                self.quarantine.failed(key, now, request.error)
 
     def ran(self, requests: Sequence[Request], seconds: float, coalesced: bool) -> None:
         """A bundle of these requests took ``seconds`` of the device."""
@@ -151,14 +152,18 @@ class Accounting:
         """Everything counted so far, as frozen data."""
         memory = self.memory
         with self._lock:
-            held = {name: 0 if memory is None else memory.held(name) for name in self._tenants}
-            return StatsSnapshot(
-                tenants={name: tenant.snapshot(name, held[name]) for name, tenant in self._tenants.items()},
-                bundles=self._bundles,
-                requests=self._requests,
-                device_seconds=self._device_time / PICOSECONDS,
-                sizes=dict(sorted(self._sizes.items())),
-            )
+            copies = {name: tenant.copy() for name, tenant in self._tenants.items()}
+            bundles, requests, time = self._bundles, self._requests, self._device_time
+            sizes = dict(sorted(self._sizes.items()))
+        # Sorting the latencies of many tenants takes long enough for others to wait for the lock.
+        held = {name: 0 if memory is None else memory.held(name) for name in copies}
+        return StatsSnapshot(
+            tenants={name: tenant.snapshot(name, held[name]) for name, tenant in copies.items()},
+            bundles=bundles,
+            requests=requests,
+            device_seconds=time / PICOSECONDS,
+            sizes=sizes,
+        )
 
     def abandon_after_fork(self) -> None:
         """In a forked child, where the lock may be held for ever."""

@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from torch_mux.errors import DeadlineUnattainable, InvalidQuota, Overloaded, Quarantined, RateExceeded
+from torch_mux.errors import DeadlineUnattainable, InvalidQuota, Overloaded, RateExceeded
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.scheduler.bucket import TokenBucket
 from torch_mux.types import Quota
@@ -14,8 +14,8 @@ from torch_mux.types import Quota
 __all__ = ["Admission"]
 
 _ROUNDING = 1e-9
-#: Of (index, its tenant's pending requests, those of the same call): seconds on the clock, or None.
-Outlook = Callable[[int, int, int], "float | None"]
+#: Of (index, how many of its tenant are before it in the same call): seconds on the clock, or None.
+Outlook = Callable[[int, int], "float | None"]
 
 
 class Admission:
@@ -23,11 +23,14 @@ class Admission:
 
     Quotas without limits are only counted. A tenant's reserve is the one of its last request; it stands until
     a request brings another one.
+
+    Attributes:
+        quarantine: who is held off from which model.
     """
 
     def __init__(self, accounting: Accounting) -> None:
         self._accounting = accounting
-        self._quarantine = accounting.quarantine
+        self.quarantine = accounting.quarantine
         self.clear()
 
     def clear(self) -> None:
@@ -48,7 +51,6 @@ class Admission:
             For how many seconds each is held back; None where none is.
 
         Raises:
-            Quarantined: the last requests of one of the tenants all raised.
             Overloaded, RateExceeded, DeadlineUnattainable: a limit of one of the quotas says no.
             InvalidQuota: the reserves of all tenants add up to more than 1.
         """
@@ -56,8 +58,6 @@ class Admission:
         for quota in quotas:
             if quota is not last:
                 last = quota
-                if self._quarantine.watching:
-                    self._check_quarantine(quota, now)
                 if quota.limited or quota.tenant in self._reserves:
                     return self._limited(quotas, now, outlook)
         self._accounting.accepted(quotas)
@@ -75,12 +75,6 @@ class Admission:
                     self._bucket(quota).take(now, quota.rate, burst_of(quota))
             self._accounting.accepted(quotas)
         return waits if any(waits) else None
-
-    def _check_quarantine(self, quota: Quota, now: float) -> None:
-        held = self._quarantine.held(quota.tenant, now)
-        if held is not None:
-            wait, failures, cause = held
-            raise Quarantined(tenant=quota.tenant, wait=wait, failures=failures, cause=cause)
 
     def _reserved(self, quotas: Sequence[Quota]) -> dict[str, float]:
         if all(self._reserves.get(quota.tenant, 0.0) == quota.reserve for quota in quotas):
@@ -132,7 +126,7 @@ class Admission:
             if wait >= quota.deadline:
                 detail = f"its rate of {quota.rate:g} a second holds it for {wait:.3g} s"
                 raise DeadlineUnattainable(tenant=quota.tenant, deadline=quota.deadline, detail=detail)
-            end = outlook(index, self._accounting.pending(quota.tenant), before[quota.tenant])
+            end = outlook(index, before[quota.tenant])
             before[quota.tenant] += 1
             if end is not None and end + wait > now + quota.deadline:
                 detail = f"what is under way, its tenant's other requests and itself take {end - now:.3g} s"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import heapq
 import itertools
 import logging
@@ -34,11 +36,15 @@ class CompileThread:
         self._closed = False
 
     def submit(self, job: Callable[[], object], rank: Rank = Rank.WANTED) -> None:
-        """Queues ``job``; what it raises is logged. After :meth:`close` it is dropped."""
+        """Queues ``job``; what it raises is logged. After :meth:`close` it is dropped.
+
+        It runs in a copy of the caller's context, where torch keeps what is configured there from 2.13 on.
+        """
+        run: Callable[[], object] = functools.partial(contextvars.copy_context().run, job)
         with self._changed:
             if self._closed:
                 return
-            heapq.heappush(self._jobs, (rank, next(self._numbers), job))
+            heapq.heappush(self._jobs, (rank, next(self._numbers), run))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="torch_mux-compile", daemon=True)
                 self._thread.start()

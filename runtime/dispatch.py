@@ -27,6 +27,7 @@ from torch_mux.runtime.scheduler.base import Busy, Issue, Later, Policy, View
 from torch_mux.runtime.served import ServedProgram, failure, unservable
 from torch_mux.runtime.service import Service
 from torch_mux.settings import Settings
+from torch_mux.types import Quota
 
 __all__ = ["Dispatcher"]
 
@@ -64,12 +65,8 @@ class Dispatcher:
         self._holder: threading.Thread | None = None
         self._closed = False
         self._released = float("-inf")
-        self.service = Service(self.attend, executor.flying, self._until_alarm, self.fail_all)
-
-    def _until_alarm(self) -> float:
-        return self._line.alarms.peek() - self._clock()
-
-    # The callers' side.
+        alarm = self._line.alarms.peek
+        self.service = Service(self.attend, executor.flying, lambda: alarm() - clock(), self.fail_all)
 
     def enqueue(self, requests: Sequence[Request]) -> None:
         """Appends requests, all at once: none of them goes out before the last is there.
@@ -98,8 +95,7 @@ class Dispatcher:
         with self._mutex:
             self._line.kick()
             self._line.rouse()
-            closed = self._closed
-        if not closed:
+        if not self._closed:
             self.service.poke()
 
     def wait(self, requests: Sequence[Request]) -> None:
@@ -190,6 +186,11 @@ class Dispatcher:
                 self._hand_on(poke=True)
         if failed:
             self._runner.end(failed, self._clock())
+
+    def ahead(self, served: ServedProgram, quota: Quota) -> int:
+        """Queued requests of that tenant, class and program."""
+        with self._mutex:
+            return served.requests.of(quota)
 
     def health(self) -> DeviceHealth:
         """How the device is, and what waits for it."""

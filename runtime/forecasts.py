@@ -59,7 +59,8 @@ class Forecasts:
             path, fresh = self._path(device), predictor.fresh()
             if path is not None and fresh:
                 try:
-                    _write(path, {**_read(path), **fresh})
+                    kept = {key: value for key, value in _read(path).items() if key not in fresh}
+                    _write(path, {**kept, **fresh})
                 except OSError as error:
                     log.warning("measured bundle times were not kept: %s", error)
 

@@ -53,14 +53,14 @@ class EngineHealth:
         devices: those that have served.
         compiling: programs whose plans are not there yet.
         failed: programs without a plan, with the error.
-        quarantined: seconds for which tenants are still held off, by name.
+        quarantined: seconds for which tenants are still held off, by (tenant, model).
     """
 
     closed: bool
     devices: tuple[DeviceHealth, ...]
     compiling: tuple[str, ...]
     failed: Mapping[str, str]
-    quarantined: Mapping[str, float]
+    quarantined: Mapping[tuple[str, str], float]
 
     @classmethod
     def of(
@@ -68,7 +68,7 @@ class EngineHealth:
         closed: bool,
         devices: tuple[DeviceHealth, ...],
         programs: Sequence[ServedProgram],
-        quarantined: Mapping[str, float],
+        quarantined: Mapping[tuple[str, str], float],
     ) -> EngineHealth:
         """What these programs and devices add up to."""
         return cls(

@@ -90,11 +90,12 @@ class Line:
         self.kick()
 
     def take_out(self, requests: Sequence[Request]) -> None:
-        """Removes pending requests."""
+        """Removes pending requests; from then on nobody else may end them."""
         for request in requests:
+            request.state = RequestState.RUNNING
             if request in self._held:
                 del self._held[request]
-            else:
+            elif request in request.instance.served.requests:
                 self.take_bundle(request.instance.served, (request,))
 
     def take_bundle(self, served: ServedProgram, requests: Sequence[Request]) -> None:

@@ -43,14 +43,19 @@ class Submission:
         self._clock = clock
         self._settings = settings
         self._catch_up = catch_up
+        self._quarantine = admission.quarantine
 
     def queue(self, calls: Sequence[Call]) -> list[Request]:
         """See :meth:`torch_mux.runtime.engine.Engine.submit_all`; the instances are live."""
         quotas = [quota for _, _, quota in calls]
         arrival = self._clock()
+        if self._quarantine.watching:
+            for instance, _, quota in calls:
+                self._quarantine.check((quota.tenant, instance.served.program.name), arrival)
 
-        def outlook(index: int, pending: int, before: int) -> float | None:
-            return self._outlook(calls[index][0].served, pending, before, arrival)
+        def outlook(index: int, before: int) -> float | None:
+            instance, _, quota = calls[index]
+            return self._outlook(instance.served, quota, before, arrival)
 
         try:
             waits = self._admission.admit(quotas, arrival, outlook)
@@ -83,12 +88,12 @@ class Submission:
             raise
         return requests
 
-    def _outlook(self, served: ServedProgram, pending: int, before: int, now: float) -> float | None:
+    def _outlook(self, served: ServedProgram, quota: Quota, before: int, now: float) -> float | None:
         """When a request would have ended: behind what is under way and what is queued of its tenant."""
         if not served.ready:
             return None
         most = max(1, min(self._settings().max_bundle, served.slots))
-        ahead = min(pending, len(served.requests)) + before
+        ahead = served.dispatcher.ahead(served, quota) + before
         slots, bundles = min(most, ahead + 1), ahead // most + 1
         return served.dispatcher.policy.outlook(served.key, slots, bundles, now)
 

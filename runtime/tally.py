@@ -177,6 +177,14 @@ class TenantTally:
             found = self._models[name] = Tally()
         return found
 
+    def copy(self) -> TenantTally:
+        """The same counters, which no longer change."""
+        other = TenantTally()
+        other.accepted, other.refused, other.weight = self.accepted, self.refused, self.weight
+        other.latencies = self.latencies.copy()
+        other._models = {name: Tally.sum([model]) for name, model in self._models.items()}
+        return other
+
     def snapshot(self, name: str, held: int) -> TenantStats:
         """Everything so far."""
         ordered, whole = sorted(self.latencies), Tally.sum(self._models.values())

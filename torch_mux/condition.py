@@ -28,7 +28,7 @@ class Health:
         devices: those that have served (``torch_mux.runtime.health.DeviceHealth``).
         compiling: models whose plans are not there yet: their requests wait.
         failed: models without a plan, with the error.
-        quarantined: seconds for which tenants are still held off, by name.
+        quarantined: seconds for which tenants are still held off, by (tenant, model).
     """
 
     status: str = "ok"
@@ -36,7 +36,7 @@ class Health:
     devices: tuple[DeviceHealth, ...] = ()
     compiling: tuple[str, ...] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
-    quarantined: Mapping[str, float] = field(default_factory=dict)
+    quarantined: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [self.status, *self.reasons]
@@ -61,8 +61,8 @@ def condition() -> Health:
         broken.append("torch_mux is closed; torch_mux.reset() opens it again")
     weak = [f"{name} has no plan: {error}" for name, error in found.failed.items()]
     weak += [
-        f"tenant {name!r} is held off for another {left:.1f} s, its requests keep raising"
-        for name, left in found.quarantined.items()
+        f"tenant {tenant!r} is held off from {model} for another {left:.1f} s, its requests keep raising"
+        for (tenant, model), left in found.quarantined.items()
     ]
     weak += [
         f"a request has waited for {one.device} for {one.oldest:.0f} s"

@@ -151,11 +151,11 @@ class RateExceeded(Refused):
 
 
 class Quarantined(Refused):
-    """A tenant whose last requests all raised is held off for a while."""
+    """A tenant is held off for a while from a model whose last requests all raised."""
 
     message = (
-        "tenant {tenant!r} is held off for another {wait:.3g} s, because its last {failures} requests all "
-        "raised: mend that first ({cause}), or raise torch_mux.configure(quarantine=...)"
+        "tenant {tenant!r} is held off from {model} for another {wait:.3g} s, because its last {failures} "
+        "requests all raised: mend that first ({cause}), or raise torch_mux.configure(quarantine=...)"
     )
 
 

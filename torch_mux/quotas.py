@@ -120,8 +120,9 @@ def _check_reserve(value: object) -> float:
 
 def _check_weight(value: object) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < cast(float, value) < math.inf:
-        raise InvalidQuota(field="weight", value=value, detail="give a finite number above 0")
+    if not number or not 1e-6 <= cast(float, value) <= 1e6:
+        # Service is counted in device seconds over weight: beyond this, sums of it lose others' seconds.
+        raise InvalidQuota(field="weight", value=value, detail="give a number from 1e-6 to 1e6")
     return float(cast(float, value))
 
 
@@ -209,6 +210,9 @@ def _merged(outer: Quota, changes: tuple[tuple[str, Any], ...]) -> Quota:
     if merged.reserve > merged.sms:
         detail = f"it lies above the hard limit sms={merged.sms!r}: raise sms or lower reserve"
         raise InvalidQuota(field="reserve", value=merged.reserve, detail=detail)
+    if merged.rate is None and (merged.burst is not None or merged.excess != "hold"):
+        field, value = ("burst", merged.burst) if merged.burst is not None else ("excess", merged.excess)
+        raise InvalidQuota(field=field, value=value, detail="it says nothing without a rate: give rate too")
     return merged
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from torch_mux.compat.cpu_threads import one_thread
+from torch_mux.compat.cpu_threads import threads
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.bundle import Bundle, cap_of
 from torch_mux.runtime.executors.base import (
@@ -63,6 +62,9 @@ class _Stacks:
 class CpuExecutor:
     """Runs each bundle to its end. Caps are recorded, not enforced: there is one unit.
 
+    Any client's thread may dispatch, and torch keeps a number of threads for each: all bundles run with the
+    one that torch had when the executor was made or configured, since sums depend on how they are split.
+
     Args:
         stack: ``stack_buffer`` of lowering.
     """
@@ -71,13 +73,15 @@ class CpuExecutor:
         self.device = device
         self._stack = stack
         self.sms = 1
+        self._threads = torch.get_num_threads()
         self.fault: Exception | None = None
         self._stacks: dict[ServedProgram, _Stacks] = {}
         self._controls: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[tuple[int, ...], Tensor] = {}
 
     def configure(self, settings: Settings) -> None:
-        """Nothing here depends on the settings."""
+        """Takes over torch's present number of threads; see :class:`CpuExecutor`."""
+        self._threads = torch.get_num_threads()
 
     def slots(self, program: Program) -> int:
         """There are no tables to run out of."""
@@ -96,11 +100,11 @@ class CpuExecutor:
 
     def launch(self, bundle: Bundle) -> Flight | None:
         """Runs the bundle to its end."""
-        with plain_context(self.device.type):
+        count = 1 if bundle.served.compiled.small else self._threads
+        with plain_context(self.device.type), threads(count):
             if bundle.served.compiled.coalesced:
                 rows = bound_rows(bundle, verify=True)
-                threads = one_thread() if bundle.served.compiled.small else nullcontext()
-                with torch.inference_mode(), threads:
+                with torch.inference_mode():
                     self._run(bundle, rows)
             else:
                 run_each_alone(bundle)

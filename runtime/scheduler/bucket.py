@@ -41,7 +41,8 @@ class TokenBucket:
     def _refill(self, now: float, rate: float, burst: int) -> float:
         before = float(burst) if self._tokens is None else self._tokens
         self._tokens = min(float(burst), before + max(0.0, now - self._seen) * rate)
-        self._seen = now
+        # Callers read the clock before they take their turn here.
+        self._seen = max(self._seen, now)
         return self._tokens
 
 

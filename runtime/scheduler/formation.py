@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import islice
+from types import MappingProxyType
 
 from torch_mux.runtime.scheduler.base import Queue, Ticket
 from torch_mux.runtime.scheduler.fair import Account, VirtualTime
@@ -14,8 +15,9 @@ __all__ = ["Turns"]
 
 _NEVER = float("inf")
 #: Start tag, age, tenant, account; and while a bundle is filled, the next request and the others.
-_Entry = tuple[float, int, str, Account, "Ticket | None", "Iterator[Ticket] | None"]
+_Entry = tuple[float, float, str, Account, "Ticket | None", "Iterator[Ticket] | None"]
 _Flows = Mapping[Flow, Collection[Ticket]]
+_NOBODY: Mapping[Flow, float] = MappingProxyType({})
 
 
 class Turns:
@@ -62,7 +64,7 @@ class Turns:
                 elif tag != account.tag:
                     heapreplace(heap, (account.tag, next(iter(tickets)).seq, name, account, None, None))
                 else:
-                    found[priority] = (tag, seq)
+                    found[priority] = (tag, int(seq))
                     break
         return found
 
@@ -83,42 +85,54 @@ class Turns:
         each: float,
         ceilings: Mapping[int, float],
         allowance: float,
-        urgent: Collection[Flow] = (),
+        urgent: Mapping[Flow, float] = _NOBODY,
     ) -> tuple[Ticket, ...]:
         """At most ``limit`` requests in fair order: by class, then by start tag, then by age.
 
-        Where everything may go, everything goes, in order of arrival.
+        Where everything may go, everything goes, in order of arrival; so do the requests of a program whose
+        calls depend on each other. While a class waits for another bundle no lower one rides along.
 
         Args:
-            urgent: flows whose first request goes before all others of its class.
+            urgent: flows whose first request goes before all others of its class, with when it is due.
             each: device seconds that a slot is charged.
             ceilings: by class, the least start tag of those who wait for another bundle; none where nobody
                 does.
             allowance: device seconds by which a tenant may be served ahead of them.
         """
         requests, flows = self.queue.requests, self.queue.flows()
+        if self.queue.ordered:
+            return tuple(islice(requests, limit))
         if len(requests) <= limit:
             if not ceilings or not self._ahead(flows, each, ceilings, allowance):
                 return tuple(requests)
         elif len(flows) == 1 and not ceilings:
             return tuple(islice(requests, limit))
         taken: list[Ticket] = []
+        top = max(ceilings, default=None)
         for priority in sorted(self._heaps, reverse=True):
+            if taken and top is not None and priority < top:
+                break
             bar = ceilings.get(priority, _NEVER)
             heap = self._heaps[priority].copy()
             if urgent:
-                heap = [(-_NEVER, *entry[1:]) if (priority, entry[2]) in urgent else entry for entry in heap]
+                heap = [
+                    entry if (due := urgent.get((priority, entry[2]))) is None else (-_NEVER, due, *entry[2:])
+                    for entry in heap
+                ]
                 heapify(heap)
             _in_order(heap, priority, flows, taken, limit, each, bar, allowance)
         return tuple(taken)
 
     def _ahead(self, flows: _Flows, each: float, ceilings: Mapping[int, float], allowance: float) -> bool:
         """Whether somebody would be served further ahead than the allowance if everything went."""
+        top = max(ceilings)
         for priority, heap in self._heaps.items():
             bar = ceilings.get(priority, _NEVER)
             for _, _, name, account, _, _ in heap:
                 tickets = flows.get((priority, name))
                 if tickets is not None:
+                    if priority < top:
+                        return True
                     ahead = (account.tag - bar) * next(iter(tickets)).quota.weight
                     if ahead + (len(tickets) - 1) * each > allowance:
                         return True

@@ -104,6 +104,10 @@ class Pending(Collection[T], Generic[T]):
                 self._flow(request).append(request)
         return self._flows
 
+    def of(self, quota: Quota) -> int:
+        """How many requests of that class and tenant are pending."""
+        return len(self.flows().get((quota.priority, quota.tenant), ()))
+
     def fresh(self) -> Sequence[Flow]:
         """The flows that had nothing pending when this was last asked, or since."""
         self.flows()

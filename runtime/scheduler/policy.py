@@ -186,7 +186,7 @@ class FairPolicy:
                         ceilings[level] = tag
         slots = min(chosen.limit, len(chosen.queue.requests))
         seconds = self._forecast(chosen, slots).median
-        hurry = {one.flow for one in urgent.get(key, ())}
+        hurry = {one.flow: one.due for one in urgent.get(key, ())}
         requests = self._turns[key].fill(chosen.limit, seconds / slots, ceilings, seconds, hurry)
         priority = max(waiting[key])
         return _issue(chosen, requests, min(waiting[key][priority][0], ceilings.get(priority, _NEVER)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_mux
-from torch_mux.compat.cpu_threads import one_thread
+from torch_mux.compat.cpu_threads import threads as narrowed
 from torch_mux.runtime.executors.cpu import CpuExecutor
 
 THREADS = 3
@@ -35,14 +35,14 @@ def _elsewhere() -> int:
 
 
 def test_only_this_thread_is_narrow_and_only_inside() -> None:
-    with one_thread():
+    with narrowed(1):
         assert torch.get_num_threads() == 1
         assert _elsewhere() == THREADS
     assert torch.get_num_threads() == THREADS
 
 
 def test_an_exception_restores_the_number() -> None:
-    with pytest.raises(RuntimeError, match="inside"), one_thread():
+    with pytest.raises(RuntimeError, match="inside"), narrowed(1):
         raise RuntimeError("inside")
     assert torch.get_num_threads() == THREADS
 
@@ -55,7 +55,7 @@ def _numbers() -> list[str]:
 def test_every_library_is_narrow() -> None:
     before = _numbers()
     assert set(before) == {str(THREADS)}
-    with one_thread():
+    with narrowed(1):
         assert _numbers() == ["1"] * len(before)
     assert _numbers() == before
 
@@ -93,3 +93,23 @@ def test_the_size_of_the_program_decides_alone_and_together(
     assert len(seen) >= 2
     assert set(seen) == {threads}
     assert torch.get_num_threads() == THREADS
+
+
+def test_who_dispatches_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps a number of threads for each thread, and any client may be the one that dispatches."""
+    seen: list[int] = []
+    run = CpuExecutor._run
+
+    def spy(self: CpuExecutor, *arguments: object) -> None:
+        seen.append(torch.get_num_threads())
+        run(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CpuExecutor, "_run", spy)
+    model, x = torch.compile(_Observed(1024).eval(), backend="mux"), torch.randn(64, 1024)
+    with torch.inference_mode():
+        first = model(x)
+        torch.set_num_threads(1)
+        second = model(x)
+        (third,) = torch_mux.gather((model, x))
+    assert torch.equal(first, second) and torch.equal(first, third)
+    assert set(seen) == {THREADS}

@@ -11,22 +11,24 @@ from torch import Tensor, nn
 import torch_mux
 from torch_mux.runtime.quarantine import Quarantine
 
+A = ("a", "Net")
+
 
 def test_it_opens_after_the_limit_and_doubles() -> None:
     quarantine = Quarantine(lambda: 3)
     cause = ValueError("bad")
     for now in (0.0, 1.0):
-        quarantine.failed("a", now, cause)
-        assert quarantine.held("a", now) is None
-    quarantine.failed("a", 2.0, cause)
-    assert quarantine.held("a", 2.0) == (pytest.approx(0.1), 3, "bad")
-    assert quarantine.held("a", 2.11) is None and quarantine.held("b", 2.0) is None
-    quarantine.failed("a", 3.0, cause)
-    held = quarantine.held("a", 3.0)
+        quarantine.failed(A, now, cause)
+        assert quarantine.held(A, now) is None
+    quarantine.failed(A, 2.0, cause)
+    assert quarantine.held(A, 2.0) == (pytest.approx(0.1), 3, "bad")
+    assert quarantine.held(A, 2.11) is None and quarantine.held(("b", "Net"), 2.0) is None
+    quarantine.failed(A, 3.0, cause)
+    held = quarantine.held(A, 3.0)
     assert held is not None and held[0] == pytest.approx(0.2)
-    assert quarantine.tenants(3.0) == {"a": pytest.approx(0.2)}
-    quarantine.succeeded("a")
-    assert quarantine.held("a", 3.0) is None and not quarantine.watching
+    assert quarantine.tenants(3.0) == {A: pytest.approx(0.2)}
+    quarantine.succeeded(A)
+    assert quarantine.held(A, 3.0) is None and not quarantine.watching
 
 
 @given(st.integers(1, 5), st.lists(st.booleans(), max_size=60))
@@ -36,11 +38,11 @@ def test_only_a_run_of_failures_holds_anybody(limit: int, outcomes: list[bool]) 
     for well in outcomes:
         now += 100.0
         if well:
-            quarantine.succeeded("a")
+            quarantine.succeeded(A)
         else:
-            quarantine.failed("a", now, None)
+            quarantine.failed(A, now, None)
         run = 0 if well else run + 1
-        held = quarantine.held("a", now)
+        held = quarantine.held(A, now)
         assert (held is not None) == (run >= limit)
         assert held is None or 0.0999 <= held[0] <= 30.0001
 
@@ -48,8 +50,8 @@ def test_only_a_run_of_failures_holds_anybody(limit: int, outcomes: list[bool]) 
 def test_zero_is_never() -> None:
     quarantine = Quarantine(lambda: 0)
     for now in range(100):
-        quarantine.failed("a", float(now), None)
-    assert quarantine.held("a", 99.0) is None
+        quarantine.failed(A, float(now), None)
+    assert quarantine.held(A, 99.0) is None
 
 
 class Table(nn.Module):
@@ -64,27 +66,29 @@ class Table(nn.Module):
 def test_the_engine_refuses_the_tenant_and_serves_the_others() -> None:
     torch_mux.configure(quarantine=3)
     model = torch.compile(Table().eval(), backend="mux")
+    other = torch.compile(nn.Sequential(nn.Linear(4, 4)).eval(), backend="mux")
     good, bad = torch.tensor([1]), torch.tensor([9])
     with torch.inference_mode():
-        torch_mux.gather((model, good))
+        torch_mux.gather((model, good), (other, torch.ones(1, 4)))
         with torch_mux.quota("mallory"):
             for _ in range(3):
                 with pytest.raises(torch_mux.ExecutionFailed):
                     torch_mux.gather((model, bad))
             with pytest.raises(torch_mux.Quarantined, match=r"mallory.*last 3 requests") as caught:
                 torch_mux.gather((model, good))
+            torch_mux.gather((other, torch.ones(1, 4)))
             assert isinstance(caught.value, torch_mux.Refused)
         with torch_mux.quota("alice"):
             torch_mux.gather((model, good))
         health = torch_mux.health()
-        assert health.status == "degraded" and list(health.quarantined) == ["mallory"]
+        assert health.status == "degraded" and list(health.quarantined) == [("mallory", "Table")]
         assert "mallory" in str(health)
         _wait()
         with torch_mux.quota("mallory"):
             torch_mux.gather((model, good))
     assert torch_mux.health().status == "ok"
     got = torch_mux.stats().tenants["mallory"]
-    assert (got.errors, got.refused, got.ok) == (3, 1, 1)
+    assert (got.errors, got.refused, got.ok) == (3, 1, 2)
     assert got.accepted == got.ok + got.errors and got.pending == 0
 
 

@@ -95,8 +95,8 @@ class Day:
         queue: Any = self.queue(key)
         self.latest = max(self.latest, self.clock)
 
-        def outlook(index: int, pending: int, before: int) -> float | None:
-            ahead = min(pending, len(queue.requests)) + before
+        def outlook(index: int, before: int) -> float | None:
+            ahead = len(queue.requests.flows().get((quota.priority, quota.tenant), ())) + before
             most = self.settings.max_bundle
             return self.policy.outlook(key, min(most, ahead + 1), ahead // most + 1, self.clock)
 

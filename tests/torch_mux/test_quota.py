@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -201,6 +202,8 @@ BAD = [
     (lambda: quota(sms=True), InvalidQuota, "sms=True"),
     (lambda: quota(reserve=-0.1), InvalidQuota, "reserve"),
     (lambda: quota(sms=0.25, reserve=0.5), InvalidQuota, "reserve=0.5"),
+    (lambda: quota(weight=1e-20), InvalidQuota, "weight=1e-20"),
+    (lambda: quota(weight=1e7), InvalidQuota, "from 1e-6 to 1e6"),
     (lambda: quota(weight=0), InvalidQuota, "weight=0"),
     (lambda: quota(weight=-2), InvalidQuota, "weight=-2"),
     (lambda: quota(weight=math.inf), InvalidQuota, "weight=inf"),
@@ -291,3 +294,11 @@ def test_any_text_is_read_or_refused_by_name(text: str) -> None:
             value = 0.0 if repr(text) in refused else math.nan
         assert value >= 0
         assert math.isfinite(value)
+
+
+@pytest.mark.parametrize("field", [{"burst": 3}, {"excess": "refuse"}])
+def test_what_a_rate_needs_says_nothing_alone(field: dict[str, Any]) -> None:
+    with pytest.raises(InvalidQuota, match="give rate too"), quota("alice", **field):
+        pass
+    with quota("alice", rate=5), quota(**field):
+        assert current_quota().rate == 5

@@ -65,6 +65,7 @@ from .streams import (
     on_stream,
 )
 from .tracing import install_tracing_check
+from .user_kernels import user_kernel
 
 __all__ = [
     "SymbolicWorld",
@@ -117,4 +118,5 @@ __all__ = [
     "trace_graph",
     "unset_fake_temporarily",
     "unwrapped_by_dynamo",
+    "user_kernel",
 ]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["one_thread"]
+__all__ = ["threads"]
 
 _TORCH = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 
@@ -31,8 +31,8 @@ def _function(name: str) -> Callable[..., int] | None:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Vendor calls of this thread use no other thread; nothing changes where torch has no OpenMP."""
+def threads(count: int) -> Iterator[None]:
+    """Vendor calls of this thread use so many threads; nothing changes where torch has no OpenMP."""
     get, put = _function("omp_get_max_threads"), _function("omp_set_num_threads")
     mkl = _function("MKL_Set_Num_Threads_Local")
     if get is None or put is None:
@@ -40,8 +40,8 @@ def one_thread() -> Iterator[None]:
         return
     torch.get_num_threads()  # has torch set this thread's number first, if it never has
     before = get()
-    put(1)
-    local = mkl(1) if mkl is not None else 0
+    put(count)
+    local = mkl(count) if mkl is not None else 0
     try:
         yield
     finally:

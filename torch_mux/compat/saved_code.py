@@ -24,6 +24,12 @@ from . import source_keys
 __all__ = ["inductor_key", "inductor_load", "surroundings"]
 
 
+def _told(value: Any) -> object:
+    """A setting in words; a pass of the user's own by what it says of itself, or else as nobody else's."""
+    uuid = getattr(value, "uuid", None)
+    return repr(uuid()) if callable(uuid) else repr(value)
+
+
 def surroundings() -> str:
     """Digest of all that decides about Inductor's code beside the graph: versions, device, configuration."""
     parts = (
@@ -36,6 +42,8 @@ def surroundings() -> str:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch._C._get_deterministic_fill_uninitialized_memory(),
+        torch.get_num_threads(),
+        [_told(getattr(config, name)) for name in sorted(config.get_config_copy()) if "custom" in name],
         torch.get_default_dtype(),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()

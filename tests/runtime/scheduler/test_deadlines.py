@@ -162,3 +162,39 @@ def test_a_first_run_of_a_minute_refuses_nobody(lab: Any) -> None:
         assert policy.outlook("a", 1, 1, 0.0) is None
         policy.completed(issue, 0.0, seconds)
     assert policy.outlook("a", 1, 1, 0.0) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_the_earliest_deadline_is_in_the_bundle(slots: int) -> None:
+    policy = trained(a=(1e-3, 1e-3), b=(5e-3, 0.0))
+    hurried = Queue("a", slots=slots)
+    for number, (tenant, due) in enumerate((("relaxed", 7e-3), ("mid", 6e-3), ("soon", 5e-3))):
+        hurried.add(*tickets(tenant, 1, due, number))
+    issue = form(policy, hurried, Queue("b", tickets("other", 1, seq=9)))
+    assert [one.quota.tenant for one in issue.requests][0] == "soon"
+    assert [one.quota.tenant for one in issue.requests] == ["soon", "mid"][:slots]
+
+
+def test_no_lower_class_rides_along_while_a_higher_one_waits() -> None:
+    policy = trained(a=(0.0, 1e-3), b=(0.0, 1e-3))
+    mixed = Queue("a", [Ticket(0.0, 1, Quota("high", priority=1)), *tickets("low", 15, seq=1)])
+    other = Queue("b", [Ticket(0.0, 1, Quota("also-high", priority=1), 20)])
+    assert [one.quota.tenant for one in form(policy, mixed, other).requests] == ["high"]
+    assert len(form(policy, mixed).requests) == 16
+    waiting_low = Queue("b", tickets("low-too", 1, seq=20))
+    assert len(form(policy, mixed, waiting_low).requests) > 1
+
+
+def test_calls_that_depend_on_each_other_keep_their_order() -> None:
+    policy = FairPolicy()
+    queue = Queue("a", slots=1, ordered=True)
+    for number in range(6):
+        queue.add(Ticket(0.0, 1, Quota("xy"[number // 4], weight=1.0), number))
+    order = []
+    while len(queue.requests):
+        issue = form(policy, queue)
+        order += [one.seq for one in issue.requests]
+        queue.requests.take(issue.requests)
+        policy.issued(issue, 0.0)
+        policy.completed(issue, 0.0, 1e-3)
+    assert order == [0, 1, 2, 3, 4, 5]
