@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import io
 import logging
 import operator
 import os
 import pickle
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,15 +71,42 @@ def _operator(name: str, overload: str) -> Any:
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
 
+class _Code:
+    """A graph as a function of its own.
+
+    ``torch.fx`` would trace it to make a module of it again, and while anybody traces, calls of modules in
+    all threads of the process go through the tracer.
+    """
+
+    def __init__(self, source: str, names: dict[str, Any], attributes: dict[str, Any]) -> None:
+        scope = dict(names)
+        exec(compile(source, "<a plan on disk>", "exec"), scope)
+        self._forward: Callable[..., Any] = scope["forward"]
+        self._self = SimpleNamespace()
+        for target, value in attributes.items():
+            *path, last = target.split(".")
+            place = self._self
+            for name in path:
+                place.__dict__.setdefault(name, SimpleNamespace())
+                place = getattr(place, name)
+            setattr(place, last, value)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._forward(self._self, *arguments)
+
+
 class _Pickler(pickle.Pickler):
-    """Names operators, which do not pickle, and keeps of a prepare graph what runs."""
+    """Names operators and modules, which do not pickle, and keeps of a prepare graph what runs."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch._ops.OpOverload):
             return _operator, (value._schema.name, value._overloadname)
+        if isinstance(value, ModuleType):
+            return importlib.import_module, (value.__name__,)
         if isinstance(value, GraphModule):
+            code = value.graph.python_code("self")
             targets = [str(node.target) for node in value.graph.nodes if node.op == "get_attr"]
-            return GraphModule({t: operator.attrgetter(t)(value) for t in targets}, value.graph).__reduce__()
+            return _Code, (code.src, code.globals, {t: operator.attrgetter(t)(value) for t in targets})
         return NotImplemented
 
 

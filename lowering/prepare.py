@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Prepare:
             itself.
     """
 
-    module: GraphModule
+    module: Callable[..., Any]
     specs: tuple[TensorSpec, ...]
     sources: tuple[tuple[int, ...], ...]
     direct: tuple[bool, ...]

@@ -8,7 +8,7 @@ from threading import get_ident
 
 import torch
 
-from torch_mux.errors import Overloaded
+from torch_mux.errors import DeviceFailed, Overloaded
 from torch_mux.runtime.admission import Admission
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import MemoryLedger
@@ -73,7 +73,10 @@ class Submission:
         try:
             self._make(calls, waits, arrival, requests)
             for dispatcher, own in by_dispatcher(requests):
-                mark = dispatcher.executor.mark()
+                executor = dispatcher.executor
+                if executor.fault is not None:
+                    raise DeviceFailed(device=executor.device, fault=executor.fault) from executor.fault
+                mark = executor.mark()
                 if mark is not None:
                     for request in own:
                         request.mark = mark

@@ -10,6 +10,7 @@ __all__ = [
     "ClosedError",
     "DeadlineExceeded",
     "DeadlineUnattainable",
+    "DeviceFailed",
     "DeviceMismatch",
     "DispatchFailed",
     "ExecutionFailed",
@@ -181,6 +182,12 @@ class DispatchFailed(MuxError):
     """The runtime itself failed while the request was queued or under way; the cause is chained."""
 
     message = "the runtime stopped serving this request: {detail}; if it happens again call torch_mux.reset()"
+
+
+class DeviceFailed(MuxError):
+    """A device reported an error that stays: it serves nothing more in this process; the cause is chained."""
+
+    message = "{device} serves nothing more in this process: {fault}; start a new process"
 
 
 class ExecutionFailed(MuxError):

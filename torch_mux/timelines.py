@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch_mux import state
 from torch_mux.runtime.timeline import BundleSpan, Timeline, recorders
 
 __all__ = ["events", "trace"]
 
 _TENANTS = 1
+_PATIENCE = 1.0
+_NAP = 1e-3
 
 
 @contextmanager
 def trace(path: str | os.PathLike[str] | None = None) -> Iterator[Timeline]:
     """Records every bundle of the process that ends inside, from all threads.
+
+    At the end it waits for the bundles that are under way, a second at most.
 
     Args:
         path: where the timeline is written at the end, also after an exception; nowhere by default.
@@ -39,8 +45,19 @@ def trace(path: str | os.PathLike[str] | None = None) -> Iterator[Timeline]:
         try:
             yield timeline
         finally:
+            _await_ends()
             if path is not None:
                 Path(path).write_text(json.dumps({"traceEvents": events(timeline.spans)}))
+
+
+def _await_ends() -> None:
+    """Returns when what is under way has ended and is recorded, or after a while where more keeps coming."""
+    engine, last = state.peek(), time.monotonic() + _PATIENCE
+    while engine is not None and time.monotonic() < last:
+        engine.stats()
+        if not any(device.flying for device in engine.health().devices):
+            return
+        time.sleep(_NAP)
 
 
 def events(spans: Iterable[BundleSpan]) -> list[dict[str, Any]]:

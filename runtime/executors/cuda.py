@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_mux import compat
+from torch_mux.errors import DeviceFailed
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.bundle import Bundle, cap_of
 from torch_mux.runtime.executors.base import (
@@ -93,7 +94,11 @@ class CudaExecutor:
         """An event on the caller's current stream."""
         stream = compat.current_stream(self.device)
         mark = self._marks.take(stream)
-        mark.record(stream)
+        try:
+            mark.record(stream)
+        except Exception as error:
+            self._examine(error)
+            raise DeviceFailed(device=self.device, fault=error) from error
         return mark
 
     def launch(self, bundle: Bundle) -> Flight | None:

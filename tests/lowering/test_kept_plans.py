@@ -32,10 +32,8 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(self.norm(self.conv(x)).relu().flatten(1))
-        y = torch.linalg.matrix_exp(torch.outer(y[0], self.steps) / 1e3)[0] + torch.tensor([0.5, 1.5] * 8).to(
-            x
-        )
-        return self.second(y[None])  # type: ignore[no-any-return]
+        y = torch.linalg.matrix_exp(torch.outer(y[0], self.steps) / 1e3)[0]
+        return self.second((y + torch.arange(16, device=x.device) / 2)[None])  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -182,15 +180,19 @@ def test_many_writers_and_readers_see_whole_plans(folder: Path) -> None:
         threading.Thread(target=lambda: [kept_plans.save(file.name, recipe, keys) for _ in range(10)])
         for _ in range(3)
     ]
+    plain = nn.Linear(4, 4)
+    call = nn.Module.__call__
     for thread in (*readers, *writers):
         thread.start()
-    for thread in writers:
-        thread.join()
+    while any(thread.is_alive() for thread in writers):
+        # Other threads call modules meanwhile, which a trace of torch.fx would take part in.
+        assert plain(torch.ones(1, 4)).shape == (1, 4)
     stop.set()
     for thread in readers:
         thread.join()
     assert seen and all(isinstance(one, tuple) and isinstance(one[0], PlanRecipe) for one in seen)
     assert _files(folder) == [file]
+    assert nn.Module.__call__ is call
 
 
 def test_a_folder_that_cannot_be_made_only_costs_time(

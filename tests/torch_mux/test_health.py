@@ -56,6 +56,11 @@ def test_a_fault_of_the_device_is_named() -> None:
     assert found.status == "failed"
     said = "cpu has failed, start a new process: RuntimeError: CUDA error: an illegal access"
     assert found.reasons == (said,)
+    with pytest.raises(torch_mux.DeviceFailed, match="cpu serves nothing more in this process") as caught:
+        _serve()
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    got = torch_mux.stats().tenants["default"]
+    assert got.accepted == got.ok and got.pending == 0
 
 
 def test_a_model_without_a_plan_is_degraded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +86,7 @@ def test_a_model_without_a_plan_is_degraded(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 FAULT = """
+import os, sys, time
 import torch, torch_mux
 from torch import nn
 
@@ -97,19 +103,20 @@ x = torch.ones(4, 8, device="cuda")
 with torch.inference_mode():
     torch_mux.gather((model, x, torch.tensor([1], device="cuda")))
     assert torch_mux.health().status == "ok"
-    try:
-        torch_mux.gather((model, x, torch.tensor([1 << 20], device="cuda")))
+    good, bad = torch.tensor([1], device="cuda"), torch.tensor([1 << 20], device="cuda")
+    torch_mux.gather((model, x, bad))
+    for _ in range(500):
         torch_mux.stats()
-        torch_mux.gather((model, x, torch.tensor([1], device="cuda")))
-    except torch_mux.MuxError as error:
-        print("error", type(error).__name__)
-for _ in range(200):
-    if torch_mux.health().status != "ok":
-        break
-    import time
-
-    time.sleep(0.02)
-print(torch_mux.health())
+        if torch_mux.health().status != "ok":
+            break
+        time.sleep(0.02)
+    print(torch_mux.health())
+    try:
+        torch_mux.gather((model, x, good))
+    except torch_mux.DeviceFailed as error:
+        print("refused", error)
+sys.stdout.flush()
+os._exit(0)
 """
 
 
@@ -121,6 +128,7 @@ def test_an_illegal_access_is_a_fault_that_stays() -> None:
     )
     assert "cuda:0 has failed, start a new process" in done.stdout, done.stdout + done.stderr
     assert "failed" in done.stdout.splitlines()
+    assert "refused cuda:0 serves nothing more" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

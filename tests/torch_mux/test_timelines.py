@@ -50,7 +50,7 @@ def test_every_bundle_and_request_is_in_the_file(device: str, tmp_path: Path) ->
     torch_mux.reset()
     with torch_mux.trace(path) as timeline:
         _serve(5, device)
-        stats = torch_mux.stats()
+    stats = torch_mux.stats()
     events = json.loads(path.read_text())["traceEvents"]
     names = {(e["pid"], e.get("tid")): e["args"]["name"] for e in events if e["ph"] == "M"}
     bundles = [event for event in events if event["ph"] == "X"]
