@@ -313,7 +313,8 @@ class Dispatcher:
                 elif landed and decision is not None and decision.wake is not None:
                     nap = self._line.lie_down(decision.wake)
                     until = decision.until if isinstance(decision, Later) else now + _POLL
-                    until = min(until, self._line.alarms.next())
+                    look = now + _QUIET if self.executor.flying() else until
+                    until = min(until, look, self._line.alarms.next())
             if bundle is not None:
                 self._runner.run(bundle)
             elif not landed:

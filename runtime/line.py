@@ -30,23 +30,21 @@ class Line:
         self._nap: tuple[Waiter, Mapping[str, int]] | None = None
 
     def extend(self, requests: Sequence[Request]) -> bool:
-        """Queues requests behind all others, or holds them; returns whether an alarm was set for one."""
-        alarm = False
+        """Queues requests behind all others, or holds them; returns whether the next alarm is sooner now."""
+        before = self.alarms.peek()
         for request in requests:
             request.seq = self._next
             self._next += 1
             if request.eligible > request.arrival:
                 self._held[request] = None
                 self.alarms.set(request.eligible, request)
-                alarm = True
             else:
                 served = request.instance.served
                 served.requests.append(request)
                 self.active[served] = None
             if request.expires < _NEVER:
                 self.alarms.set(request.expires, request)
-                alarm = True
-        return alarm
+        return self.alarms.peek() < before
 
     def ring(self, now: float) -> list[Request]:
         """Lets those go whose hold is over; takes out and returns those whose deadline has passed."""

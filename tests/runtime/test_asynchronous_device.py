@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,3 +147,27 @@ def test_closing_waits_for_the_device(lab: Any) -> None:
     engine.close()
     assert request.done()
     assert not device.flying()
+
+
+def test_a_hold_does_not_delay_who_waits_for_the_device(lab: Any) -> None:
+    """While one program's request is held for companions, the end of another's bundle is told at once."""
+    engine, device = slow(lab, max_wait=0.0, linger=0.0)
+    first, second, model = lab.program(), lab.program("other"), lab.Affine(2.0)
+    for program in (first, second):
+        engine.register(program)
+    engine.quiesce(10)
+    device.seconds = 0.02
+    told: list[float] = []
+    request = lab.submit(engine, first, model)
+    request.add_done_callback(lambda _: told.append(time.perf_counter()))
+    engine.wait([request])
+    engine.configure(replace(engine.settings, max_wait=1.0))
+    start = time.perf_counter()
+    held = lab.submit(engine, second, model)
+    thread = threading.Thread(target=held.result)
+    thread.start()
+    while not told and time.perf_counter() < start + 5.0:
+        time.sleep(0.001)
+    assert told and told[0] - start < 0.5
+    thread.join(10)
+    assert not thread.is_alive()
