@@ -72,10 +72,9 @@ class _Observed(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.parametrize(("width", "rows", "threads"), [(32, 2, 1), (1024, 64, THREADS)])
-def test_the_size_of_the_program_decides_alone_and_together(
-    width: int, rows: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """torch's number of threads at each bundle, in the thread that runs it."""
     seen: list[int] = []
     run = CpuExecutor._run
 
@@ -84,6 +83,13 @@ def test_the_size_of_the_program_decides_alone_and_together(
         run(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CpuExecutor, "_run", spy)
+    return seen
+
+
+@pytest.mark.parametrize(("width", "rows", "threads"), [(32, 2, 1), (1024, 64, THREADS)])
+def test_the_size_of_the_program_decides_alone_and_together(
+    width: int, rows: int, threads: int, seen: list[int]
+) -> None:
     models = [torch.compile(_Observed(width).eval(), backend="mux") for _ in range(3)]
     inputs = [torch.randn(rows, width) for _ in models]
     with torch.inference_mode():
@@ -95,16 +101,8 @@ def test_the_size_of_the_program_decides_alone_and_together(
     assert torch.get_num_threads() == THREADS
 
 
-def test_who_dispatches_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_dispatches_does_not_decide(seen: list[int]) -> None:
     """torch keeps a number of threads for each thread, and any client may be the one that dispatches."""
-    seen: list[int] = []
-    run = CpuExecutor._run
-
-    def spy(self: CpuExecutor, *arguments: object) -> None:
-        seen.append(torch.get_num_threads())
-        run(self, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(CpuExecutor, "_run", spy)
     model, x = torch.compile(_Observed(1024).eval(), backend="mux"), torch.randn(64, 1024)
     with torch.inference_mode():
         first = model(x)
