@@ -322,11 +322,6 @@ def _simple(kind: type | None, name: str) -> bool:
     return not hasattr(inspect.getattr_static(kind, name, None), "__set__")
 
 
-def _is_make(kind: type, function: object) -> bool:
-    """Whether ``function`` is the ``_make`` of the named tuple ``kind``."""
-    return issubclass(kind, tuple) and function == getattr(kind, "_make", None)
-
-
 def _makes(function: object) -> bool:
     """Whether ``function(cls, ...)`` makes an object without running Python of its class."""
     if any(function is known for known in compat.replayed_constructors()):
