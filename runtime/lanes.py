@@ -158,13 +158,11 @@ class Executable:
 
     Attributes:
         graph: the captured graph.
-        address: its ``cudaGraphExec_t``.
         slots: the bundle size it was captured for.
         generation: the storage's generation then; tables that moved since make it invalid.
     """
 
-    graph: torch.cuda.CUDAGraph
-    address: int
+    graph: compat.Graph
     slots: int
     generation: int
 
@@ -191,7 +189,7 @@ class Lane:
         self.ring = TableRing(_ENTRIES, _WORDS, device)
         self.flights: deque[CudaFlight] = deque()
         self.executables: dict[str, dict[int, Executable]] = {}
-        self.pool: Any = None
+        self.pool: compat.Pool | None = None
         self.pool_bytes = 0
         self.free_at = 0.0
         # The table was zeroed on the creating thread's stream.
@@ -232,8 +230,9 @@ class Lane:
 
     def measure_pool(self) -> None:
         """Notes what the graphs' pool takes of the device; takes milliseconds."""
+        key = None if self.pool is None else self.pool.key
         snapshot: list[dict[str, Any]] = _cuda.memory_snapshot()
-        self.pool_bytes = sum(part["total_size"] for part in snapshot if part["segment_pool_id"] == self.pool)
+        self.pool_bytes = sum(part["total_size"] for part in snapshot if part["segment_pool_id"] == key)
 
     def forget(self, key: str) -> None:
         """Drops a program's graphs."""

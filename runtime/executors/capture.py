@@ -207,17 +207,12 @@ class Capturer:
         side = self._side(device)
         with torch.cuda.device(device), torch.cuda.stream(side), torch.inference_mode():
             if lane.pool is None:
-                lane.pool = torch.cuda.graph_pool_handle()
+                lane.pool = compat.Pool(device)
             self._rehearse(served, layout)
             side.synchronize()
-            graph = torch.cuda.CUDAGraph()
             with compat.capturing():
-                _begin(graph, lane)
-                try:
-                    self._steps.run(served, layout, lane.ring.table)
-                finally:
-                    graph.capture_end()
-        return Executable(graph, graph.raw_cuda_graph_exec(), slots, served.storage.generation)
+                graph = compat.captured(lambda: self._steps.run(served, layout, lane.ring.table), lane.pool)
+        return Executable(graph, slots, served.storage.generation)
 
     def _side(self, device: torch.device) -> torch.cuda.Stream:
         """Where the compile thread runs and captures."""
@@ -247,19 +242,3 @@ def _likely_first(most: int) -> list[int]:
     """The sizes up to ``most`` for which nothing was made ready yet: powers of two, then the rest."""
     rest = [size for size in range(1, most + 1) if size not in FIRST_SIZES]
     return sorted(rest, key=lambda size: (size & (size - 1) != 0, size))
-
-
-def _begin(graph: torch.cuda.CUDAGraph, lane: Lane) -> None:
-    """Starts capturing on the current stream.
-
-    Not by ``torch.cuda.graph``, which synchronises the device, collects garbage and empties the cache. And
-    with a copy of the generator's state: the one that is registered with a capture refuses to draw random
-    numbers, in every thread, until the capture ends. Plans that draw are not captured.
-    """
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    state = generator.graphsafe_get_state()
-    generator.graphsafe_set_state(generator.clone_state())
-    try:
-        graph.capture_begin(pool=lane.pool, capture_error_mode="thread_local")
-    finally:
-        generator.graphsafe_set_state(state)

@@ -138,7 +138,7 @@ class CudaExecutor:
             lane.ring.address,
             entry.address,
             layout.nbytes,
-            executable.address,
+            executable.graph.address,
             flight.end.address,
         )
         flight.kept = (*[request.instance.held for request in bundle.requests], executable, entry, marks)
@@ -217,7 +217,7 @@ class CudaExecutor:
         if executable is None:
             self._steps.run(flight.bundle.served, layout, lane.ring.table)
         else:
-            executable.graph.replay()
+            executable.graph.replay(lane.stream)
         return executable
 
     def reap(self) -> Sequence[Flight]:

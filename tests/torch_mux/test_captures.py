@@ -1,4 +1,4 @@
-"""Device-wide synchronisation waits for captures in progress."""
+"""What other threads may do while a graph is captured, and what becomes of a graph's memory."""
 
 from __future__ import annotations
 
@@ -28,3 +28,58 @@ def test_synchronize_waits_for_a_capture(monkeypatch: pytest.MonkeyPatch) -> Non
         assert calls == [(), ()]
     other.join(5)
     assert calls[-1] == ("cuda:0",)
+
+
+def _capture(pool: compat.Pool, stream: torch.cuda.Stream, x: torch.Tensor, y: torch.Tensor) -> compat.Graph:
+    with torch.cuda.stream(stream):
+        return compat.captured(lambda: y.copy_((x * 2).relu() + 1), pool)
+
+
+@pytest.mark.gpu
+def test_other_threads_draw_the_same_numbers_while_graphs_are_captured() -> None:
+    device, done = torch.device("cuda", 0), threading.Event()
+    x, y = torch.ones(64, device=device), torch.zeros(64, device=device)
+    captured: list[compat.Graph] = []
+    errors: list[Exception] = []
+
+    def capture() -> None:
+        pool, stream = compat.Pool(device), torch.cuda.Stream(device)
+        try:
+            while not done.is_set():
+                captured.append(_capture(pool, stream, x, y))
+        except Exception as error:
+            errors.append(error)
+
+    torch.manual_seed(7)
+    wanted = [torch.randn(8, device=device) for _ in range(3000)]
+    thread = threading.Thread(target=capture)
+    thread.start()
+    try:
+        torch.manual_seed(7)
+        drawn = [torch.randn(8, device=device) for _ in range(3000)]
+    finally:
+        done.set()
+        thread.join()
+    assert not errors and len(captured) > 20
+    assert torch.equal(torch.stack(drawn), torch.stack(wanted))
+
+
+@pytest.mark.gpu
+def test_a_pool_serves_after_a_lost_capture_and_after_its_graphs_are_gone() -> None:
+    device = torch.device("cuda", 0)
+    pool, stream = compat.Pool(device), torch.cuda.Stream(device)
+    x, y = torch.ones(64, device=device), torch.zeros(64, device=device)
+    _capture(pool, stream, x, y)  # gone at once
+
+    def broken() -> None:
+        (x * 2).relu()
+        raise ValueError("a tenant's own error")
+
+    with torch.cuda.stream(stream), pytest.raises(ValueError, match="own error"):
+        compat.captured(broken, pool)
+    with torch.cuda.stream(stream), pytest.raises(RuntimeError, match="CUDA error"):
+        compat.captured(lambda: torch.cuda.current_stream(device).synchronize(), pool)
+    graph = _capture(pool, stream, x, y)
+    graph.replay(stream)
+    stream.synchronize()
+    assert torch.equal(y, torch.full_like(y, 3.0))

@@ -8,6 +8,7 @@ from .captures import (
     capturing,
     guard_synchronize,
 )
+from .cuda_graphs import Graph, Pool, captured
 from .dispatch import (
     device_kernel,
     fake_tensors,
@@ -68,12 +69,15 @@ from .tracing import install_tracing_check
 from .user_kernels import user_kernel
 
 __all__ = [
+    "Graph",
+    "Pool",
     "SymbolicWorld",
     "active_modes",
     "aot_inference",
     "cache_entries",
     "cache_folder",
     "caller_files",
+    "captured",
     "capturing",
     "compile_lock",
     "compile_whole",
