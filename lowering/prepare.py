@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from torch_mux.types import TensorSpec
 
+from .batch_vectors import batch_vectors
 from .graphs import ROLE, call_nodes, dead_code, fake_of, parameter_only, placeholders, tensors_in
 
 __all__ = ["INDEX", "Prepare", "dependent", "split_prepare"]
@@ -118,7 +119,8 @@ def split_prepare(module: GraphModule) -> tuple[Prepare, GraphModule]:
         if node in needed:
             mapping[node] = prepared.node_copy(node, lambda source: mapping[source])
     prepared.output(tuple(mapping[node] for node in frontier))
-    prepare_module = GraphModule(module, prepared)
+    dead_code(prepared)
+    prepare_module = GraphModule(module, batch_vectors(prepared))
     dead_code(prepare_module.graph)
     prepare_module.recompile()
     prepare = Prepare(

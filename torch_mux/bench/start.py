@@ -2,7 +2,8 @@
 
 Each measurement is a process of its own that imports torch, makes the models, compiles them and asks all of
 them: through mux, and through Inductor one after another. The first process of each fills the compile caches,
-or finds them; those that are counted find them.
+or finds them; those that are counted find them. An installation keeps the bytecode of its packages; where
+PYTHONDONTWRITEBYTECODE and a bare image leave none, each process compiles the sources of PyTorch anew.
 """
 
 from __future__ import annotations
@@ -104,7 +105,13 @@ def run(
             found[name].append(_process(name, model, tenants, device, dtype))
     return {
         "environment": measure.environment(torch.device(device)),
-        "options": {"model": model, "tenants": tenants, "device": device, "dtype": dtype},
+        "options": {
+            "model": model,
+            "tenants": tenants,
+            "device": device,
+            "dtype": dtype,
+            "python writes bytecode": not sys.dont_write_bytecode,
+        },
         "first": {name: processes[0] for name, processes in found.items()},
         "results": {name: processes[1:] for name, processes in found.items()},
     }

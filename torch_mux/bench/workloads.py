@@ -217,7 +217,7 @@ def build(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(0)
     first = workload.model().to(device=device, dtype=dtype)
-    models = [first, *(_shuffled(copy.deepcopy(first), tenant) for tenant in range(1, count))]
+    models = [first, *(_rotated(copy.deepcopy(first), 997 * tenant) for tenant in range(1, count))]
     if channels_last:
         models = [model.to(memory_format=torch.channels_last) for model in models]  # type: ignore[call-overload]
     requests = []
@@ -230,15 +230,13 @@ def build(
     return Tenants(workload, models, requests)
 
 
-def _shuffled(model: nn.Module, seed: int) -> nn.Module:
-    """``model`` with the elements of every parameter and of batch norm's statistics in a random order."""
+def _rotated(model: nn.Module, places: int) -> nn.Module:
+    """``model`` with the elements of parameters and of batch norm's statistics moved on in their order."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     statistics = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
     with torch.no_grad():
         for tensor in [*model.parameters(), *statistics]:
-            generator = torch.Generator(tensor.device).manual_seed(seed)
-            order = torch.randperm(tensor.numel(), generator=generator, device=tensor.device)
-            tensor.copy_(tensor.flatten()[order].view_as(tensor))
+            tensor.copy_(tensor.flatten().roll(places).view_as(tensor))
     return model
 
 
