@@ -13,6 +13,7 @@ _EXTRAS: Final = {
     "rich": "cli",
     "prometheus_client": "metrics",
     "sklearn": "demo",
+    "mlperf_loadgen": "bench",
     "timm": "bench",
     "torchvision": "bench",
     "transformers": "bench",

@@ -1,4 +1,4 @@
-"""The open-loop benchmark: arrivals, what counts as latency, the search, and failures."""
+"""The load generator and the command: arrivals, what counts as latency, the search, failures."""
 
 from __future__ import annotations
 
@@ -8,149 +8,206 @@ import math
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from torch_mux.bench import serve
+from torch_mux.bench import load, serve
 from torch_mux.bench.arrivals import PROCESSES, arrivals
-from torch_mux.bench.servers import Finished
-from torch_mux.bench.workloads import WORKLOADS, Tenants, build
+from torch_mux.bench.figures.base import Finding, Row
+from torch_mux.bench.figures.stage import Stage
+from torch_mux.bench.load import Client, Finished, Got, Outcome, Shot, Traffic, Window, drive, search
 
 
 @pytest.mark.parametrize("process", sorted(PROCESSES))
 def test_arrivals_have_the_rate_and_the_variation_they_say(process: str) -> None:
-    found = arrivals(process, 4000.0, 20.0, 4, 3, seed=1)
-    assert (
-        found
-        == arrivals(process, 4000.0, 20.0, 4, 3, seed=1)
-        != arrivals(process, 4000.0, 20.0, 4, 3, seed=2)
-    )
+    rates = [1000.0] * 3 + [0.0, 500.0]
+    found = arrivals(process, rates, 20.0, 3, seed=1)
+    assert found == arrivals(process, rates, 20.0, 3, seed=1) != arrivals(process, rates, 20.0, 3, seed=2)
     assert [one.time for one in found] == sorted(one.time for one in found)
-    assert len(found) == pytest.approx(80_000, rel=0.08)
-    assert {one.tenant for one in found} == set(range(4)) and {one.variant for one in found} == set(range(3))
+    assert len(found) == pytest.approx(70_000, rel=0.08)
+    assert {one.tenant for one in found} == {0, 1, 2, 4} and {one.variant for one in found} == set(range(3))
     times = [one.time for one in found if one.tenant == 0]
     gaps = [after - before for before, after in itertools.pairwise(times)]
     assert statistics.stdev(gaps) / statistics.mean(gaps) == pytest.approx(PROCESSES[process], rel=0.1)
 
 
 def test_another_rate_has_the_same_arrivals_closer_together() -> None:
-    slow, fast = (arrivals("bursty", rate, 100.0 / rate, 2, 1, seed=3) for rate in (10.0, 20.0))
+    slow, fast = (arrivals("bursty", [rate] * 2, 100.0 / rate, 1, seed=3) for rate in (5.0, 10.0))
     assert [one.tenant for one in slow] == [one.tenant for one in fast]
     assert [one.time for one in slow] == pytest.approx([2 * one.time for one in fast])
 
 
-@pytest.mark.parametrize(("rate", "seconds"), [(0.0, 1.0), (1.0, -1.0)])
+@pytest.mark.parametrize(("rate", "seconds"), [(-1.0, 1.0), (1.0, 0.0)])
 def test_arrivals_refuse_nonsense(rate: float, seconds: float) -> None:
     with pytest.raises(ValueError, match="positive"):
-        arrivals("poisson", rate, seconds, 1, 1, 0)
+        arrivals("poisson", [rate], seconds, 1, 0)
 
 
 class _Slow:
-    """Answers after a while on a thread; the first of ``lost`` requests never."""
+    """Answers after a while on a thread; the first ``lost`` requests never, every ``bad``th with an error."""
 
     name = "slow"
+    polled = False
 
-    def __init__(self, seconds: float = 0.0, lost: int = 0, error: BaseException | None = None) -> None:
-        self.seconds, self.lost, self.error = seconds, lost, error
+    def __init__(self, seconds: float = 0.0, lost: int = 0, bad: int = 0) -> None:
+        self.seconds, self.lost, self.bad = seconds, lost, bad
         self.stall = 0.0
+        self.under_way = self.most = 0
 
-    def prepare(self, tenants: Tenants) -> None:
-        if self.error is not None:
-            raise self.error
-
-    def submit(self, number: int, tenant: int, arguments: tuple[Tensor, ...], finished: Finished) -> None:
-        if number == 0:
-            time.sleep(self.stall)
-        if number >= self.lost:
-            timer = threading.Timer(self.seconds, lambda: finished(number, time.perf_counter(), None))
+    def submit(self, batch: Sequence[Shot], finished: Finished) -> None:
+        for number, _, _ in batch:
+            if number == 0:
+                time.sleep(self.stall)
+            if number < self.lost:
+                continue
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            timer = threading.Timer(self.seconds, self._answer, (number, finished))
             timer.daemon = True
             timer.start()
+
+    def _answer(self, number: int, finished: Finished) -> None:
+        error = ValueError("bad") if self.bad and number % self.bad == 0 else None
+        self.under_way -= 1
+        finished(number, time.perf_counter(), error)
 
     def poll(self) -> None: ...
 
     def release(self) -> None: ...
 
 
-@pytest.fixture(scope="module")
-def tenants() -> Tenants:
-    return build(WORKLOADS["tiny-cnn"], 2, torch.device("cpu"), torch.float32)
+CLIENT = Client("none", 0, [()], {"tenant": "somebody"})
 
 
-def _options(**changes: Any) -> serve.Options:
-    plain: dict[str, Any] = {
-        "model": "tiny-cnn",
-        "tenants": 2,
-        "device": torch.device("cpu"),
-        "dtype": torch.float32,
-        "servers": ("mux",),
-        "process": "poisson",
-        "bound": 0.01,
-        "seconds": 0.3,
-        "steps": 2,
-        "seed": 0,
-    }
-    return serve.Options(**(plain | changes))
-
-
-def test_latency_counts_from_the_scheduled_time(tenants: Tenants) -> None:
-    quick = serve.open_loop(_Slow(0.005), tenants, _options(), 100.0)
-    assert quick.missing == quick.errors == 0 and quick.requests > 10
-    assert quick.quantiles["p50"] is not None and 0.005 <= quick.quantiles["p50"] < 0.1
-    stalled = _Slow(0.0)
+def test_latency_counts_from_the_scheduled_time() -> None:
+    quick = drive(_Slow(0.005), [Traffic(CLIENT, rate=100.0)], Window(0.3, 0.0))
+    assert quick.missing == 0 and not quick.errors and quick.requests > 10
+    assert 0.005 <= quick.quantile(0.5) < 0.1
+    stalled = _Slow()
     stalled.stall = 0.2
-    found = serve.open_loop(stalled, tenants, _options(), 100.0)
+    found = drive(stalled, [Traffic(CLIENT, rate=100.0)], Window(0.3, 0.0))
     # The generator stood still for 0.2 s: what was due meanwhile waited, though the server was quick.
     assert found.p99 > 0.1 and found.lag > 0.1
 
 
-def test_what_is_never_answered_is_infinitely_late(tenants: Tenants, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "_PATIENCE", 0.2)
-    found = serve.open_loop(_Slow(lost=3), tenants, _options(), 100.0)
-    assert found.missing == 3
-    assert found.quantiles["p99.9"] is None and found.p99 == math.inf
+def test_a_late_generator_sends_all_that_was_due() -> None:
+    stalled = _Slow()
+    stalled.stall = 0.5
+    found = drive(stalled, [Traffic(CLIENT, rate=200.0)], Window(0.2, 0.0))
+    assert found.requests == len(arrivals("poisson", [200.0], 0.2, 1, 0))
+    assert found.clients[0].offered == found.requests and found.clients[0].served == 0
+
+
+def test_what_is_never_answered_is_infinitely_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_PATIENCE", 0.2)
+    found = drive(_Slow(lost=3), [Traffic(CLIENT, rate=100.0)], Window(0.3, 0.0))
+    assert found.missing == 3 and found.p99 == math.inf
+    assert found.data()["quantiles"]["p99"] is None
+
+
+def test_what_fails_is_counted_by_its_error_and_has_no_latency() -> None:
+    found = drive(_Slow(bad=2), [Traffic(CLIENT, rate=100.0)], Window(0.3, 0.0))
+    assert found.errors["ValueError"] == (found.requests + 1) // 2
+    assert len(found.clients[0].latencies) == found.requests // 2
+
+
+def test_a_closed_loop_client_has_so_many_under_way_from_when_it_joins() -> None:
+    server = _Slow(0.02)
+    traffics = [Traffic(CLIENT, depth=3), Traffic(CLIENT, depth=1, start=0.25)]
+    found = drive(server, traffics, Window(0.2, 0.0))
+    assert server.most == 3 and found.clients[1].offered == 0
+    assert found.throughput() == pytest.approx(3 / 0.02, rel=0.5)
+    assert server.under_way == 0  # the run waited for the last ones
+
+
+def test_the_probe_sees_both_ends_of_the_window() -> None:
+    moments: list[float] = []
+    drive(
+        _Slow(),
+        [Traffic(CLIENT, rate=50.0)],
+        Window(0.2, 0.1),
+        probe=lambda: moments.append(time.perf_counter()),
+    )
+    begin, end, _ = moments
+    assert end - begin == pytest.approx(0.2, abs=0.1)
 
 
 def test_the_search_finds_the_edge() -> None:
-    def run(rate: float) -> serve.Load:
-        p99 = 0.002 if rate <= 700.0 else 0.05
-        return serve.Load(rate, rate, 10, 0, 0, {"p50": p99, "p99": p99}, 0.0, 0.0)
+    def run(rate: float) -> Outcome:
+        got = Got(1, 1, (0.002 if rate <= 700.0 else 0.05,), {})
+        return Outcome(Window(1.0), (got,), 1, 0.0, 0.0, 0.0)
 
-    best, runs = serve.search(run, 1600.0, 0.01, 10)
+    best, runs = search(run, 1600.0, 0.01, 10)
     assert len(runs) == 10 and 690.0 < best <= 700.0
-    assert serve.search(run, 1600.0, 0.001, 4)[0] == 0.0
+    assert search(run, 1600.0, 0.001, 4)[0] == 0.0
 
 
-def test_a_run_on_the_cpu_fills_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("row", "passed"),
+    [
+        (Row("least", 1.0, 1.0), True),
+        (Row("least", 1.1, 1.0), False),
+        (Row("most", 1.1, 1.0, most=False), True),
+        (Row("lost", None, 1.0), False),
+        (Row("endless", math.inf, 1.0, most=False), False),
+        (Row("told", 1.0, None), None),
+    ],
+)
+def test_a_row_passes_only_where_its_target_was_measured_and_met(row: Row, passed: bool | None) -> None:
+    assert row.passed is passed
+    json.dumps(row.data(), allow_nan=False)
+
+
+def _replaced(monkeypatch: pytest.MonkeyPatch, **figures: Any) -> None:
+    monkeypatch.setattr(serve, "FIGURES", figures)
+
+
+def test_a_figure_that_fails_is_in_the_table_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = tmp_path / "serve.json"
-    flags = ["--model", "tiny-cnn", "--tenants", "2", "--device", "cpu", "--seconds", "0.3", "--steps", "2"]
-    assert serve.main([*flags, "--bound", "1s", "--json", str(record)]) == 0
-    report = json.loads(record.read_text())
-    assert [found["server"] for found in report["results"]] == ["mux", "inductor"]
-    for found in report["results"]:
-        assert found["closed loop"] > 0 and len(found["runs"]) == 2
-        assert all(one["missing"] == one["errors"] == 0 for one in found["runs"])
-    assert "tiny-cnn x 2, poisson arrivals" in capsys.readouterr().out
+    seen: list[list[str]] = []
+
+    def good(stage: Stage) -> Finding:
+        return Finding((Row("errors", 1.0, 2.0, unit="%"), Row("speed", 1.0, 2.0, most=False)), {}, ("one",))
+
+    def bad(stage: Stage) -> Finding:
+        raise RuntimeError("no such luck")
+
+    def last(stage: Stage) -> Finding:
+        seen.append(list(json.loads(record.read_text())["figures"]))
+        return Finding((), {})
+
+    _replaced(monkeypatch, bad=bad, good=good, last=last)
+    assert serve.main(["--device", "cpu", "--json", str(record)]) == 1
+    assert seen == [["bad", "good"]]  # the record is written after each
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[3:]] == ["bad", "good", "good", "good", "1"]
+    assert "RuntimeError: no such luck" in lines[3] and lines[3].endswith("FAILED")
+    assert lines[4].endswith("pass") and lines[5].endswith("MISS") and "one" in lines[6]
+    assert lines[-1] == "1 targets met, 1 missed"
 
 
-def test_a_server_that_fails_is_a_row(
+def test_what_the_budget_does_not_reach_is_in_the_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(serve.SERVERS, "mux", lambda: _Slow(error=RuntimeError("no such luck")))
-    flags = ["--model", "tiny-cnn", "--tenants", "1", "--device", "cpu", "--servers", "mux"]
-    assert serve.main(flags) == 1
-    assert "RuntimeError: no such luck" in capsys.readouterr().out
+    _replaced(monkeypatch, first=lambda stage: Finding((), {}), second=lambda stage: Finding((), {}))
+    assert serve.main(["--device", "cpu", "--budget", "0"]) == 1
+    assert capsys.readouterr().out.count("not run: the budget of 0 s was spent") == 2
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model", "lenet"], "unknown model"),
-        (["--servers", "mux,tpu"], "unknown servers tpu"),
-        (["--tenants", "0"], "must be positive"),
+        (["--figures", "rate,luck"], "unknown figures luck; choose from rate"),
+        (["--models", "lenet"], "unknown models lenet"),
+        (["--models", "tiny-cnn"], "takes four different workloads, not 1"),
+        (["--servers", "mux,tpu"], "unknown servers mux, tpu"),
+        (["--tenants", "0"], "at least 4"),
+        (["--seconds", "0"], "positive"),
         (["--bound", "soon"], "--bound"),
     ],
 )

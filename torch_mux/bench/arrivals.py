@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,28 +29,28 @@ class Arrival:
     variant: int
 
 
-def arrivals(
-    process: str, rate: float, seconds: float, tenants: int, variants: int, seed: int
-) -> list[Arrival]:
-    """Requests in the order of their times, about ``rate * seconds`` of them.
+def arrivals(process: str, rates: Sequence[float], seconds: float, variants: int, seed: int) -> list[Arrival]:
+    """Requests in the order of their times, about ``sum(rates) * seconds`` of them.
 
-    Each tenant has an arrival process of its own at its part of the rate, so a burst is one tenant's.
+    Each tenant has an arrival process of its own, so a burst is one tenant's.
 
     Args:
         process: a name in ``PROCESSES``.
-        rate: requests a second of all tenants together.
+        rates: requests a second of each tenant; 0 for one that sends none.
         seed: the same seed gives the same arrivals; at another rate the same ones, closer together.
 
     Raises:
         KeyError: an unknown process.
-        ValueError: a rate or duration that is not positive.
+        ValueError: a negative rate, or a duration that is not positive.
     """
-    if min(rate, seconds) <= 0.0:
-        raise ValueError(f"rate and seconds must be positive, not {rate} and {seconds}")
+    if seconds <= 0.0 or min(rates, default=0.0) < 0.0:
+        raise ValueError(f"rates and seconds must be positive, not {list(rates)} and {seconds}")
     shape = 1.0 / PROCESSES[process] ** 2
     found = []
-    for tenant in range(tenants):
+    for tenant, rate in enumerate(rates):
+        if rate == 0.0:
+            continue
         draw, now = random.Random(f"{seed} {tenant}"), 0.0
-        while (now := now + draw.gammavariate(shape, 1.0 / shape) * tenants / rate) < seconds:
+        while (now := now + draw.gammavariate(shape, 1.0 / shape) / rate) < seconds:
             found.append(Arrival(now, tenant, draw.randrange(variants)))
     return sorted(found, key=lambda one: one.time)

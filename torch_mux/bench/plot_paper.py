@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-__all__ = ["Chart", "Series", "charts", "main", "svg"]
+__all__ = ["Chart", "Series", "charts", "drawing", "main", "svg"]
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _KEY = 430, 270, 52, 40, 30, 14
 _COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#9c36b5", "#868e96", "#e8590c")
@@ -108,10 +108,12 @@ def charts(report: dict[str, Any]) -> list[Chart]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten within the range; few ones where that is many."""
+    """1, 2 and 5 times the powers of ten within the range; few ones where that is many, else even ones."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
     inside = [value for value in found if low / 1.01 <= value <= high * 1.01]
+    if len(inside) < 2:
+        return [float(f"{low + (high - low) * part / 4:.3g}") for part in range(5)]
     return inside if len(inside) <= 7 else [value for value in inside if f"{value:.0e}".startswith("1")]
 
 
@@ -154,13 +156,16 @@ def _panel(chart: Chart, left: float, top: float) -> list[str]:
 
 
 def svg(report: dict[str, Any]) -> str:
+    """The panels of a record."""
+    return drawing(charts(report), report["environment"])
+
+
+def drawing(found: Sequence[Chart], facts: dict[str, Any]) -> str:
     """All panels, two in a row, with the device and the versions below."""
-    found = charts(report)
     parts: list[str] = []
     for index, chart in enumerate(found):
         parts += _panel(chart, _WIDTH * (index % 2), (_HEIGHT + 16) * (index // 2))
     height = (_HEIGHT + 16) * -(-len(found) // 2) + 24
-    facts = report["environment"]
     versions = f"torch {facts['torch']}, triton {facts['triton']}, commit {(facts.get('commit') or '?')[:12]}"
     parts.append(_text(8, height - 8, f"{facts['device']}, {versions}", ' font-size="11" fill="#495057"'))
     head = (

@@ -1,319 +1,230 @@
-"""Open-loop serving: ``python -m torch_mux.bench.serve --json serve.json``.
+"""The table of serving figures by one command: ``python -m torch_mux.bench.serve --json serve.json``.
 
-One thread injects requests at arrival times computed before the run, all that are due at once; latency counts
-from the scheduled time, so a generator that lags does not flatter. For each server the highest total rate is
-searched whose p99 stays within the bound, with the same arrivals for all (coordinated omission:
-Tene, "How NOT to Measure Latency", 2015).
+Requests arrive one by one from seeded processes, or closed-loop clients keep so many under way; each figure
+measures one promise of the runtime and compares it with its target. Models are built and warmed once for all
+figures, and the record is written after each, so that a run that is cut off leaves what it has.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from torch_mux.bench import measure
-from torch_mux.bench.arrivals import PROCESSES, arrivals
-from torch_mux.bench.servers import SERVERS, Server, default_servers
-from torch_mux.bench.workloads import DTYPES, WORKLOADS, Tenants, build
+from torch_mux.bench.arrivals import PROCESSES
+from torch_mux.bench.figures import (
+    aggressor,
+    deadlines,
+    host,
+    knob,
+    latency,
+    mlperf,
+    prediction,
+    rate,
+    shares,
+)
+from torch_mux.bench.figures.base import Finding
+from torch_mux.bench.figures.stage import Options, Stage
+from torch_mux.bench.servers import PEERS, default_peers
+from torch_mux.bench.workloads import DTYPES, WORKLOADS
 from torch_mux.errors import UnparsableQuantity
 from torch_mux.quotas import parse_duration
 
-__all__ = ["Load", "Options", "closed_loop", "main", "open_loop", "search", "table"]
+__all__ = ["FIGURES", "main", "run", "table"]
 
-_NAP = 50e-6
-_PATIENCE = 5.0
-_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is measured.
-
-    Attributes:
-        bound: seconds that p99 may take.
-        seconds: length of one run.
-        steps: runs of the search for the highest rate.
-    """
-
-    model: str
-    tenants: int
-    device: torch.device
-    dtype: torch.dtype
-    servers: tuple[str, ...]
-    process: str
-    bound: float
-    seconds: float
-    steps: int
-    seed: int
+#: In the order in which they run: first those that need one architecture only.
+FIGURES: Final[Mapping[str, Callable[[Stage], Finding]]] = {
+    "rate": rate.measure,
+    "aggressor": aggressor.measure,
+    "deadlines": deadlines.measure,
+    "knob": knob.measure,
+    "host": host.measure,
+    "mlperf": mlperf.measure,
+    "shares": shares.measure,
+    "weights": shares.measure_weights,
+    "prediction": prediction.measure,
+    "latency": latency.measure,
+}
+_MODELS: Final = {
+    "cuda": ("resnet50", "vit", "bert", "mobilenet"),
+    "cpu": ("tiny-cnn", "tiny-encoder", "tiny-mlp", "tiny-mixer"),
+}
+#: Of one run, and of the search for the highest rate; as they are and with ``--quick``.
+_SECONDS: Final = {"cuda": (2.0, 0.7), "cpu": (1.0, 0.4)}
+_STEPS: Final = (6, 4)
+#: Requests a second of the latency tenant.
+_RATE: Final = {"cuda": 200.0, "cpu": 50.0}
 
 
-@dataclass(frozen=True)
-class Load:
-    """One open-loop run.
-
-    Attributes:
-        offered: requests a second that arrived.
-        answered: requests a second that were answered, until the last was.
-        requests: how many arrived.
-        missing: how many had no answer some seconds after the last arrival; they count as infinitely late.
-        errors: how many failed.
-        quantiles: latency in seconds by name, from the scheduled time; None where too many had no answer.
-        lag: 0.99 quantile of seconds by which the generator injected too late.
-        cost: seconds of the generator's thread a request.
-    """
-
-    offered: float
-    answered: float
-    requests: int
-    missing: int
-    errors: int
-    quantiles: dict[str, float | None]
-    lag: float
-    cost: float
-
-    @property
-    def p99(self) -> float:
-        """Seconds, infinite where more than one in a hundred had no answer."""
-        found = self.quantiles["p99"]
-        return math.inf if found is None else found
+def _measured(name: str, stage: Stage) -> dict[str, Any]:
+    """One figure as plain data; what it raises is in it."""
+    begun = time.perf_counter()
+    try:
+        found = FIGURES[name](stage)
+    except Exception as error:
+        traceback.print_exc()
+        return {
+            "failed": f"{type(error).__name__}: {str(error).strip()}"[:500],
+            "seconds": time.perf_counter() - begun,
+        }
+    return {
+        "rows": [row.data() for row in found.rows],
+        "errors": list(found.errors),
+        "notes": list(found.notes),
+        "seconds": time.perf_counter() - begun,
+        "data": dict(found.data),
+    }
 
 
-class _Answers:
-    """When each request of a run was answered; told from any thread."""
-
-    def __init__(self, count: int) -> None:
-        self.times = [math.inf] * count
-        self.errors = 0
-        self._left = count
-        self._lock = threading.Lock()
-        self.all = threading.Event()
-
-    def finished(self, number: int, now: float, error: BaseException | None) -> None:
-        with self._lock:
-            if error is None:
-                self.times[number] = now
-            else:
-                self.errors += 1
-            self._left -= 1
-            if not self._left:
-                self.all.set()
-
-
-def _quantile(ordered: Sequence[float], q: float) -> float:
-    return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))]
-
-
-def _finite(value: float) -> float | None:
-    return value if value < math.inf else None
-
-
-def open_loop(server: Server, tenants: Tenants, options: Options, rate: float) -> Load:
-    """Injects at ``rate`` requests a second and waits for the answers."""
-    requests, count = tenants.requests, len(tenants.models)
-    planned = arrivals(options.process, rate, options.seconds, count, len(requests), options.seed)
-    answers = _Answers(len(planned))
-    lags, busy = [], 0.0
-    start = time.perf_counter() + 0.01
-    with torch.inference_mode():
-        for number, one in enumerate(planned):
-            while (gap := start + one.time - time.perf_counter()) > 0.0:
-                server.poll()
-                time.sleep(min(gap, _NAP))
-            before = time.perf_counter()
-            server.submit(number, one.tenant, requests[one.variant][one.tenant], answers.finished)
-            lags.append(before - start - one.time)
-            busy += time.perf_counter() - before
-        last = time.perf_counter() + _PATIENCE
-        while not answers.all.is_set() and time.perf_counter() < last:
-            server.poll()
-            time.sleep(_NAP)
-    ended = [moment for moment in answers.times if moment < math.inf]
-    span = max(max(ended, default=start) - start, options.seconds)
-    late = sorted(moment - start - one.time for moment, one in zip(answers.times, planned, strict=True))
-    return Load(
-        offered=len(planned) / options.seconds,
-        answered=len(ended) / span,
-        requests=len(planned),
-        missing=len(planned) - len(ended) - answers.errors,
-        errors=answers.errors,
-        quantiles={name: _finite(_quantile(late, q)) for name, q in _QUANTILES.items()},
-        lag=_quantile(sorted(lags), 0.99),
-        cost=busy / len(planned),
-    )
-
-
-def closed_loop(server: Server, tenants: Tenants, seconds: float) -> float:
-    """Requests a second with one request of every tenant under way all the time, the most it serves."""
-    requests, count = tenants.requests, len(tenants.models)
-    lock, ready = threading.Lock(), threading.Event()
-    back: list[int] = list(range(count))
-    errors: list[BaseException] = []
-
-    def finished(number: int, now: float, error: BaseException | None) -> None:
-        with lock:
-            back.append(number)
-            if error is not None:
-                errors.append(error)
-        ready.set()
-
-    start, served = time.perf_counter(), 0
-    with torch.inference_mode():
-        while (now := time.perf_counter()) < start + seconds + _PATIENCE:
-            with lock:
-                free, back[:] = list(back), []
-            served += len(free)
-            if now < start + seconds:
-                for tenant in free:
-                    server.submit(tenant, tenant, requests[served % len(requests)][tenant], finished)
-            else:
-                count -= len(free)
-                if not count:
-                    break
-            server.poll()
-            if not back and ready.wait(_NAP):
-                ready.clear()
-    if errors:
-        raise errors[0]
-    return (served - len(tenants.models)) / (time.perf_counter() - start)
-
-
-def search(run: Callable[[float], Load], most: float, bound: float, steps: int) -> tuple[float, list[Load]]:
-    """The highest rate tried whose p99 is within ``bound`` and that all were answered at; bisection.
+def run(
+    options: Options,
+    figures: Sequence[str],
+    budget: float | None = None,
+    save: Callable[[dict[str, Any]], object] = lambda report: None,
+) -> dict[str, Any]:
+    """Measures figures one after another; one that fails is in the record with its error.
 
     Args:
-        run: one open-loop run at a rate.
-        most: a rate that cannot be exceeded.
-        bound: seconds.
-
-    Returns:
-        (that rate, 0 if none was; every run).
+        budget: seconds after which no other figure begins; those are in the record as not run.
+        save: gets the record after each figure.
     """
-    low, high, runs = 0.0, most, []
-    for _ in range(steps):
-        rate = (low + high) / 2
-        found = run(rate)
-        runs.append(found)
-        if found.p99 <= bound and not found.errors:
-            low = rate
-        else:
-            high = rate
-    return low, runs
-
-
-def _served(name: str, tenants: Tenants, options: Options) -> dict[str, Any]:
-    server = SERVERS[name]()
-    with torch.inference_mode():
-        server.prepare(tenants)
+    begun = time.perf_counter()
+    report: dict[str, Any] = {
+        "environment": measure.environment(options.device),
+        "options": options.data(),
+        "figures": {},
+    }
+    stage = Stage(options)
     try:
-        closed_loop(server, tenants, min(0.5, options.seconds))
-        most = closed_loop(server, tenants, options.seconds)
-        best, runs = search(
-            lambda rate: open_loop(server, tenants, options, rate), 1.2 * most, options.bound, options.steps
-        )
+        for name in figures:
+            if budget is not None and time.perf_counter() - begun > budget:
+                report["figures"][name] = {"failed": f"not run: the budget of {budget:g} s was spent"}
+            else:
+                report["figures"][name] = found = _measured(name, stage)
+                print(f"{name}: {found['seconds']:.1f} s", file=sys.stderr, flush=True)
+            report["seconds"] = time.perf_counter() - begun
+            save(report)
     finally:
-        server.release()
-    return {"server": name, "closed loop": most, "best rate": best, "runs": [asdict(one) for one in runs]}
+        stage.close()
+    return report
 
 
-def run(options: Options) -> dict[str, Any]:
-    """All servers, one after another, with the same arrivals; a server that fails is a row with its error."""
-    tenants = build(WORKLOADS[options.model], options.tenants, options.device, options.dtype)
-    results = []
-    for name in options.servers:
-        try:
-            results.append(_served(name, tenants, options))
-        except Exception as error:
-            results.append({"server": name, "failed": f"{type(error).__name__}: {error}"})
-    said = asdict(options) | {"device": str(options.device), "dtype": str(options.dtype)}
-    return {"environment": measure.environment(options.device), "options": said, "results": results}
+def _number(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{shown} {unit}".strip()
 
 
-def table(report: dict[str, Any]) -> str:
-    """One line a server."""
-    said = report["options"]
-    bound = f"{said['bound'] * 1e3:g} ms"
-    rows = [("server", "closed loop/s", f"rate/s with p99 <= {bound}", "p50 ms", "p99 ms", "generator us")]
-    for found in report["results"]:
+def _line(figure: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    target, verdict = "-", "-"
+    if row["bound"] is not None:
+        target = f"{'<=' if row['most'] else '>='} {_number(row['bound'], row['unit'])}"
+        verdict = "pass" if row["passed"] else "MISS"
+    return figure, row["name"], target, _number(row["measured"], row["unit"]), verdict
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Target and measurement, one line each; what failed says so."""
+    rows: list[tuple[str, ...]] = [("figure", "what", "target", "measured", "")]
+    for name, found in report["figures"].items():
         if "failed" in found:
-            rows.append((found["server"], found["failed"], "", "", "", ""))
+            rows.append((name, found["failed"].splitlines()[0], "", "", "FAILED"))
             continue
-        good = [one for one in found["runs"] if (one["quantiles"]["p99"] or math.inf) <= said["bound"]]
-        best = max(good, key=lambda one: one["offered"], default=None)
-        times = [f"{best['quantiles'][q] * 1e3:.2f}" for q in ("p50", "p99")] if best else ["-", "-"]
-        cost = f"{best['cost'] * 1e6:.0f}" if best else "-"
-        rows.append(
-            (found["server"], f"{found['closed loop']:.0f}", f"{found['best rate']:.0f}", *times, cost)
-        )
-    title = f"{said['model']} x {said['tenants']}, {said['process']} arrivals"
-    return "\n".join([f"{title}, {report['environment']['device']}", *measure.aligned(rows)])
+        rows += [_line(name, row) for row in found["rows"]]
+        rows += [(name, words.splitlines()[0], "", "", "FAILED") for words in found["errors"]]
+        rows += [(name, words, "", "", "note") for words in found["notes"]]
+    said, facts = report["options"], report["environment"]
+    about = f"{', '.join(said['models'])}; {said['tenants']} tenants, {said['process']} arrivals"
+    versions = f"torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}"
+    verdicts = [row["passed"] for found in report["figures"].values() for row in found.get("rows", ())]
+    counts = f"{verdicts.count(True)} targets met, {verdicts.count(False)} missed"
+    return "\n".join([f"{facts['device']}, {versions}", about, *measure.aligned(rows), counts])
+
+
+def failed(report: Mapping[str, Any]) -> bool:
+    """Whether something could not be measured; a target that is missed was."""
+    return any("failed" in found or found["errors"] for found in report["figures"].values())
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="python -m torch_mux.bench.serve", description=__doc__)
-    result.add_argument("--model", default=None, help="resnet50, or tiny-cnn without a GPU")
-    result.add_argument("--tenants", type=int, default=16)
+    result.add_argument("--figures", default=None, help=f"of {', '.join(FIGURES)}; all by default")
+    result.add_argument("--models", default=None, help="four workloads; the first is the one of all tenants")
+    result.add_argument("--tenants", type=int, default=None, help="16, or 4 without a GPU")
     result.add_argument("--device", default=None, help="cuda or cpu")
-    result.add_argument("--servers", default=None, help=f"of {', '.join(SERVERS)}")
+    result.add_argument("--servers", default=None, help=f"peers, of {', '.join(PEERS)}")
     result.add_argument("--arrivals", default="poisson", choices=sorted(PROCESSES))
-    result.add_argument("--bound", default="10ms", help="what p99 may take")
-    result.add_argument("--seconds", type=float, default=3.0, help="length of a run")
-    result.add_argument("--steps", type=int, default=7, help="runs of the search for the highest rate")
+    result.add_argument("--bound", default=None, help="what p99 may take, 10ms (100ms without a GPU)")
+    result.add_argument("--seconds", type=float, default=None, help="length of a run")
+    result.add_argument("--quick", action="store_true", help="shorter runs and fewer of them")
+    result.add_argument("--budget", type=float, default=None, help="seconds after which no figure begins")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--json", type=Path, default=None, help="write the record here")
     return result
 
 
-def _options(flags: argparse.ArgumentParser, given: argparse.Namespace) -> Options:
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    measure.require_device(flags, device.type)
-    model = given.model or ("resnet50" if device.type == "cuda" else "tiny-cnn")
-    if model not in WORKLOADS:
-        flags.error(f"unknown model {model}; choose from {', '.join(WORKLOADS)}")
-    servers = tuple(given.servers.split(",")) if given.servers else tuple(default_servers(device))
-    unknown = sorted(set(servers) - set(SERVERS))
+def _names(
+    flags: argparse.ArgumentParser, kind: str, given: str | None, known: Mapping[str, object]
+) -> tuple[str, ...]:
+    """Names from a list with commas; ends with a message where one is unknown."""
+    names = tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip())) if given else ()
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        flags.error(f"unknown servers {', '.join(unknown)}; choose from {', '.join(SERVERS)}")
-    if min(given.tenants, given.steps) < 1 or given.seconds <= 0:
-        flags.error("--tenants, --steps and --seconds must be positive")
+        flags.error(f"unknown {kind} {', '.join(unknown)}; choose from {', '.join(known)}")
+    return names
+
+
+def _options(flags: argparse.ArgumentParser, given: argparse.Namespace) -> Options:
+    name = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    measure.require_device(flags, name)
+    device = torch.device(name)
+    kind = device.type
+    models = _names(flags, "models", given.models, WORKLOADS) or _MODELS[kind]
+    if len(models) != 4:
+        flags.error(f"--models takes four different workloads, not {len(models)}")
+    tenants = (16 if kind == "cuda" else 4) if given.tenants is None else given.tenants
+    seconds = _SECONDS[kind][given.quick] if given.seconds is None else given.seconds
+    if tenants < 4 or seconds <= 0:
+        flags.error("--tenants must be at least 4 and --seconds positive")
     try:
-        bound = parse_duration(given.bound)
+        bound = parse_duration(given.bound or ("10ms" if kind == "cuda" else "100ms"))
     except UnparsableQuantity as error:
         flags.error(f"--bound: {error}")
-    dtype = DTYPES["float16" if device.type == "cuda" else "float32"]
     return Options(
-        model,
-        given.tenants,
-        device,
-        dtype,
-        servers,
-        given.arrivals,
-        bound,
-        given.seconds,
-        given.steps,
-        given.seed,
+        models=models,
+        tenants=tenants,
+        device=device,
+        dtype=DTYPES["float16" if kind == "cuda" else "float32"],
+        servers=_names(flags, "servers", given.servers, PEERS) or default_peers(device),
+        process=given.arrivals,
+        bound=bound,
+        seconds=seconds,
+        steps=_STEPS[given.quick],
+        rate=_RATE[kind],
+        seed=given.seed,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, writes the record and prints the table; 1 where a server failed."""
+    """Measures, writes the record and prints the table last; 1 where something could not be measured."""
     flags = parser()
     arguments = flags.parse_args(argv)
+    wanted = _names(flags, "figures", arguments.figures, FIGURES) or tuple(FIGURES)
     options = _options(flags, arguments)
+    figures = [name for name in FIGURES if name in wanted]
     measure.announce(options.device)
-    report = run(options)
-    measure.write(report, arguments.json)
+    report = run(options, figures, arguments.budget, lambda found: measure.write(found, arguments.json))
     print(table(report))
-    return int(any("failed" in found for found in report["results"]))
+    return int(failed(report))
 
 
 if __name__ == "__main__":

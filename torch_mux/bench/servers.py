@@ -7,96 +7,94 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from functools import partial
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import torch_mux
 from torch_mux import state
 from torch_mux.bench.contenders import inductor_callables
+from torch_mux.bench.load import Client, Finished, Server, Shot
 from torch_mux.bench.workloads import Tenants
 
-__all__ = ["SERVERS", "Finished", "Server", "default_servers"]
+__all__ = ["PEERS", "MuxServer", "default_peers"]
 
-#: Called once a request has its answer: (its number, the moment, what went wrong or None).
-Finished = Callable[[int, float, BaseException | None], None]
 _SIZES: Final = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
-class Server(Protocol):
-    """Answers requests that one thread submits.
-
-    Attributes:
-        name: on the command line and in the record.
-    """
-
-    name: str
-
-    def prepare(self, tenants: Tenants) -> None:
-        """Compiles and captures all that serving will need."""
-        ...
-
-    def submit(self, number: int, tenant: int, arguments: tuple[Tensor, ...], finished: Finished) -> None:
-        """Starts on a request without waiting for it."""
-        ...
-
-    def poll(self) -> None:
-        """Reports what has finished, where nobody else does."""
-        ...
-
-    def release(self) -> None:
-        """Gives back what was prepared."""
-        ...
-
-
 class MuxServer:
-    """``torch_mux.submit``, each tenant under its own name."""
+    """``torch_mux.submit`` over models of several architectures, each client under its own quota."""
 
     name = "mux"
+    polled = False
 
     def __init__(self) -> None:
-        self._models: list[Any] = []
-        self._quotas: list[str] = []
+        self._served: dict[str, list[nn.Module]] = {}
+        self._models: dict[str, list[Any]] = {}
+        self._scopes: dict[Client, Any] = {}
 
-    def prepare(self, tenants: Tenants) -> None:
-        served = tenants.models if tenants.workload.returns_tensor else tenants.tensor_only()
-        self._models = [torch.compile(model, backend="mux") for model in served]
-        self._quotas = [f"tenant-{index}" for index in range(len(self._models))]
+    def admit(self, tenants: Tenants, count: int) -> None:
+        """Compiles and captures all that serving the first ``count`` models of a workload will need.
+
+        Raises:
+            TimeoutError: it was still compiling after 300 s.
+        """
+        name = tenants.workload.name
+        if name not in self._served:
+            own = tenants.workload.returns_tensor
+            self._served[name] = tenants.models if own else tenants.tensor_only()
+        models = self._models.setdefault(name, [])
         most = state.settings().max_bundle
-        for model, arguments in zip(self._models, tenants.requests[0], strict=True):
-            torch_mux.warmup(model, *arguments, sizes=[size for size in _SIZES if size <= most])
+        with torch.inference_mode():
+            for index in range(len(models), count):
+                model = torch.compile(self._served[name][index], backend="mux")
+                # Bundle sizes are a program's, not a model's: those of the first are everybody's.
+                sizes = (1,) if index else tuple(size for size in _SIZES if size <= most)
+                torch_mux.warmup(model, *tenants.requests[0][index], sizes=sizes)
+                models.append(model)
         if not state.engine().quiesce(300.0, ahead=True):
             raise TimeoutError("still compiling ahead after 300 s")
 
-    def submit(self, number: int, tenant: int, arguments: tuple[Tensor, ...], finished: Finished) -> None:
-        def done(future: Any) -> None:
-            now = time.perf_counter()
-            finished(number, now, future.exception())
-
-        with torch_mux.quota(self._quotas[tenant]):
-            torch_mux.submit(self._models[tenant], *arguments).add_done_callback(done)
+    def submit(self, batch: Sequence[Shot], finished: Finished) -> None:
+        for number, client, inputs in batch:
+            scope = self._scopes.get(client)
+            if scope is None:
+                scope = self._scopes[client] = torch_mux.quota(**client.quota)
+            with scope:
+                future = torch_mux.submit(self._models[client.workload][client.index], *inputs)
+            future.add_done_callback(partial(_tell, number, finished))
 
     def poll(self) -> None:
         """Callbacks come from the runtime's threads."""
 
     def release(self) -> None:
-        for model in self._models:
-            torch_mux.remove(model)
-        self._models = []
+        for models in self._models.values():
+            for model in models:
+                torch_mux.remove(model)
+        self._models, self._served, self._scopes = {}, {}, {}
+
+
+def _tell(number: int, finished: Finished, future: Any) -> None:
+    finished(number, time.perf_counter(), future.exception())
 
 
 class GraphServer:
     """Inductor's code of each tenant in a CUDA graph; on a stream a tenant, or all on one."""
 
-    def __init__(self, name: str, streams: bool) -> None:
+    polled = True
+
+    def __init__(self, name: str, streams: bool, tenants: Tenants) -> None:
         self.name = name
         self._own = streams
         self._graphs: list[tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = []
         self._streams: list[torch.cuda.Stream] = []
         self._under_way: dict[int, deque[tuple[int, torch.cuda.Event, Tensor, Finished]]] = {}
+        with torch.inference_mode():
+            self._capture(tenants)
 
-    def prepare(self, tenants: Tenants) -> None:
+    def _capture(self, tenants: Tenants) -> None:
         callables = inductor_callables(tenants)
         one = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         for call, arguments in zip(callables, tenants.requests[0], strict=True):
@@ -108,17 +106,18 @@ class GraphServer:
             self._streams.append(torch.cuda.Stream() if self._own else one)  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
-    def submit(self, number: int, tenant: int, arguments: tuple[Tensor, ...], finished: Finished) -> None:
-        graph, held, output = self._graphs[tenant]
-        stream = self._streams[tenant]
-        with torch.cuda.stream(stream):
-            torch._foreach_copy_(list(held), list(arguments))
-            graph.replay()
-            answer = output.clone()
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-        waiting = self._under_way.setdefault(tenant if self._own else 0, deque())
-        waiting.append((number, event, answer, finished))
+    def submit(self, batch: Sequence[Shot], finished: Finished) -> None:
+        for number, client, inputs in batch:
+            graph, held, output = self._graphs[client.index]
+            stream = self._streams[client.index]
+            with torch.cuda.stream(stream):
+                torch._foreach_copy_(list(held), list(inputs))
+                graph.replay()
+                answer = output.clone()
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(stream)
+            waiting = self._under_way.setdefault(client.index if self._own else 0, deque())
+            waiting.append((number, event, answer, finished))
 
     def poll(self) -> None:
         for waiting in self._under_way.values():
@@ -134,30 +133,29 @@ class InductorServer:
     """Inductor's code, one request after another on a thread of its own; for machines without a GPU."""
 
     name = "inductor"
+    polled = False
 
-    def __init__(self) -> None:
-        self._callables: Sequence[Callable[..., Tensor]] = ()
-        self._queue: queue.SimpleQueue[tuple[int, int, tuple[Tensor, ...], Finished] | None]
-        self._queue = queue.SimpleQueue()
+    def __init__(self, tenants: Tenants) -> None:
+        self._queue: queue.SimpleQueue[tuple[Shot, Finished] | None] = queue.SimpleQueue()
+        with torch.inference_mode():
+            self._callables: Sequence[Callable[..., Tensor]] = inductor_callables(tenants)
         self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def prepare(self, tenants: Tenants) -> None:
-        self._callables = inductor_callables(tenants)
         self._thread.start()
 
     def _work(self) -> None:
         with torch.inference_mode():
             while (item := self._queue.get()) is not None:
-                number, tenant, arguments, finished = item
+                shot, finished = item
                 error: BaseException | None = None
                 try:
-                    self._callables[tenant](*arguments)
+                    self._callables[shot.client.index](*shot.inputs)
                 except Exception as raised:
                     error = raised
-                finished(number, time.perf_counter(), error)
+                finished(shot.number, time.perf_counter(), error)
 
-    def submit(self, number: int, tenant: int, arguments: tuple[Tensor, ...], finished: Finished) -> None:
-        self._queue.put((number, tenant, arguments, finished))
+    def submit(self, batch: Sequence[Shot], finished: Finished) -> None:
+        for shot in batch:
+            self._queue.put((shot, finished))
 
     def poll(self) -> None:
         """The worker reports."""
@@ -167,14 +165,14 @@ class InductorServer:
         self._thread.join()
 
 
-SERVERS: dict[str, Callable[[], Server]] = {
-    "mux": MuxServer,
-    "streams": lambda: GraphServer("streams", streams=True),
-    "sliced": lambda: GraphServer("sliced", streams=False),
+#: Made of the tenants whose models they serve.
+PEERS: dict[str, Callable[[Tenants], Server]] = {
+    "streams": partial(GraphServer, "streams", True),
+    "sliced": partial(GraphServer, "sliced", False),
     "inductor": InductorServer,
 }
 
 
-def default_servers(device: torch.device) -> list[str]:
-    """Ours and the peers that make sense on a device."""
-    return ["mux", "streams", "sliced"] if device.type == "cuda" else ["mux", "inductor"]
+def default_peers(device: torch.device) -> tuple[str, ...]:
+    """The peers that make sense on a device, the one to beat first."""
+    return ("streams", "sliced") if device.type == "cuda" else ("inductor",)

@@ -164,8 +164,41 @@ class TinyEncoder(nn.Module):
         return Encoded(x)
 
 
+class TinyMLP(nn.Module):
+    """Linear layers with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + nn.functional.gelu(layer(x))
+        return x
+
+
+class TinyMixer(nn.Module):
+    """Gated linear layers and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(24)
+        self.value, self.gate, self.out = (nn.Linear(24, 24) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        mixed: Tensor = self.out(self.value(normed) * self.gate(normed).sigmoid())
+        return mixed
+
+
+def features(*shape: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+    """Floating-point features of one shape."""
+    return lambda generator: (torch.randn(*shape, generator=generator),)
+
+
 WORKLOADS: dict[str, Workload] = {
     "resnet50": Workload("resnet50", _torchvision("resnet50"), images(224), as_is),
+    "mobilenet": Workload("mobilenet", _torchvision("mobilenet_v3_large"), images(224), as_is),
     "vit": Workload("vit", _torchvision("vit_b_16"), images(224), as_is),
     "bert": Workload("bert", lambda: Encoder(_bert()).eval(), tokens(128, 30522), as_is),
     "bert-hf": Workload("bert-hf", _bert, tokens(128, 30522), _last_hidden_state),
@@ -173,6 +206,8 @@ WORKLOADS: dict[str, Workload] = {
     "tiny-encoder": Workload(
         "tiny-encoder", lambda: TinyEncoder().eval(), tokens(12, 50), _last_hidden_state
     ),
+    "tiny-mlp": Workload("tiny-mlp", lambda: TinyMLP().eval(), features(1, 32), as_is),
+    "tiny-mixer": Workload("tiny-mixer", lambda: TinyMixer().eval(), features(1, 8, 24), as_is),
 }
 
 

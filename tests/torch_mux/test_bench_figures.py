@@ -1,0 +1,156 @@
+"""The serving figures: all of them on tiny models, and the arithmetic behind them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from torch_mux.bench import plot_serve, serve
+from torch_mux.bench.figures import host, knob, mlperf, prediction, shares
+from torch_mux.bench.figures.deadlines import bundle_seconds
+from torch_mux.bench.figures.oracle import most_in_time
+from torch_mux.runtime.timeline import BundleSpan, RequestSpan
+
+
+def test_one_command_fills_the_whole_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = tmp_path / "serve.json"
+    flags = ["--device", "cpu", "--quick", "--seconds", "0.25", "--bound", "2s", "--json", str(record)]
+    assert serve.main(flags) == 0, capsys.readouterr()
+    report = json.loads(record.read_text())
+    assert set(report["figures"]) == set(serve.FIGURES)
+    for name, found in report["figures"].items():
+        assert found["rows"] and not found["errors"], name
+        missing = [row["name"] for row in found["rows"] if row["measured"] is None]
+        assert not missing or name == "prediction", name  # a run may hold no composition out
+    told = capsys.readouterr().out
+    assert all(row["name"] in told for found in report["figures"].values() for row in found["rows"])
+    _check(report["figures"])
+    plot_serve.main([str(record)])
+    figure = ElementTree.fromstring(record.with_suffix(".svg").read_text())
+    assert sum("polyline" in part.tag for part in figure.iter()) >= 10
+
+
+def _check(figures: dict[str, Any]) -> None:
+    """That runs were what their figures say."""
+    servers = figures["rate"]["data"]["servers"]
+    assert [one["server"] for one in servers] == ["mux", "inductor"]
+    assert all(one["closed loop"] > 0 and one["runs"] for one in servers)
+    equal = figures["shares"]["data"]
+    assert len(set(equal["models"])) == 4 and min(equal["device seconds"]) > 0
+    assert len(figures["latency"]["data"]["pairs"]) == 6
+    beside = figures["aggressor"]["data"]
+    assert beside["aggressor"] > 0 and min(beside["throughput"]) > 0
+    met = figures["deadlines"]["data"]
+    assert 0 < met["in time"] <= met["oracle"] <= met["arrivals"]
+    ends = met["outcomes"]
+    kinds = ("ok", "late", "expired", "cancelled", "errors")
+    assert ends["accepted"] == sum(ends[kind] for kind in kinds)
+    assert figures["host"]["data"]["run"]["host"] > 0
+
+
+@pytest.fixture(params=range(60), ids=str)
+def trace(request: pytest.FixtureRequest) -> tuple[list[float], float, list[float]]:
+    """Arrivals, deadline and seconds of bundles, drawn at random."""
+    draw = random.Random(request.param)
+    arrivals = sorted(draw.uniform(0, 6) for _ in range(draw.randint(1, 7)))
+    seconds = sorted(draw.uniform(0.3, 2.5) for _ in range(draw.randint(1, 3)))
+    return arrivals, draw.uniform(0.4, 3.0), seconds
+
+
+def _feasible(arrivals: Sequence[float], deadline: float, seconds: Sequence[float], free: float) -> bool:
+    """Whether all of these can be served in time, by trying every first bundle, of any of them."""
+    if not arrivals:
+        return True
+    places = range(len(arrivals))
+    for size in range(1, min(len(arrivals), len(seconds)) + 1):
+        for bundle in combinations(places, size):
+            end = max(free, *(arrivals[place] for place in bundle)) + seconds[size - 1]
+            if end <= min(arrivals[place] for place in bundle) + deadline:
+                left = [arrivals[place] for place in places if place not in bundle]
+                if _feasible(left, deadline, seconds, end):
+                    return True
+    return False
+
+
+def test_the_oracle_serves_as_many_as_any_schedule(trace: tuple[list[float], float, list[float]]) -> None:
+    arrivals, deadline, seconds = trace
+    best = max(
+        count
+        for count in range(len(arrivals) + 1)
+        for kept in combinations(arrivals, count)
+        if _feasible(kept, deadline, seconds, 0.0)
+    )
+    assert most_in_time(arrivals, deadline, seconds) == best
+
+
+def test_the_oracle_drops_many_where_it_must() -> None:
+    # One a second of 400 that come in 4 s, and nobody waits: four, or five where the last begins at the end.
+    arrivals = [number / 100 for number in range(400)]
+    assert most_in_time(arrivals, 1.0, [1.0]) == 4
+
+
+def _span(slots: int, issued: float, seconds: float, program: str = "a", lane: int = 0) -> BundleSpan:
+    requests = (RequestSpan("tenant", issued, "done", False),) * slots
+    return BundleSpan(program, program, "cpu", lane, 1.0, issued, issued + seconds, seconds, requests)
+
+
+def test_the_oracle_is_never_slower_with_fewer_requests() -> None:
+    spans = [_span(1, 0.0, 0.5), _span(2, 1.0, 0.4), _span(4, 2.0, 0.8)]
+    assert bundle_seconds(spans, 5) == pytest.approx([0.4, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_held_out_compositions_are_predicted_from_the_others_before_them() -> None:
+    linear = [_span(1 + n % 8, float(n), 1e-3 * (1 + n % 8)) for n in range(400)]
+    found = prediction.replay(linear, seed=3, since=100.0)
+    assert len(found["held out"]) + len(found["seen"]) == 300
+    assert prediction._within(found["seen"]) == 100.0
+    # Times in proportion to the slots are interpolated exactly; below the smallest size they are not.
+    exact = [pair for pair in found["held out"] if pair[0] == pytest.approx(pair[1])]
+    assert len(exact) >= len(found["held out"]) / 2 > 0
+    jump = [*linear[:200], *(_span(1 + n % 8, float(n), 2e-3 * (1 + n % 8)) for n in range(200, 400))]
+    late = prediction.replay(jump, seed=3, since=200.0)
+    assert (prediction._within(late["seen"]) or 0.0) < 100.0  # what comes later is not known before
+
+
+def test_a_composition_counts_the_bundles_under_way_on_other_lanes() -> None:
+    spans = [_span(1, 0.0, 1.0), _span(1, 0.5, 1.0, lane=1), _span(1, 0.7, 1.0, lane=1), _span(1, 1.2, 1.0)]
+    assert [where[1] for _, _, where in prediction.compositions(spans)] == [0, 1, 1, 2]
+
+
+def test_the_worst_share_is_that_of_the_weights() -> None:
+    assert shares._worst({"device seconds": [1.0, 2.0, 4.0, 8.0]}) == pytest.approx(0.0)
+    assert shares._worst({"device seconds": [2.0, 1.0, 4.0, 8.0]}) == pytest.approx(100.0)
+
+
+def test_steps_of_a_curve_rise_but_for_noise() -> None:
+    assert knob.rises([1.0, 2.0, 1.96, 3.0]) == 100.0
+    assert knob.rises([1.0, 2.0, 1.0, None, 3.0]) == 25.0
+
+
+def test_a_decision_of_the_policy_takes_time() -> None:
+    assert 0.0 < host.decision_seconds(64, 2, rounds=20) < 1e-3
+
+
+def test_a_missing_load_generator_is_told_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    assert serve.main(["--device", "cpu", "--figures", "mlperf"]) == 1
+    assert "pip install 'torch-mux[bench]'" in capsys.readouterr().out
+
+
+def test_the_summary_of_the_load_generator_is_read() -> None:
+    text = "=====\nResult is : VALID\n  Min duration : Yes\n99.00 percentile latency (ns)   : 2768089\n"
+    assert mlperf.summary(text)["Result is"] == "VALID"
+    assert mlperf.summary(text)["99.00 percentile latency (ns)"] == "2768089"

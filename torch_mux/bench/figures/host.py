@@ -1,0 +1,101 @@
+"""What serving costs the host: the policy's decision, and all of a request from submission to completion."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from torch_mux.bench.figures.base import Finding, Row, lateness
+from torch_mux.bench.figures.stage import Stage
+from torch_mux.bench.load import Traffic
+from torch_mux.runtime.scheduler.base import Issue, LaneLoad, View
+from torch_mux.runtime.scheduler.pending import Flow, Pending
+from torch_mux.runtime.scheduler.policy import FairPolicy
+from torch_mux.runtime.scheduler.predictor import Predictor
+from torch_mux.settings import Settings
+from torch_mux.types import Quota
+
+__all__ = ["decision_seconds", "measure"]
+
+_TENANTS: Final = 64
+_BACKLOG: Final = 16
+_LOAD: Final = 0.5
+_SLOT: Final = 1e-4
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """A request, as a policy sees it."""
+
+    arrival: float
+    seq: int
+    quota: Quota
+    client: int = 0
+    due: float = float("inf")
+
+
+class _Queue:
+    """The queue of one program, as a policy sees it."""
+
+    key, ready, slots, ordered, timed = "program", True, 1 << 20, False, False
+
+    def __init__(self) -> None:
+        self.requests: Pending[_Ticket] = Pending()
+
+    def flows(self) -> Mapping[Flow, Collection[_Ticket]]:
+        return self.requests.flows()
+
+    def fresh(self) -> Sequence[Flow]:
+        return self.requests.fresh()
+
+
+def decision_seconds(tenants: int, backlog: int, rounds: int = 300) -> float:
+    """CPU seconds a request of deciding who goes out, charging it and learning from it, one bundle a round.
+
+    Args:
+        backlog: requests that each tenant has pending; what goes out is replaced.
+    """
+    policy, queue = FairPolicy(Predictor()), _Queue()
+    settings, lanes = Settings(max_bundle=64, linger=0.0), (LaneLoad(),)
+    quotas = [Quota(f"tenant-{number}") for number in range(tenants)]
+    for number in range(tenants * backlog):
+        queue.requests.append(_Ticket(0.0, number, quotas[number % tenants]))
+    spent, served, seq, now = 0.0, 0, tenants * backlog, 0.0
+    for turn in range(2 * rounds):
+        before = time.thread_time()
+        decision = policy.form(View([queue], lanes), now, settings)
+        spent += time.thread_time() - before
+        assert isinstance(decision, Issue)
+        gone = [request for request in decision.requests if isinstance(request, _Ticket)]
+        queue.requests.take(gone)
+        now += _SLOT * len(gone)
+        before = time.thread_time()
+        policy.issued(decision, now)
+        policy.completed(decision, now, _SLOT * len(gone))
+        spent += time.thread_time() - before
+        served += len(gone)
+        if turn == rounds - 1:  # the first half warms up
+            spent, served = 0.0, 0
+        for request in gone:
+            seq += 1
+            queue.requests.append(_Ticket(now, seq, request.quota))
+    return spent / served
+
+
+def measure(stage: Stage) -> Finding:
+    """The policy alone, and an open loop of 64 tenants at half of the load."""
+    light, heavy = (decision_seconds(_TENANTS, backlog) for backlog in (1, _BACKLOG))
+    clients = stage.clients(stage.main, _TENANTS, "host")
+    rate = _LOAD * stage.most()
+    run = stage.drive([Traffic(one, rate=rate / len(clients)) for one in clients])
+    rows = (
+        Row("policy decision a request, 64 tenants", 1e6 * light, 3.0, unit="us"),
+        Row(f"the same with {_BACKLOG} pending each", 1e6 * heavy, 3.0, unit="us"),
+        Row("host CPU a request, submit to completion", 1e6 * run.host, 25.0, unit="us"),
+        Row("the generator's own cost a request", 1e6 * run.cost, None, unit="us"),
+    )
+    errors = (f"requests failed: {dict(run.errors)}",) if run.errors else ()
+    data = {"tenants": _TENANTS, "backlog": _BACKLOG, "rate": rate, "run": run.data()}
+    return Finding(rows, data, errors, lateness((run,)))

@@ -1,0 +1,117 @@
+"""Predicted against measured time of bundles whose composition was held out, under bursty load."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch_mux
+from torch_mux.bench.figures.base import Finding, Row
+from torch_mux.bench.figures.stage import Stage
+from torch_mux.bench.load import Client, Traffic
+from torch_mux.runtime.scheduler.predictor import Context, Predictor, context
+from torch_mux.runtime.timeline import BundleSpan
+
+__all__ = ["measure", "replay"]
+
+_HELD_OUT: Final = 0.25
+_WITHIN: Final = 0.1
+_LOAD: Final = 0.7
+_LIMITS: Final = (0.25, 0.5, 1.0)
+#: (program, slots, cap and neighbours): what decides how long a bundle takes.
+Composition = tuple[str, int, Context]
+#: (predicted, measured) seconds of a bundle.
+Pair = tuple[float, float]
+
+
+def compositions(spans: Sequence[BundleSpan]) -> list[Composition]:
+    """What each bundle was made of; its neighbours are those under way on other lanes when it went out."""
+    marks: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
+    for span in spans:
+        issued, ended = marks.setdefault((span.device, span.lane), ([], []))
+        issued.append(span.issued)
+        ended.append(span.ended)
+    for issued, ended in marks.values():
+        issued.sort()
+        ended.sort()
+    found = []
+    for span in spans:
+        beside = sum(
+            bisect_right(issued, span.issued) - bisect_right(ended, span.issued)
+            for (device, lane), (issued, ended) in marks.items()
+            if device == span.device and lane != span.lane
+        )
+        found.append((span.fingerprint, len(span.requests), context(span.share, beside)))
+    return found
+
+
+def replay(
+    spans: Sequence[BundleSpan], seed: int, since: float = 0.0
+) -> dict[str, list[tuple[float, float]]]:
+    """(predicted, measured) seconds of bundles that went out after ``since``, in the order of a run.
+
+    The runtime's predictor is shown again, in their order, the bundles that had ended when each one went out,
+    but for those of the compositions held out, a random quarter, which it never sees.
+
+    Returns:
+        ``"held out"``, and ``"seen"``: compositions that it knew or came to know.
+    """
+    named = compositions(spans)
+    draw = random.Random(seed)
+    held = {one for one in sorted(set(named)) if draw.random() < _HELD_OUT}
+    predictor = Predictor()
+    ends = sorted((span.ended, index) for index, span in enumerate(spans) if named[index] not in held)
+    told = 0
+    found: dict[str, list[Pair]] = defaultdict(list)
+    for index in sorted(range(len(spans)), key=lambda index: spans[index].issued):
+        span, (key, slots, where) = spans[index], named[index]
+        while told < len(ends) and ends[told][0] <= span.issued:
+            other = ends[told][1]
+            predictor.observe(*named[other], spans[other].seconds)
+            told += 1
+        if span.issued >= since and span.seconds > 0.0:
+            forecast = predictor.forecast(key, slots, where).median
+            found["held out" if named[index] in held else "seen"].append((forecast, span.seconds))
+    return found
+
+
+def _within(pairs: Sequence[Pair]) -> float | None:
+    """Percent of the predictions that are off by a tenth of the measured time at most."""
+    good = sum(abs(predicted - measured) <= _WITHIN * measured for predicted, measured in pairs)
+    return 100 * good / len(pairs) if pairs else None
+
+
+def _clients(stage: Stage) -> list[Client]:
+    draw = random.Random(stage.options.seed)
+    return [
+        one
+        for name in stage.options.models
+        for number in range(stage.each)
+        for one in stage.clients(name, 1, f"predict/{name}{number}", number, sms=draw.choice(_LIMITS))
+    ]
+
+
+def measure(stage: Stage) -> Finding:
+    """All architectures in bursts, tenants with limits of different sizes."""
+    clients = _clients(stage)
+    seconds = stage.options.seconds
+    most = stage.drive([Traffic(one, depth=2) for one in clients], 0.4 * seconds).throughput()
+    traffics = [Traffic(one, rate=_LOAD * most / len(clients)) for one in clients]
+    with torch_mux.trace() as timeline:
+        run = stage.drive(traffics, 2 * seconds, process="bursty")
+    spans = timeline.spans
+    lead = min((span.issued for span in spans), default=0.0) + run.window.lead
+    pairs = replay(spans, stage.options.seed, lead)
+    data: dict[str, Any] = {
+        name: {"within %": _within(found), "bundles": len(found), "pairs": found[:2000]}
+        for name, found in pairs.items()
+    }
+    data |= {"compositions": len(set(compositions(spans))), "run": run.data()}
+    rows = (
+        Row("predicted within 10 %, held out", _within(pairs.get("held out", ())), 99.0, False, "%"),
+        Row("predicted within 10 %, seen before", _within(pairs.get("seen", ())), None, False, "%"),
+    )
+    return Finding(rows, data)

@@ -1,0 +1,203 @@
+"""What the figures share: options, models that are built and warmed once, servers, closed-loop maxima."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+
+import torch_mux
+from torch_mux import state
+from torch_mux.bench.load import Client, Outcome, Server, Traffic, Window, drive, search
+from torch_mux.bench.servers import PEERS, MuxServer
+from torch_mux.bench.workloads import WORKLOADS, Tenants, build
+
+__all__ = ["Options", "Stage"]
+
+#: Requests that each closed-loop client has under way where the most is looked for.
+_DEPTHS: Final = (1, 4)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        models: workloads: the first is served by all tenants, all four where architectures compete.
+        tenants: models of one workload, at most.
+        servers: peers in the figures that compare, the one to beat first.
+        process: of arrivals.
+        bound: seconds that p99 may take, and the deadline of requests that have one.
+        seconds: length of one run.
+        steps: runs of the search for the highest rate.
+        rate: requests a second of the latency tenant.
+    """
+
+    models: tuple[str, ...]
+    tenants: int
+    device: torch.device
+    dtype: torch.dtype
+    servers: tuple[str, ...]
+    process: str
+    bound: float
+    seconds: float
+    steps: int
+    rate: float
+    seed: int
+
+    def data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"device": str(self.device), "dtype": str(self.dtype)}
+
+
+class Stage:
+    """Models and servers that figures take turns with; each is made when it is first asked for."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.mux = MuxServer()
+        self._tenants: dict[str, Tenants] = {}
+        self._peers: dict[str, Server] = {}
+        self._most: dict[str, float] = {}
+        self._sustained: dict[str, tuple[float, list[Outcome]]] = {}
+
+    @property
+    def main(self) -> str:
+        """The workload that all tenants serve."""
+        return self.options.models[0]
+
+    @property
+    def each(self) -> int:
+        """Tenants of one architecture where all compete, so that they are as many in sum."""
+        return max(1, self.options.tenants // len(self.options.models))
+
+    def tenants(self, workload: str) -> Tenants:
+        """The models of an architecture and their requests."""
+        found = self._tenants.get(workload)
+        if found is None:
+            options = self.options
+            found = build(WORKLOADS[workload], options.tenants, options.device, options.dtype)
+            self._tenants[workload] = found
+        return found
+
+    def clients(
+        self, workload: str, count: int, prefix: str, first: int = 0, mux: bool = True, **quota: Any
+    ) -> list[Client]:
+        """Clients of models of their own, as far as there are any, and ready to be served.
+
+        Args:
+            prefix: of the tenants' names.
+            first: number of the first one's model.
+            mux: whether mux will serve them.
+            quota: of each of them.
+        """
+        tenants = self.tenants(workload)
+        models = len(tenants.models)
+        if mux:
+            self.mux.admit(tenants, min(models, first + count))
+        indices = [(first + number) % models for number in range(count)]
+        return [
+            Client(
+                workload,
+                index,
+                [row[index] for row in tenants.requests],
+                {"tenant": f"{prefix}/{number}", **quota},
+            )
+            for number, index in enumerate(indices)
+        ]
+
+    def server(self, name: str) -> Server:
+        """Mux, or a peer that serves the first workload."""
+        if name == self.mux.name:
+            return self.mux
+        found = self._peers.get(name)
+        if found is None:
+            found = self._peers[name] = PEERS[name](self.tenants(self.main))
+        return found
+
+    def drive(
+        self,
+        traffics: Sequence[Traffic],
+        seconds: float | None = None,
+        lead: float | None = None,
+        server: str = MuxServer.name,
+        process: str | None = None,
+        probe: Callable[[], Any] = lambda: None,
+    ) -> Outcome:
+        """One run; its length is that of the options, a fifth of it before anything counts."""
+        length = self.options.seconds if seconds is None else seconds
+        window = Window(length, length / 5 if lead is None else lead)
+        return drive(
+            self.server(server),
+            traffics,
+            window,
+            process=process or self.options.process,
+            seed=self.options.seed,
+            probe=probe,
+        )
+
+    def rivals(self, server: str) -> list[Client]:
+        """A client of every model of the first workload."""
+        return self.clients(self.main, self.options.tenants, "all", mux=server == self.mux.name)
+
+    def most(self, server: str = MuxServer.name) -> float:
+        """Requests a second of a server over the first workload in closed loop: the most it serves."""
+        found = self._most.get(server)
+        if found is None:
+            runs = [
+                self.drive([Traffic(one, depth=depth) for one in self.rivals(server)], server=server)
+                for depth in _DEPTHS
+            ]
+            errors = [name for run in runs for name in run.errors]
+            if errors:
+                raise RuntimeError(f"requests of {server} failed: {', '.join(sorted(set(errors)))}")
+            found = self._most[server] = max(run.throughput() for run in runs)
+        return found
+
+    def sustained(self, server: str = MuxServer.name) -> tuple[float, list[Outcome]]:
+        """The highest rate of arrivals over the first workload whose p99 is within the bound: the capacity.
+
+        Returns:
+            (requests a second, 0 where no rate was; the runs of the search).
+        """
+        if server not in self._sustained:
+            clients = self.rivals(server)
+
+            def run(rate: float) -> Outcome:
+                return self.drive([Traffic(one, rate=rate / len(clients)) for one in clients], server=server)
+
+            limits = self.options.bound, self.options.steps
+            self._sustained[server] = search(run, 1.2 * self.most(server), *limits)
+        return self._sustained[server]
+
+    def capacity(self) -> float:
+        """What mux sustains.
+
+        Raises:
+            RuntimeError: nothing within the bound.
+        """
+        rate, _ = self.sustained()
+        if not rate:
+            raise RuntimeError(f"no rate has its p99 within {self.options.bound * 1e3:g} ms: nothing to load")
+        return rate
+
+    def close(self) -> None:
+        """Gives everything back."""
+        for server in self._peers.values():
+            server.release()
+        self.mux.release()
+        self._peers, self._tenants = {}, {}
+
+
+@contextmanager
+def configured(**settings: Any) -> Iterator[None]:
+    """``torch_mux.configure`` for a while."""
+    before = state.settings()
+    torch_mux.configure(**settings)
+    try:
+        yield
+    finally:
+        torch_mux.configure(**{name: getattr(before, name) for name in settings})

@@ -1,0 +1,383 @@
+"""The load generator: one thread that injects requests, open loop and closed loop at the same time.
+
+Open-loop requests are injected at arrival times computed before the run, all that are due in one batch; their
+latency counts from the scheduled time, so a generator that lags does not flatter (coordinated omission: Tene,
+"How NOT to Measure Latency", 2015). Closed-loop clients have so many requests under way all the time.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from torch_mux.bench.arrivals import arrivals
+
+__all__ = [
+    "Client",
+    "Finished",
+    "Got",
+    "Outcome",
+    "Server",
+    "Shot",
+    "Traffic",
+    "Window",
+    "drive",
+    "finite",
+    "quantile",
+    "search",
+]
+
+_PATIENCE = 5.0
+#: Seconds between two looks at a server that has to be asked, and at one that tells by itself.
+_POLL, _LOOK = 50e-6, 1e-3
+#: Requests that are sent without a pause, and the pause: a generator that is late and never blocks would keep
+#: the interpreter's lock, and be what it measures.
+_BATCH, _PAUSE = 16, 20e-6
+_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
+#: Called once a request has its answer: (its number, the moment, what went wrong or None).
+Finished = Callable[[int, float, BaseException | None], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """Who sends requests.
+
+    Attributes:
+        workload: name of the architecture that it asks.
+        index: which of the models of that architecture.
+        inputs: arguments that it sends in turn.
+        quota: fields of ``torch_mux.quota``, ``tenant`` among them.
+    """
+
+    workload: str
+    index: int
+    inputs: Sequence[tuple[Tensor, ...]]
+    quota: Mapping[str, Any]
+
+
+class Shot(NamedTuple):
+    """One request to submit."""
+
+    number: int
+    client: Client
+    inputs: tuple[Tensor, ...]
+
+
+class Server(Protocol):
+    """Answers requests that one thread submits.
+
+    Attributes:
+        name: on the command line and in the record.
+        polled: whether nothing is reported unless :meth:`poll` is called.
+    """
+
+    name: str
+    polled: bool
+
+    def submit(self, batch: Sequence[Shot], finished: Finished) -> None:
+        """Starts on these requests without waiting for them."""
+        ...
+
+    def poll(self) -> None:
+        """Reports what has finished, where nobody else does."""
+        ...
+
+    def release(self) -> None:
+        """Gives back what was prepared."""
+        ...
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one client sends.
+
+    Attributes:
+        rate: requests a second that arrive whatever becomes of them.
+        depth: requests that are under way all the time, instead.
+        start: seconds after the beginning at which a closed-loop client joins.
+    """
+
+    client: Client
+    rate: float = 0.0
+    depth: int = 0
+    start: float = 0.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """What of a run counts: ``seconds`` after the first ``lead`` ones."""
+
+    seconds: float
+    lead: float = 0.2
+
+
+@dataclass(frozen=True)
+class Got:
+    """What one client got in the window.
+
+    Attributes:
+        offered: requests that were scheduled in it.
+        served: requests that were answered in it.
+        latencies: seconds of the offered ones that did not fail, from the scheduled time, in ascending order;
+            infinite where there was no answer seconds after the end.
+        errors: offered ones that failed, by the error's name.
+    """
+
+    offered: int
+    served: int
+    latencies: tuple[float, ...]
+    errors: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run.
+
+    Attributes:
+        window: of the run.
+        clients: what each got, in the order of the traffic.
+        requests: how many were sent in all.
+        lag: 0.99 quantile of seconds by which open-loop requests were injected too late.
+        cost: CPU seconds a request of the generator itself.
+        host: CPU seconds a request of the process in all, but for the generator's own.
+        probes: what the probe said at the beginning and at the end of the window, and when all had ended.
+    """
+
+    window: Window
+    clients: tuple[Got, ...]
+    requests: int
+    lag: float
+    cost: float
+    host: float
+    probes: tuple[Any, ...] = field(default=(), repr=False)
+
+    def _of(self, clients: Iterable[int] | None) -> list[Got]:
+        return [self.clients[index] for index in (range(len(self.clients)) if clients is None else clients)]
+
+    def quantile(self, q: float, clients: Iterable[int] | None = None) -> float:
+        """Latency in seconds of these clients together; infinite where too many had no answer."""
+        ordered = sorted(one for got in self._of(clients) for one in got.latencies)
+        return quantile(ordered, q) if ordered else math.inf
+
+    @property
+    def p99(self) -> float:
+        """Of all clients, in seconds."""
+        return self.quantile(0.99)
+
+    def throughput(self, clients: Iterable[int] | None = None) -> float:
+        """Requests a second of these clients that were answered in the window."""
+        return sum(got.served for got in self._of(clients)) / self.window.seconds
+
+    @property
+    def errors(self) -> Counter[str]:
+        """Failed requests by the error's name."""
+        return sum((Counter(got.errors) for got in self.clients), Counter())
+
+    @property
+    def missing(self) -> int:
+        """Requests without an answer."""
+        return sum(got.latencies.count(math.inf) for got in self.clients)
+
+    def data(self) -> dict[str, Any]:
+        """Plain data for JSON; times in seconds, None for infinite."""
+        return {
+            "offered": sum(got.offered for got in self.clients) / self.window.seconds,
+            "answered": self.throughput(),
+            "requests": self.requests,
+            "missing": self.missing,
+            "errors": dict(self.errors),
+            "quantiles": {name: finite(self.quantile(q)) for name, q in _QUANTILES.items()},
+            "lag": self.lag,
+            "generator": self.cost,
+            "host": self.host,
+        }
+
+
+def quantile(ordered: Sequence[float], q: float) -> float:
+    """The nearest-rank quantile of sorted values; there must be one."""
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))]
+
+
+def finite(value: float | None) -> float | None:
+    """None for what JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+class _Drive:
+    """One run, from the generator's thread; answers may be told from any."""
+
+    def __init__(
+        self, server: Server, traffics: Sequence[Traffic], window: Window, process: str, seed: int
+    ) -> None:
+        self.server, self.traffics, self.window = server, traffics, window
+        self.end = window.lead + window.seconds
+        variants = min(len(traffic.client.inputs) for traffic in traffics)
+        rates = [traffic.rate for traffic in traffics]
+        self.planned = arrivals(process, rates, self.end, variants, seed)
+        closed = [index for index, traffic in enumerate(traffics) if traffic.depth]
+        self.joins = sorted(closed, key=lambda index: -traffics[index].start)
+        self.sent: list[tuple[int, float]] = []  # (traffic, scheduled) by number
+        self.done: list[tuple[int, float, BaseException | None]] = []
+        self.lags: list[float] = []
+        self.position = self.seen = 0
+        self.begin = self.submitting = 0.0
+        self.eager, self.napping, self.wake = bool(closed), False, threading.Event()
+
+    def finished(self, number: int, now: float, error: BaseException | None) -> None:
+        # Appending to a list is atomic: no lock that the runtime's threads would meet the generator at.
+        self.done.append((number, now, error))
+        if self.napping:
+            self.wake.set()
+
+    def _shot(self, index: int, scheduled: float, variant: int) -> Shot:
+        client, number = self.traffics[index].client, len(self.sent)
+        self.sent.append((index, scheduled))
+        return Shot(number, client, client.inputs[variant % len(client.inputs)])
+
+    def due(self, now: float) -> list[Shot]:
+        """What is to be sent now, at most so many that others become due only a little later."""
+        batch: list[Shot] = []
+        while self.joins and self.traffics[self.joins[-1]].start <= now:
+            index = self.joins.pop()
+            batch += [self._shot(index, now, variant) for variant in range(self.traffics[index].depth)]
+        while now < self.end and self.seen < len(self.done) and len(batch) < _BATCH:
+            number, _, error = self.done[self.seen]
+            self.seen += 1
+            index = self.sent[number][0]
+            if self.traffics[index].depth and error is None:
+                batch.append(self._shot(index, now, number))
+        while self.position < len(self.planned) and len(batch) < _BATCH:
+            one = self.planned[self.position]
+            if one.time > now:
+                break
+            self.position += 1
+            self.lags.append(now - one.time)
+            batch.append(self._shot(one.tenant, one.time, one.variant))
+        return batch
+
+    def send(self, batch: Sequence[Shot]) -> None:
+        before = time.thread_time()
+        self.server.submit(batch, self.finished)
+        self.submitting += time.thread_time() - before
+
+    def nap(self) -> None:
+        """Until the next request is due or, in closed loop, an answer is there."""
+        now = time.perf_counter() - self.begin
+        gap = self.end - now
+        if self.position < len(self.planned):
+            gap = min(gap, self.planned[self.position].time - now)
+        gap = max(_PAUSE, min(gap, _POLL if self.server.polled else _LOOK))
+        if not self.eager:
+            time.sleep(gap)
+            return
+        self.wake.clear()
+        self.napping = True
+        if self.seen == len(self.done):
+            self.wake.wait(gap)
+        else:
+            time.sleep(_PAUSE)
+        self.napping = False
+
+    def run(self, probe: Callable[[], Any]) -> list[Any]:
+        """Sends until the window has ended and all that was due in it is sent, then waits for the answers.
+
+        Returns:
+            What the probe said.
+        """
+        probes: list[Any] = []
+        marks = [self.window.lead, self.end]
+        self.begin = time.perf_counter() + 0.01
+        while marks or self.position < len(self.planned):
+            now = time.perf_counter() - self.begin
+            while marks and now >= marks[0]:
+                probes.append(probe())
+                del marks[0]
+            batch = self.due(now)
+            if batch:
+                self.send(batch)
+            self.server.poll()
+            self.nap()
+        last = time.perf_counter() + _PATIENCE
+        while len(self.done) < len(self.sent) and time.perf_counter() < last:
+            self.server.poll()
+            time.sleep(_POLL)
+        probes.append(probe())
+        return probes
+
+    def got(self) -> tuple[Got, ...]:
+        lead, begin = self.window.lead, self.begin
+        ends = {number: (now - begin, error) for number, now, error in list(self.done)}
+        offered, served = [0] * len(self.traffics), [0] * len(self.traffics)
+        latencies: list[list[float]] = [[] for _ in self.traffics]
+        errors: list[Counter[str]] = [Counter() for _ in self.traffics]
+        for number, (index, scheduled) in enumerate(self.sent):
+            moment, error = ends.get(number, (math.inf, None))
+            served[index] += error is None and lead <= moment < self.end
+            if scheduled < lead:
+                continue
+            offered[index] += 1
+            if error is not None:
+                errors[index][type(error).__name__] += 1
+            else:
+                latencies[index].append(moment - scheduled)
+        rows = zip(offered, served, latencies, errors, strict=True)
+        return tuple(Got(a, b, tuple(sorted(c)), dict(d)) for a, b, c, d in rows)
+
+
+def drive(
+    server: Server,
+    traffics: Sequence[Traffic],
+    window: Window,
+    *,
+    process: str = "poisson",
+    seed: int = 0,
+    probe: Callable[[], Any] = lambda: None,
+) -> Outcome:
+    """Sends this traffic to a server and waits for the answers.
+
+    Args:
+        process: of the open-loop arrivals, see ``torch_mux.bench.arrivals``.
+        probe: called at both ends of the window, and when everything has ended.
+    """
+    one = _Drive(server, traffics, window, process, seed)
+    whole, own = time.process_time(), time.thread_time()
+    with torch.inference_mode():
+        probes = one.run(probe)
+    own = time.thread_time() - own - one.submitting
+    whole = time.process_time() - whole - own
+    count = max(1, len(one.sent))
+    lag = quantile(sorted(one.lags), 0.99) if one.lags else 0.0
+    return Outcome(window, one.got(), len(one.sent), lag, own / count, whole / count, tuple(probes))
+
+
+def search(
+    run: Callable[[float], Outcome], most: float, bound: float, steps: int
+) -> tuple[float, list[Outcome]]:
+    """The highest rate tried whose p99 is within ``bound`` and that all were answered at; bisection.
+
+    Args:
+        run: one open-loop run at a rate.
+        most: a rate that cannot be exceeded.
+        bound: seconds.
+
+    Returns:
+        (that rate, 0 if none was; every run).
+    """
+    low, high, runs = 0.0, most, []
+    for _ in range(steps):
+        rate = (low + high) / 2
+        found = run(rate)
+        runs.append(found)
+        if found.p99 <= bound and not found.errors and not found.missing:
+            low = rate
+        else:
+            high = rate
+    return low, runs

@@ -1,0 +1,128 @@
+"""The plots of a serving record: ``python -m torch_mux.bench.plot_serve docs/benchmarks/serve-h100.json``.
+
+Draws beside the record what ``python -m torch_mux.bench.serve`` measured: p99 over the rate of arrivals for
+each server, the throughput and p99 that the settings trade for each other, shares of the device, what a
+latency tenant notices of its neighbours, and how predictions of bundles are distributed. A figure that is not
+in the record, or failed there, is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from torch_mux.bench.load import quantile
+from torch_mux.bench.plot_paper import Chart, Series, drawing
+
+__all__ = ["charts", "main", "svg"]
+
+_PARTS: Final = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99)
+
+
+def _series(name: str, points: Iterable[tuple[float, float | None]]) -> Series:
+    """A line through the points that have a value above 0."""
+    return Series(name, tuple((x, y, y, y) for x, y in points if y and x > 0))
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
+
+
+def _rate(data: Mapping[str, Any]) -> Chart:
+    series = []
+    for server in data["servers"]:
+        points = [(run["offered"], _ms(run["quantiles"]["p99"])) for run in server.get("runs", ())]
+        series.append(_series(server["server"], sorted(points, key=lambda point: point[0])))
+    return Chart("p99 over the rate of arrivals", "requests/s", "ms", tuple(series))
+
+
+def _knob(data: Mapping[str, Any]) -> Chart:
+    ours = _series("mux", [(one["throughput"], _ms(one["p99"])) for one in data["points"]])
+    peer = data["peer"]
+    theirs = _series(peer["server"], [(peer["throughput"], _ms(peer["p99"]))])
+    title = f"max_bundle and max_wait; p99 at {data['rate']:,.0f} requests/s"
+    return Chart(title, "requests/s when saturated", "p99, ms", (ours, theirs))
+
+
+def _shares(data: Mapping[str, Any]) -> Chart:
+    times = data["device seconds"]
+    mean = sum(times) / len(times)
+    groups: dict[str, list[tuple[float, float | None]]] = {}
+    for number, (model, time) in enumerate(zip(data["models"], times, strict=True), 1):
+        groups.setdefault(model, []).append((number, time / mean if mean else None))
+    series = tuple(_series(model, points) for model, points in groups.items())
+    return Chart("Equal weights: share of the device of the mean", "tenant", "of the mean", series)
+
+
+def _weights(data: Mapping[str, Any]) -> Chart:
+    weights, series = data["weights"], []
+    for kind, found in data.items():
+        if kind == "weights":
+            continue
+        times = found["device seconds"]
+        unit = sum(times) / sum(weights)
+        both = zip(weights, times, strict=True)
+        series.append(_series(kind, [(one, time / (unit * one) if unit else None) for one, time in both]))
+    return Chart("Weights: share of the device of the one granted", "weight", "of granted", tuple(series))
+
+
+def _latency(data: Mapping[str, Any]) -> Chart:
+    pairs = list(enumerate(data["pairs"], 1))
+    kinds = {"p99 of the same quota alone": "inflation", "p99 of the whole GPU": "against whole GPU"}
+    kinds["neighbours' throughput of (1 - reserve)"] = "kept"
+    series = tuple(_series(name, [(n, pair[key]) for n, pair in pairs]) for name, key in kinds.items())
+    names = ", ".join(f"{n} {pair['front']} by {pair['beside']}" for n, pair in pairs)
+    return Chart("Latency tenant beside busy ones", f"pair: {names}"[:64], "ratio", series)
+
+
+def _prediction(data: Mapping[str, Any]) -> Chart:
+    series = []
+    for kind in ("held out", "seen"):
+        pairs = data.get(kind, {}).get("pairs", ())
+        ratios = sorted(measured / predicted for predicted, measured in pairs if predicted)
+        parts = _PARTS if ratios else ()
+        series.append(_series(kind, [(part, quantile(ratios, part / 100)) for part in parts]))
+    return Chart("Measured over predicted time of a bundle", "percentile", "ratio", tuple(series))
+
+
+_CHARTS: Final[Mapping[str, Callable[[Mapping[str, Any]], Chart]]] = {
+    "rate": _rate,
+    "knob": _knob,
+    "shares": _shares,
+    "weights": _weights,
+    "latency": _latency,
+    "prediction": _prediction,
+}
+
+
+def charts(report: Mapping[str, Any]) -> list[Chart]:
+    """The panels that a record has points for."""
+    figures = report["figures"]
+    found = [draw(figures[name]["data"]) for name, draw in _CHARTS.items() if "data" in figures.get(name, ())]
+    return [
+        Chart(one.title, one.across, one.up, tuple(line for line in one.series if line.points))
+        for one in found
+        if any(line.points for line in one.series)
+    ]
+
+
+def svg(report: Mapping[str, Any]) -> str:
+    """All panels of a record."""
+    return drawing(charts(report), report["environment"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draws the plots beside the record."""
+    flags = argparse.ArgumentParser(prog="python -m torch_mux.bench.plot_serve", description=__doc__)
+    flags.add_argument("record", type=Path, help="what python -m torch_mux.bench.serve --json wrote")
+    record = flags.parse_args(argv).record
+    figure = record.with_suffix(".svg")
+    figure.write_text(svg(json.loads(record.read_text())))
+    print(figure)
+
+
+if __name__ == "__main__":
+    main()
