@@ -38,6 +38,20 @@ def test_one_command_fills_the_whole_table(tmp_path: Path, capsys: pytest.Captur
     assert sum("polyline" in part.tag for part in figure.iter()) >= 10
 
 
+@pytest.mark.gpu
+def test_the_peers_answer_the_same_arrivals_on_a_gpu(tmp_path: Path) -> None:
+    record = tmp_path / "serve.json"
+    models = "tiny-cnn,tiny-encoder,tiny-mlp,tiny-mixer"
+    flags = ["--device", "cuda", "--models", models, "--tenants", "4", "--seconds", "0.2", "--quick"]
+    assert serve.main([*flags, "--figures", "rate,knob", "--json", str(record)]) == 0
+    figures = json.loads(record.read_text())["figures"]
+    servers = figures["rate"]["data"]["servers"]
+    assert [one["server"] for one in servers] == ["mux", "streams", "sliced"]
+    for one in servers:
+        assert all(run["missing"] == 0 and not run["errors"] for run in one["runs"])
+    assert figures["knob"]["data"]["peer"]["server"] == "streams"
+
+
 def _check(figures: dict[str, Any]) -> None:
     """That runs were what their figures say."""
     servers = figures["rate"]["data"]["servers"]

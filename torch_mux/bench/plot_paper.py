@@ -113,7 +113,7 @@ def _ticks(low: float, high: float) -> list[float]:
     found = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
     inside = [value for value in found if low / 1.01 <= value <= high * 1.01]
     if len(inside) < 2:
-        return [float(f"{low + (high - low) * part / 4:.3g}") for part in range(5)]
+        return [float(f"{low + (high - low) * part / 5:.3g}") for part in range(1, 5)]
     return inside if len(inside) <= 7 else [value for value in inside if f"{value:.0e}".startswith("1")]
 
 

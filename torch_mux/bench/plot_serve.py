@@ -74,8 +74,7 @@ def _latency(data: Mapping[str, Any]) -> Chart:
     kinds = {"p99 of the same quota alone": "inflation", "p99 of the whole GPU": "against whole GPU"}
     kinds["neighbours' throughput of (1 - reserve)"] = "kept"
     series = tuple(_series(name, [(n, pair[key]) for n, pair in pairs]) for name, key in kinds.items())
-    names = ", ".join(f"{n} {pair['front']} by {pair['beside']}" for n, pair in pairs)
-    return Chart("Latency tenant beside busy ones", f"pair: {names}"[:64], "ratio", series)
+    return Chart("Latency tenant beside busy ones", "pair of architectures", "ratio", series)
 
 
 def _prediction(data: Mapping[str, Any]) -> Chart:

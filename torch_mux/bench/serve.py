@@ -131,22 +131,26 @@ def _line(figure: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     return figure, row["name"], target, _number(row["measured"], row["unit"]), verdict
 
 
+def _remarks(name: str, found: Mapping[str, Any]) -> list[str]:
+    """What failed and what is to be known, a line each."""
+    failures = [found["failed"]] if "failed" in found else found["errors"]
+    lines = [f"{name} FAILED: {words.splitlines()[0]}" for words in failures]
+    return [*lines, *(f"{name}: {words}" for words in found.get("notes", ()))]
+
+
 def table(report: Mapping[str, Any]) -> str:
-    """Target and measurement, one line each; what failed says so."""
+    """Target and measurement, one line each; below it what failed."""
     rows: list[tuple[str, ...]] = [("figure", "what", "target", "measured", "")]
+    remarks, verdicts = [], []
     for name, found in report["figures"].items():
-        if "failed" in found:
-            rows.append((name, found["failed"].splitlines()[0], "", "", "FAILED"))
-            continue
-        rows += [_line(name, row) for row in found["rows"]]
-        rows += [(name, words.splitlines()[0], "", "", "FAILED") for words in found["errors"]]
-        rows += [(name, words, "", "", "note") for words in found["notes"]]
+        rows += [_line(name, row) for row in found.get("rows", ())]
+        verdicts += [row["passed"] for row in found.get("rows", ())]
+        remarks += _remarks(name, found)
     said, facts = report["options"], report["environment"]
     about = f"{', '.join(said['models'])}; {said['tenants']} tenants, {said['process']} arrivals"
     versions = f"torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}"
-    verdicts = [row["passed"] for found in report["figures"].values() for row in found.get("rows", ())]
     counts = f"{verdicts.count(True)} targets met, {verdicts.count(False)} missed"
-    return "\n".join([f"{facts['device']}, {versions}", about, *measure.aligned(rows), counts])
+    return "\n".join([f"{facts['device']}, {versions}", about, *measure.aligned(rows), *remarks, counts])
 
 
 def failed(report: Mapping[str, Any]) -> bool:
@@ -169,6 +173,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--budget", type=float, default=None, help="seconds after which no figure begins")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--json", type=Path, default=None, help="write the record here")
+    result.add_argument("--show", type=Path, default=None, help="print the table of this record instead")
     return result
 
 
@@ -218,6 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, writes the record and prints the table last; 1 where something could not be measured."""
     flags = parser()
     arguments = flags.parse_args(argv)
+    if arguments.show is not None:
+        report = measure.read(flags, arguments.show)
+        print(table(report))
+        return int(failed(report))
     wanted = _names(flags, "figures", arguments.figures, FIGURES) or tuple(FIGURES)
     options = _options(flags, arguments)
     figures = [name for name in FIGURES if name in wanted]
