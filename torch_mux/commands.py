@@ -79,7 +79,7 @@ _BENCHES = {
     "table": "The chooser's measured table, from what `kernels` measured.",
     "paper": "The papers' experiments: coalescing, blocks, constrained kernels together; on a GPU.",
     "opinfo": "Every operation of PyTorch's operator database through mux, compared with eager.",
-    "serve": "Requests that arrive one by one: the highest rate within a latency bound.",
+    "serve": "What the runtime promises to requests that arrive one by one, a table of figures.",
     "start": "From the import of torch to the first coalesced answers, in fresh processes.",
     "zoo": "Many architectures: what runs, what coalesces of each, and why the rest does not.",
 }

@@ -17,6 +17,7 @@ from torch_mux.bench import plot_serve, serve
 from torch_mux.bench.figures import host, knob, mlperf, prediction, shares
 from torch_mux.bench.figures.deadlines import bundle_seconds
 from torch_mux.bench.figures.oracle import most_in_time
+from torch_mux.bench.plot import BEGIN, END
 from torch_mux.runtime.timeline import BundleSpan, RequestSpan
 
 
@@ -31,11 +32,16 @@ def test_one_command_fills_the_whole_table(tmp_path: Path, capsys: pytest.Captur
         missing = [row["name"] for row in found["rows"] if row["measured"] is None]
         assert not missing or name == "prediction", name  # a run may hold no composition out
     told = capsys.readouterr().out
-    assert all(row["name"] in told for found in report["figures"].values() for row in found["rows"])
+    assert all(row["name"] in told for _, row in _rows(report["figures"]))
     _check(report["figures"])
-    plot_serve.main([str(record)])
     figure = ElementTree.fromstring(record.with_suffix(".svg").read_text())
     assert sum("polyline" in part.tag for part in figure.iter()) >= 10
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    plot_serve.main([str(record), "--page", str(page)])
+    filled = page.read_text()
+    assert "](serve.svg)" in filled and filled.startswith("before") and filled.endswith("after\n")
+    assert all(f"| {name} | {row['name']} |" in filled for name, row in _rows(report["figures"]))
 
 
 @pytest.mark.gpu
@@ -50,6 +56,10 @@ def test_the_peers_answer_the_same_arrivals_on_a_gpu(tmp_path: Path) -> None:
     for one in servers:
         assert all(run["missing"] == 0 and not run["errors"] for run in one["runs"])
     assert figures["knob"]["data"]["peer"]["server"] == "streams"
+
+
+def _rows(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, row) for name, found in figures.items() for row in found["rows"]]
 
 
 def _check(figures: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def test_info_tells_versions_and_device() -> None:
     assert info()["torch"] == torch.__version__
 
 
-BENCHES = ("models", "kernels", "table", "paper", "opinfo", "zoo")
+BENCHES = ("models", "kernels", "table", "paper", "opinfo", "serve", "zoo")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,13 @@ def test_kernels_need_a_gpu() -> None:
 
 @pytest.mark.parametrize(
     ("package", "extra"),
-    [("typer", "cli"), ("sklearn", "demo"), ("transformers", "bench"), ("timm", "bench")],
+    [
+        ("typer", "cli"),
+        ("sklearn", "demo"),
+        ("transformers", "bench"),
+        ("timm", "bench"),
+        ("mlperf_loadgen", "bench"),
+    ],
 )
 def test_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch, package: str, extra: str) -> None:
     def missing(name: str) -> Any:

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from torch_mux.bench.figures.base import cells
 from torch_mux.bench.load import quantile
+from torch_mux.bench.plot import fill
 from torch_mux.bench.plot_paper import Chart, Series, drawing
 
-__all__ = ["charts", "main", "svg"]
+__all__ = ["charts", "draw", "main", "markdown", "svg"]
 
 _PARTS: Final = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99)
 
@@ -113,14 +116,51 @@ def svg(report: Mapping[str, Any]) -> str:
     return drawing(charts(report), report["environment"])
 
 
+def draw(report: Mapping[str, Any], record: Path) -> Path | None:
+    """Writes the plots of a record beside it and tells where; None where it has no points."""
+    if not charts(report):
+        return None
+    figure = record.with_suffix(".svg")
+    figure.write_text(svg(report))
+    return figure
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The table of target and measurement; what failed says so."""
+    lines = ["| figure | what | target | measured | |", "|---|---|---|---|---|"]
+    for name, found in report["figures"].items():
+        rows = [cells(name, row) for row in found.get("rows", ())]
+        if "failed" in found:
+            rows.append((name, found["failed"].splitlines()[0], "", "", "FAILED"))
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _block(report: Mapping[str, Any], figure: Path, record: Path, folder: Path) -> str:
+    """What stands between the marks of a page in ``folder``."""
+    plots, source = (Path(os.path.relpath(path.resolve(), folder)).as_posix() for path in (figure, record))
+    facts = report["environment"]
+    versions = (
+        f"torch {facts['torch']}, triton {facts['triton']}, commit {(facts['commit'] or 'unknown')[:12]}"
+    )
+    about = f"{facts['device']}, {versions}. From [{source}]({source}): `{facts['command']}`."
+    return f"![Serving figures]({plots})\n\n{markdown(report)}\n\n{about}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws the plots beside the record."""
+    """Draws the plots beside the record and, on demand, fills a page's block."""
     flags = argparse.ArgumentParser(prog="python -m torch_mux.bench.plot_serve", description=__doc__)
     flags.add_argument("record", type=Path, help="what python -m torch_mux.bench.serve --json wrote")
-    record = flags.parse_args(argv).record
-    figure = record.with_suffix(".svg")
-    figure.write_text(svg(json.loads(record.read_text())))
+    flags.add_argument("--page", type=Path, default=None, help="a file with the two marks")
+    arguments = flags.parse_args(argv)
+    report = json.loads(arguments.record.read_text())
+    figure = draw(report, arguments.record)
+    if figure is None:
+        flags.error(f"{arguments.record} has no points to draw")
     print(figure)
+    if arguments.page is not None:
+        block = _block(report, figure, arguments.record, arguments.page.resolve().parent)
+        arguments.page.write_text(fill(arguments.page.read_text(), block))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from torch_mux.bench.figures import (
     rate,
     shares,
 )
-from torch_mux.bench.figures.base import Finding
+from torch_mux.bench.figures.base import Finding, cells
 from torch_mux.bench.figures.stage import Options, Stage
+from torch_mux.bench.plot_serve import draw
 from torch_mux.bench.servers import PEERS, default_peers
 from torch_mux.bench.workloads import DTYPES, WORKLOADS
 from torch_mux.errors import UnparsableQuantity
@@ -57,7 +58,7 @@ _MODELS: Final = {
     "cpu": ("tiny-cnn", "tiny-encoder", "tiny-mlp", "tiny-mixer"),
 }
 #: Of one run, and of the search for the highest rate; as they are and with ``--quick``.
-_SECONDS: Final = {"cuda": (2.0, 0.7), "cpu": (1.0, 0.4)}
+_SECONDS: Final = {"cuda": (1.5, 0.7), "cpu": (1.0, 0.4)}
 _STEPS: Final = (6, 4)
 #: Requests a second of the latency tenant.
 _RATE: Final = {"cuda": 200.0, "cpu": 50.0}
@@ -116,21 +117,6 @@ def run(
     return report
 
 
-def _number(value: float | None, unit: str) -> str:
-    if value is None:
-        return "-"
-    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
-    return f"{shown} {unit}".strip()
-
-
-def _line(figure: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    target, verdict = "-", "-"
-    if row["bound"] is not None:
-        target = f"{'<=' if row['most'] else '>='} {_number(row['bound'], row['unit'])}"
-        verdict = "pass" if row["passed"] else "MISS"
-    return figure, row["name"], target, _number(row["measured"], row["unit"]), verdict
-
-
 def _remarks(name: str, found: Mapping[str, Any]) -> list[str]:
     """What failed and what is to be known, a line each."""
     failures = [found["failed"]] if "failed" in found else found["errors"]
@@ -143,7 +129,7 @@ def table(report: Mapping[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [("figure", "what", "target", "measured", "")]
     remarks, verdicts = [], []
     for name, found in report["figures"].items():
-        rows += [_line(name, row) for row in found.get("rows", ())]
+        rows += [cells(name, row) for row in found.get("rows", ())]
         verdicts += [row["passed"] for row in found.get("rows", ())]
         remarks += _remarks(name, found)
     said, facts = report["options"], report["environment"]
@@ -172,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--quick", action="store_true", help="shorter runs and fewer of them")
     result.add_argument("--budget", type=float, default=None, help="seconds after which no figure begins")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--json", type=Path, default=None, help="write the record here")
+    result.add_argument("--json", type=Path, default=None, help="write the record here, plots beside it")
     result.add_argument("--show", type=Path, default=None, help="print the table of this record instead")
     return result
 
@@ -220,7 +206,7 @@ def _options(flags: argparse.ArgumentParser, given: argparse.Namespace) -> Optio
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, writes the record and prints the table last; 1 where something could not be measured."""
+    """Measures, writes the record and its plots and prints the table; 1 where something was not measured."""
     flags = parser()
     arguments = flags.parse_args(argv)
     if arguments.show is not None:
@@ -233,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     measure.announce(options.device)
     report = run(options, figures, arguments.budget, lambda found: measure.write(found, arguments.json))
     print(table(report))
+    if arguments.json is not None:
+        draw(report, arguments.json)
     return int(failed(report))
 
 

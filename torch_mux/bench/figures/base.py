@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from torch_mux.bench.load import Outcome
 
-__all__ = ["Finding", "Row", "lateness", "ratio"]
+__all__ = ["Finding", "Row", "cells", "lateness", "ratio"]
 
 #: Seconds that a generator may be late before it has to be said.
 _LATE: Final = 1e-3
@@ -85,3 +85,19 @@ def ratio(value: float | None, base: float | None) -> float | None:
     if value is None or base is None or not base or not (math.isfinite(value) and math.isfinite(base)):
         return None
     return value / base
+
+
+def _number(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{shown} {unit}".strip()
+
+
+def cells(figure: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of the record as words: figure, what, target, measured, verdict."""
+    target, verdict = "-", "-"
+    if row["bound"] is not None:
+        target = f"{'<=' if row['most'] else '>='} {_number(row['bound'], row['unit'])}"
+        verdict = "pass" if row["passed"] else "MISS"
+    return figure, row["name"], target, _number(row["measured"], row["unit"]), verdict
