@@ -71,7 +71,7 @@ def _check(figures: dict[str, Any]) -> None:
     assert len(set(equal["models"])) == 4 and min(equal["device seconds"]) > 0
     assert len(figures["latency"]["data"]["pairs"]) == 6
     beside = figures["aggressor"]["data"]
-    assert beside["aggressor"] > 0 and min(beside["throughput"]) > 0
+    assert beside["without"]["answered"] > 0 and beside["beside"]["requests"] > beside["without"]["requests"]
     met = figures["deadlines"]["data"]
     assert 0 < met["in time"] <= met["oracle"] <= met["arrivals"]
     ends = met["outcomes"]

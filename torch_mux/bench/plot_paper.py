@@ -19,6 +19,8 @@ from xml.sax.saxutils import escape
 __all__ = ["Chart", "Series", "charts", "drawing", "main", "svg"]
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _KEY = 430, 270, 52, 40, 30, 14
+#: Pixels that a label on the axis across may need.
+_LABEL = 28
 _COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#9c36b5", "#868e96", "#e8590c")
 
 
@@ -122,6 +124,15 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
     return lambda value: start + math.log(value / low) / span * (end - start)
 
 
+def _apart(values: Sequence[float], place: Callable[[float], float]) -> list[float]:
+    """Those of ascending values whose labels do not run into the one before."""
+    found: list[float] = []
+    for value in values:
+        if not found or place(value) - place(found[-1]) >= _LABEL:
+            found.append(value)
+    return found
+
+
 def _text(x: float, y: float, content: str, style: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}"{style}>{escape(content)}</text>'
 
@@ -137,8 +148,8 @@ def _panel(chart: Chart, left: float, top: float) -> list[str]:
         ends = f'x1="{left + _LEFT}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}"'
         parts.append(f'<line {ends} stroke="#dee2e6"/>')
         parts.append(_text(left + _LEFT - 6, y(value) + 4, f"{value:g}", ' text-anchor="end"'))
-    for value in sorted(set(xs)) if len(set(xs)) <= 9 else _ticks(min(xs), max(xs)):
-        parts.append(_text(x(value), bottom + 15, f"{value:g}", ' text-anchor="middle"'))
+    for value in _apart(sorted(set(xs)) if len(set(xs)) <= 9 else _ticks(min(xs), max(xs)), x):
+        parts.append(_text(x(value), bottom + 15, f"{float(f'{value:.4g}'):g}", ' text-anchor="middle"'))
     parts.append(_text(right, bottom + 30, f"{chart.across} →", ' text-anchor="end"'))
     parts.append(_text(left + 8, top + _TOP - 2, chart.up, ' fill="#495057" font-size="11"'))
     for index, series in enumerate(chart.series):

@@ -140,9 +140,8 @@ def _block(report: Mapping[str, Any], figure: Path, record: Path, folder: Path) 
     """What stands between the marks of a page in ``folder``."""
     plots, source = (Path(os.path.relpath(path.resolve(), folder)).as_posix() for path in (figure, record))
     facts = report["environment"]
-    versions = (
-        f"torch {facts['torch']}, triton {facts['triton']}, commit {(facts['commit'] or 'unknown')[:12]}"
-    )
+    commit = (facts["commit"] or "unknown")[:12]
+    versions = f"torch {facts['torch']}, triton {facts['triton']}, commit {commit}"
     about = f"{facts['device']}, {versions}. From [{source}]({source}): `{facts['command']}`."
     return f"![Serving figures]({plots})\n\n{markdown(report)}\n\n{about}"
 
