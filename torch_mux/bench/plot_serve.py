@@ -46,8 +46,8 @@ def _knob(data: Mapping[str, Any]) -> Chart:
     ours = _series("mux", [(one["throughput"], _ms(one["p99"])) for one in data["points"]])
     peer = data["peer"]
     theirs = _series(peer["server"], [(peer["throughput"], _ms(peer["p99"]))])
-    title = f"max_bundle and max_wait; p99 at {data['rate']:,.0f} requests/s"
-    return Chart(title, "requests/s when saturated", "p99, ms", (ours, theirs))
+    title = f"max_bundle and max_wait, at {data['load']:.0%} of what each sustains"
+    return Chart(title, "requests/s", "p99, ms", (ours, theirs))
 
 
 def _shares(data: Mapping[str, Any]) -> Chart:
