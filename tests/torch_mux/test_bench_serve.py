@@ -191,7 +191,7 @@ def test_a_figure_that_fails_is_in_the_table_and_the_others_run(
         "bad FAILED: RuntimeError: no such luck",
         "good FAILED: one",
         "good: two",
-        "1 targets met, 1 missed",
+        "1 targets met, 1 missed; of 3 figures 1 not measured",
     ]
     assert serve.main(["--show", str(record)]) == 1
     assert capsys.readouterr().out.splitlines() == lines

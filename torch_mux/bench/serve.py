@@ -136,6 +136,9 @@ def table(report: Mapping[str, Any]) -> str:
     about = f"{', '.join(said['models'])}; {said['tenants']} tenants, {said['process']} arrivals"
     versions = f"torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}"
     counts = f"{verdicts.count(True)} targets met, {verdicts.count(False)} missed"
+    lost = sum("failed" in found for found in report["figures"].values())
+    if lost:
+        counts += f"; of {len(report['figures'])} figures {lost} not measured"
     return "\n".join([f"{facts['device']}, {versions}", about, *measure.aligned(rows), *remarks, counts])
 
 
