@@ -28,11 +28,11 @@ def flops_of(node: Node) -> int:
     if any("val" not in source.meta for source in (node, *node.all_input_nodes)):
         return 0
     namespace, name = getattr(target, "namespace", ""), str(target)
-    if namespace == "mux":
-        return _super_kernel(node, name)
-    if "scaled_dot_product" in name and "backward" not in name:
+    if name.startswith("mux.attention") or ("scaled_dot_product" in name and "backward" not in name):
         query, key, value = (_shape(argument) for argument in node.args[:3])
         return int(sdpa_flop_count(query, key, value))
+    if namespace == "mux":
+        return _super_kernel(node, name)
     if name.startswith("aten.linear."):
         return 2 * math.prod(_shape(node)) * _shape(node.args[1])[-1]
     formula = flop_registry.get(getattr(target, "overloadpacket", None))

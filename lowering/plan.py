@@ -23,6 +23,7 @@ from .flops import flops
 from .graphs import ROLE, call_nodes, fake_of, outputs_of, placeholders
 from .kernels import ahead
 from .launches import KernelCalls
+from .ops.attention import ATTENTION
 from .ops.semantic import CONVOLUTION, LINEAR, LINEARS, is_depthwise
 from .passes import run_passes
 from .prepare import INDEX, Prepare, split_prepare
@@ -41,6 +42,7 @@ _KERNELS: dict[Any, str] = {
     LINEAR: "linear",
     LINEARS: "joined linear",
     CONVOLUTION: "conv",
+    ATTENTION: "attention",
     torch.ops.aten.embedding.default: "embedding",
 }
 Artifact = Callable[[list[Any]], Any]

@@ -16,7 +16,7 @@ import torch
 
 from torch_mux.lowering.kernels.data import BitClass, Family, Tile, family_of
 
-__all__ = ["RATES", "Rates", "depthwise_seconds", "kind_of", "seconds"]
+__all__ = ["RATES", "Rates", "attention_seconds", "depthwise_seconds", "kind_of", "seconds"]
 
 Sizes = Sequence[tuple[int, int, int]]
 
@@ -163,3 +163,25 @@ def depthwise_seconds(tiles: int, tile: Tile, dtype: torch.dtype, kernel: tuple[
     rounds, busiest = -(-tiles // max(1, min(tiles, sms * tile.programs_per_sm))), -(-tiles // sms)
     work = kernel[0] * kernel[1] * area / rates.load + area * rates.store
     return rates.start + rounds * (rates.begin + kernel[0] * rates.latency) + busiest * work
+
+
+def attention_seconds(
+    tiles: int, tile: Tile, keys: int, depth: int, dtype: torch.dtype, precision: str, sms: int
+) -> float:
+    """Estimated seconds of one attention launch, but for the traffic that is the same with every tile.
+
+    Args:
+        tiles: of all slots together, ``tile.block_m`` queries of one head each.
+        tile: ``block_k`` keys a step, ``block_n`` channels of a value.
+        depth: channels of a key.
+        sms: multiprocessors, of the device or of a cap.
+    """
+    rates = RATES[family_of(tile, False).value]
+    steps = -(-keys // tile.block_k)
+    channels, width = depth + tile.block_n, dtype.itemsize
+    loads = tile.block_k * channels * width / rates.load
+    product = replace(tile, block_n=channels)
+    work = steps * max(loads, _math(product, precision, rates))
+    work += tile.block_m * (depth * width / rates.load + tile.block_n * width * rates.store)
+    rounds, busiest = -(-tiles // max(1, min(tiles, sms * tile.programs_per_sm))), -(-tiles // sms)
+    return rates.start + rounds * (rates.begin + steps * rates.latency) + busiest * work

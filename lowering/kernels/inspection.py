@@ -72,6 +72,8 @@ def _signature(
             signature[parameter.name] = f"*{_NAMES[value.dtype]}"
             if not parameter.do_not_specialize_on_alignment:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
     return signature, constants, attributes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_mux.lowering.kernels.data import Activation
 
-__all__ = ["activate", "conv", "embedding", "linear"]
+__all__ = ["activate", "attention", "conv", "embedding", "linear"]
 
 Optional = Sequence[Tensor] | None
 
@@ -105,3 +105,37 @@ def conv(
 def embedding(indices: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     """``W[indices]`` a slot."""
     return [F.embedding(index, weight) for index, weight in zip(indices, weights, strict=True)]
+
+
+def attention(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    masks: Optional = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """``softmax(q @ k.T * scale + mask) @ v`` a slot, computed in ``dtype``: [B, M, H, DV].
+
+    Args:
+        queries: slot t's [B, H, M, D].
+        keys, values: slot t's [B, G, N, D] and [B, G, N, DV]; H is a multiple of G.
+        masks: slot t's, added; broadcasts to [B, H, M, N]. A row that it excludes altogether gives 0.
+        is_causal: query i sees keys 0 … i only.
+        scale: D ** -0.5 by default.
+    """
+    found = []
+    for slot, (query, key, value) in enumerate(zip(queries, keys, values, strict=True)):
+        shared = query.shape[1] // key.shape[1]
+        key, value = (each.to(dtype).repeat_interleave(shared, 1) for each in (key, value))
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = query.to(dtype) @ key.mT * factor
+        if masks is not None:
+            scores = scores + masks[slot].to(dtype)
+        if is_causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        weights = torch.softmax(scores, -1).nan_to_num(0.0)
+        found.append((weights @ value).transpose(1, 2))
+    return found

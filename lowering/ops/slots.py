@@ -19,7 +19,7 @@ from ..storage import storage_of
 from .semantic import LIBRARY, apply_activation
 from .vendor import aligned
 
-__all__ = ["SLOT_ATTENTION", "SLOT_CONVOLUTION", "SLOT_EMBEDDING", "SLOT_LINEAR"]
+__all__ = ["SLOT_CONVOLUTION", "SLOT_EMBEDDING", "SLOT_LINEAR"]
 
 _EPILOGUE = (
     "Tensor? scale, int scale_offset, Tensor? shift, int shift_offset, Tensor? residual, str activation, "
@@ -37,11 +37,6 @@ LIBRARY.define(
 LIBRARY.define(
     "slot_embedding(Tensor indices, Tensor table, Tensor rows, Tensor control, int column, int vocabulary, "
     "int width, ScalarType dtype, str program) -> Tensor"
-)
-
-LIBRARY.define(
-    "slot_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, "
-    "float? scale) -> Tensor"
 )
 
 
@@ -169,23 +164,6 @@ def _embedding_cpu(
     return torch.stack(
         [F.embedding(index, weight) for index, weight in zip(indices.unbind(0), weights, strict=True)]
     )
-
-
-def _attention_cpu(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
-) -> Tensor:
-    """[T, B, H, N, E] each; one call a slot: which thread gets a head, by the batch, decides last bits."""
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out = _attention_fake(query, key, value)
-    for slot in range(query.shape[0]):
-        operands = [aligned(each[slot]) for each in (query, key, value)]
-        own = None if mask is None else aligned(mask[slot])
-        out[slot].copy_(attend(*operands, 0.0, is_causal, attn_mask=own, scale=scale)[0])
-    return out
-
-
-def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def _vector(arena: Tensor | None, offset: int) -> Vector | None:
@@ -369,10 +347,6 @@ for _name, _cpu, _cuda, _fake in (
     LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"mux::{_name}", _fake, lib=LIBRARY)
 
-LIBRARY.impl("slot_attention", _attention_cpu, "CPU")
-torch.library.register_fake("mux::slot_attention", _attention_fake, lib=LIBRARY)
-
-SLOT_ATTENTION: Final = torch.ops.mux.slot_attention.default
 SLOT_LINEAR: Final = torch.ops.mux.slot_linear.default
 SLOT_CONVOLUTION: Final = torch.ops.mux.slot_convolution.default
 SLOT_EMBEDDING: Final = torch.ops.mux.slot_embedding.default

@@ -22,6 +22,7 @@ from . import (
     pad_channels,
     plain_convolutions,
     reshape_patches,
+    select_attention,
     select_super_kernels,
 )
 
@@ -32,6 +33,7 @@ Pass = Callable[[GraphModule, Settings], GraphModule]
 PASSES: Final[tuple[Pass, ...]] = (
     canonicalise.run,
     select_super_kernels.run,
+    select_attention.run,
     fold_batch_norm.run,
     fuse_epilogues.run,
     plain_convolutions.run,

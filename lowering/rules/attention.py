@@ -1,6 +1,7 @@
-"""Scaled dot-product attention in the vendor kernel that one slot would use.
+"""Scaled dot-product attention over all slots: in one super-kernel, or in the vendor kernel of one slot.
 
-On CUDA slots fold into its batch. On the CPU, where that would change bits, it is called once a slot.
+Which of the two the shape of the operation decided in ``passes/select_attention.py``. In a vendor kernel
+slots fold into the batch.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ops.slots import SLOT_ATTENTION
+from ..ops.attention import ATTENTION, SLOT_ATTENTION
 from .base import Context, NoRule, Parameter, Slotted, rule
 
 __all__: list[str] = []
 
 aten = torch.ops.aten
 
-_ON_CPU = aten._scaled_dot_product_flash_attention_for_cpu.default
 _FOLDING = [
     getattr(aten, name).default
     for name in (
@@ -30,8 +30,31 @@ _FOLDING = [
 ]
 
 
-@rule(_ON_CPU, *_FOLDING)
-def _attention(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _dense(tensor: Tensor) -> Tensor:
+    """``tensor`` with its last dimension dense, as the kernel reads it."""
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _mask(context: Context, value: Any, keys: int) -> Tensor:
+    """[T, B, H, M, N] with 1 along every dimension but the last where it is the same for all."""
+    mask = context.aligned(Slotted(context.lift(value)), 4)
+    for dim, stride in enumerate(mask.stride()[:-1]):
+        if isinstance(stride, int) and stride == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return _dense(mask.expand(*mask.shape[:-1], keys))
+
+
+@rule(ATTENTION)
+def _own(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    *operands, mask, is_causal, scale = args
+    query, key, value = (_dense(context.lift(operand)) for operand in operands)
+    added = None if mask is None else _mask(context, mask, int(key.shape[-2]))
+    out = SLOT_ATTENTION(query, key, value, added, context.control, is_causal, scale, context.allow_tf32[0])
+    return Slotted(out)
+
+
+@rule(*_FOLDING)
+def _vendor(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target: Any = node.target
     names = [argument.name for argument in target._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -46,11 +69,6 @@ def _attention(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict
         if tensor.dim() < query.dim():
             tensor = context.aligned(Slotted(tensor), query.dim() - 1)
         given[name] = tensor if tensor.shape[1] == batch else tensor.expand(-1, batch, *tensor.shape[2:])
-    if target is _ON_CPU:
-        taken = ("query", "key", "value", "attn_mask", "is_causal", "scale")
-        defaults = {"attn_mask": None, "is_causal": False, "scale": None}
-        out = SLOT_ATTENTION(*[(defaults | given)[name] for name in taken])
-        return (Slotted(out), None)
     folded = {n: context.fold(Slotted(v)) if isinstance(v, Tensor) else v for n, v in given.items()}
     result = target(**folded)
     return (context.unfold(result[0]), *([None] * (len(result) - 1)))

@@ -131,8 +131,8 @@ def test_joined_linears_give_the_bits_of_each_alone(
     instances = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
     requests = [torch.randn(2, 5, 12) for _ in range(3)]
     program, plans = program_of(layer, [requests[0]], instances[0]), []
-    joins = {"joined linear": 1}
-    for kernels in (joins, {"linear": 3}):
+    joins = {"joined linear": 1, "attention": 1}
+    for kernels in (joins, {"linear": 3, "attention": 1}):
         if kernels is not joins:
             kept = tuple(step for step in passes.PASSES if step is not passes.join_siblings.run)
             monkeypatch.setattr(passes, "PASSES", kept)
@@ -198,7 +198,7 @@ def test_precision_of_half(program_of: Callable[..., Program]) -> None:
 def test_a_plan_tells_what_it_launches_at_every_size(program_of: Callable[..., Program]) -> None:
     expected = {
         "cnn": ["conv_kernel", "linear_kernel", "linear_kernel"],
-        "encoder": ["embedding_kernel"] + ["linear_kernel"] * 3,
+        "encoder": ["attention_kernel", "embedding_kernel"] + ["linear_kernel"] * 3,
     }
     for name, names in expected.items():
         function, make, shapes = SHAPES[name]

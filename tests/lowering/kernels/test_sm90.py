@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from torch_mux.lowering.kernels import choose, common
+from torch_mux.lowering.kernels.attention import attention_launch
 from torch_mux.lowering.kernels.common import Launch
 from torch_mux.lowering.kernels.conv import conv_launch, conv_problems
 from torch_mux.lowering.kernels.data import BitClass, Family, Part, Tile, Vector
@@ -229,6 +230,12 @@ def test_true_fp32_adds_every_step_outside_the_tensor_cores(
         assert found.programs_per_sm >= tile.programs_per_sm, tile
 
 
+def attention_of() -> Launch:
+    heads, out = torch.empty(16, 1, 12, 128, 64, dtype=HALF), torch.empty(16, 1, 128, 12, 64, dtype=HALF)
+    mask = torch.empty(16, 1, 1, 1, 128, dtype=HALF)
+    return attention_launch(heads, heads, heads, CONTROL, out, mask=mask, sms=132)
+
+
 def embedding_of() -> Launch:
     indices, out = torch.zeros(4, 128, dtype=torch.int64), torch.empty(4, 128, 768, dtype=HALF)
     return embedding_launch(indices, TABLE, 1, ROWS, CONTROL, out, 30522, sms=132)
@@ -240,6 +247,7 @@ EVERY = {
     "conv, ragged": ragged_conv,
     "depthwise": DEPTHWISE["3x3"],
     "embedding": embedding_of,
+    "attention": attention_of,
     "gather": lambda: gather_launch(ROWS, torch.empty(4, 224, 224), CONTROL, (224, 1)),
     "scatter, strided": lambda: scatter_launch(torch.empty(4, 224, 224), ROWS, CONTROL, (1, 224)),
 }
