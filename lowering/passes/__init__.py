@@ -24,6 +24,7 @@ from . import (
     reshape_patches,
     select_attention,
     select_super_kernels,
+    share_repeats,
 )
 
 __all__ = ["PASSES", "Pass", "run_passes"]
@@ -32,6 +33,7 @@ Pass = Callable[[GraphModule, Settings], GraphModule]
 
 PASSES: Final[tuple[Pass, ...]] = (
     canonicalise.run,
+    share_repeats.run,
     select_super_kernels.run,
     select_attention.run,
     fold_batch_norm.run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -288,3 +289,28 @@ def test_batch_norm_alone_becomes_multiply_add(program_of: Callable[..., Any], l
     module = lowered(program_of(function, values[:1], values[1:]))
     assert not any("batch_norm" in target for target in _targets(module))
     _check(module, function, values)
+
+
+def test_equal_calls_are_made_once(program_of: Callable[..., Any], lowered: Lowered) -> None:
+    def layers(x: Tensor, y: Tensor) -> Tensor:
+        for _ in range(3):
+            left, right = y.chunk(2)
+            x = x * left.exp() + right.exp() + torch.where(y > 0, 1.0, 2.0)
+        return x
+
+    values = [torch.randn(2, 3), torch.randn(2, 3)]
+    module = lowered(program_of(layers, values, []))
+    counts = Counter(_targets(module))
+    assert counts["aten.exp.default"] == 2 and counts["aten.where.self"] == counts["aten.gt.Scalar"] == 1
+    assert counts["aten.add.Tensor"] == 6
+    _check(module, layers, values)
+
+
+def test_neither_outputs_nor_random_numbers_are_shared(
+    program_of: Callable[..., Any], lowered: Lowered
+) -> None:
+    def twice(x: Tensor) -> tuple[Tensor, ...]:
+        return x.exp(), x.exp(), torch.rand_like(x) + torch.rand_like(x), x.exp() + 1
+
+    counts = Counter(_targets(lowered(program_of(twice, [torch.randn(3)], []))))
+    assert counts["aten.exp.default"] == 2 and counts["aten.rand_like.default"] == 2
