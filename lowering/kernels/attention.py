@@ -32,7 +32,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def attend(query, key, value, mask, row, m, n, d, dv, scale, q_row, k_row, v_row, mask_row,
            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
            STEP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
-           CAUSAL: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           CAUSAL: tl.constexpr, MASK_ROWS: tl.constexpr, LATE: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
     """One fp32 [BLOCK_M, BLOCK_V] tile of one head; keys in steps of BLOCK_N, always in the same order."""
     inner, channel = tl.arange(0, STEP), tl.arange(0, BLOCK_V)
     here = (row < m)[:, None]
@@ -68,7 +69,9 @@ def attend(query, key, value, mask, row, m, n, d, dv, scale, q_row, k_row, v_row
             else:
                 k = tl.load(k_at + part * STEP, mask=known[None, :] & (depth < d)[:, None], other=0.0)
             score = tl.dot(q, k, score, input_precision=PRECISION)
-        score *= scale * LOG2_E
+        factor = scale * LOG2_E
+        if not LATE:
+            score *= factor
         if mask is not None:
             score += added.to(tl.float32) * LOG2_E
         if CAUSAL:
@@ -79,8 +82,13 @@ def attend(query, key, value, mask, row, m, n, d, dv, scale, q_row, k_row, v_row
         level = highest
         if mask is not None:  # a row that may see nothing so far
             level = tl.where(highest == float("-inf"), 0.0, highest)
-        share = tl.math.exp2(score - level[:, None])
-        shrink = tl.math.exp2(peak - level)
+        if LATE:  # the largest score is the largest scaled one: one multiply-add scales and shifts
+            shift = tl.broadcast_to((-level * factor)[:, None], score.shape)
+            share = tl.math.exp2(tl.math.fma(score, tl.full(score.shape, 1.0, tl.float32) * factor, shift))
+            shrink = tl.math.exp2((peak - level) * factor)
+        else:
+            share = tl.math.exp2(score - level[:, None])
+            shrink = tl.math.exp2(peak - level)
         weight = weight * shrink + tl.sum(share, 1)
         v_at = value + column[:, None] * v_row + channel[None, :]
         if EVEN_N and EVEN_V:
@@ -104,9 +112,10 @@ def attention_kernel(query, key, value, mask, control, out, slots, images, heads
                      v_row, mask_slot, mask_image, mask_head, mask_row,
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                      BLOCK_V: tl.constexpr, STEP: tl.constexpr, EVEN_N: tl.constexpr, DIV: tl.constexpr,
-                     D_DIV: tl.constexpr, V_DIV: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-                     PROGRAMS_PER_SM: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
-                     MASK_ROWS: tl.constexpr, MASK_DIV: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                     D_DIV: tl.constexpr, V_DIV: tl.constexpr, CAUSAL: tl.constexpr,
+                     PRECISION: tl.constexpr, PROGRAMS_PER_SM: tl.constexpr, EVEN_D: tl.constexpr,
+                     EVEN_V: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_DIV: tl.constexpr,
+                     LATE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Programs take tiles in slot order until those of the active slots are done; a tile is some queries of
     one head, and the tiles of a head follow one another, so that its keys and values come from the caches."""
     active, programs = working_set(control, slots, PROGRAMS_PER_SM, PDL)
@@ -134,7 +143,7 @@ def attention_kernel(query, key, value, mask, control, out, slots, images, heads
             terms = mask + (terms_at // MASK_DIV) * MASK_DIV
         acc = attend(query + q_at, key + k_at, value + v_at, terms, row, m, n, d, dv, scale, q_row, k_row,
                      v_row, mask_row, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, STEP, EVEN_N, EVEN_D, EVEN_V,
-                     CAUSAL, MASK_ROWS, PRECISION)  # fmt: skip
+                     CAUSAL, MASK_ROWS, LATE, PRECISION)  # fmt: skip
         channel = tl.arange(0, BLOCK_V)
         line = (at * images + image) * m + row
         target = out + (line * heads + head)[:, None] * dv + channel[None, :]
@@ -218,18 +227,19 @@ def attention_launch(
     choose_attention.check(tile, bit_class)
     block_d, block_v = choose_attention.padded(d), choose_attention.padded(dv)
     steps = _strides("q", query) | _strides("k", key) | _strides("v", value)
-    mask_steps = _strides("mask", mask)
+    mask_steps, factor = _strides("mask", mask), float(d**-0.5 if scale is None else scale)
     arguments = {
         "query": query, "key": key, "value": value, "mask": mask, "control": control, "out": out,
         "slots": slots, "images": images, "heads": heads, "shared": heads // max(1, key.shape[2]),
-        "m": m, "n": n, "d": d, "dv": dv, "scale": float(d**-0.5 if scale is None else scale),
+        "m": m, "n": n, "d": d, "dv": dv, "scale": factor,
         **steps, **mask_steps,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v,
         "STEP": min(block_d, choose_attention.depth(bit_class)), "EVEN_N": n % tile.block_k == 0,
         "EVEN_D": d == block_d, "EVEN_V": dv == block_v,
         "DIV": divisor(*steps.values()), "D_DIV": divisor(d), "V_DIV": divisor(dv),
         "MASK_ROWS": mask is not None and mask.shape[3] > 1, "MASK_DIV": divisor(*mask_steps.values()),
-        "CAUSAL": is_causal, "PRECISION": bit_class.precision, "PROGRAMS_PER_SM": tile.programs_per_sm,
+        "LATE": mask is None and factor > 0.0, "CAUSAL": is_causal, "PRECISION": bit_class.precision,
+        "PROGRAMS_PER_SM": tile.programs_per_sm,
     }  # fmt: skip
     tiles = slots * images * heads * -(-m // tile.block_m)
     return Launch(attention_kernel, min(tiles, sms * tile.programs_per_sm), arguments, tile, query.device)

@@ -81,7 +81,8 @@ def check(
 )
 def test_matches_float64(tools: Any, filled: Any, case: Case, dtype: torch.dtype) -> None:
     check(tools, filled, case, dtype)
-    check(tools, filled, case, dtype, scale=0.3)
+    for scale in (0.3, -0.3, 0.0):
+        check(tools, filled, case, dtype, scale=scale)
 
 
 CASE = Case(2, 2, 2, 40, 70, 16, 16)
