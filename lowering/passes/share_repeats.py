@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from torch_mux.settings import Settings
@@ -16,12 +15,13 @@ __all__ = ["run"]
 
 
 def _key(node: Node) -> tuple[Any, ...] | None:
-    """Equal for calls with one result; None for those that stand for themselves."""
-    if is_random(node) or not (
-        node.target is operator.getitem or isinstance(node.target, torch._ops.OpOverload)
-    ):
+    """Equal for calls with one result; None for those that stand for themselves: a user's may do more."""
+    target = node.target
+    if is_random(node):
         return None
-    return node.target, repr(node.args), repr(node.kwargs)  # a node by its name, which is its own
+    if target is not operator.getitem and getattr(target, "namespace", "") not in ("aten", "prims"):
+        return None
+    return target, repr(node.args), repr(node.kwargs)  # a node by its name, which is its own
 
 
 def run(module: GraphModule, settings: Settings) -> GraphModule:
