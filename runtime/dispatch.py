@@ -12,18 +12,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 from torch_mux.errors import CancelledRequest, ClosedError
 from torch_mux.runtime.accounting import Accounting
-from torch_mux.runtime.bundle import Bundle
-from torch_mux.runtime.executors.base import Executor, Flight
+from torch_mux.runtime.driver import Driver
+from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.health import DeviceHealth
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.line import Line, line_up
 from torch_mux.runtime.request import Request, RequestState, Waiter
 from torch_mux.runtime.runner import Runner
-from torch_mux.runtime.scheduler.base import Busy, Issue, Later, Policy, View
+from torch_mux.runtime.scheduler.base import Policy
 from torch_mux.runtime.served import ServedProgram, failure, unservable
 from torch_mux.runtime.service import Service
 from torch_mux.settings import Settings
@@ -33,7 +32,6 @@ __all__ = ["Dispatcher"]
 
 _LIVENESS = 1.0
 _QUIET = 2e-3
-_POLL = 50e-6
 _PAUSE = 200e-6
 
 
@@ -55,18 +53,22 @@ class Dispatcher:
         accounting: Accounting,
     ) -> None:
         self.executor = executor
-        self.policy = policy
-        self._settings = settings
         self._clock = clock
         self._accounting = accounting
         self._mutex = threading.Lock()
         self._line = Line()
         self._runner = Runner(executor, policy, clock, accounting, self._mutex, self._line)
+        self._driver = Driver(executor, policy, clock, settings, self._line, self._runner)
         self._holder: threading.Thread | None = None
         self._closed = False
         self._released = float("-inf")
         alarm = self._line.alarms.peek
         self.service = Service(self.attend, executor.flying, lambda: alarm() - clock(), self.fail_all)
+
+    @property
+    def policy(self) -> Policy:
+        """Who goes out together, on which lane."""
+        return self._driver.policy
 
     def enqueue(self, requests: Sequence[Request]) -> None:
         """Appends requests, all at once: none of them goes out before the last is there.
@@ -154,7 +156,7 @@ class Dispatcher:
         """Takes over new settings from the next decision on."""
         with self._mutex:
             self.executor.configure(settings)
-            self._settings = settings
+            self._driver.configure(settings)
             self._line.rouse()
 
     def catch_up(self) -> None:
@@ -178,10 +180,10 @@ class Dispatcher:
                 self._line.take_out(failed)
                 for request in failed:
                     request.error = failure(served, served.error)
-            for request in served.requests:
-                if request.waiters:
-                    request.waiters[0].signal()
-                    break
+            pending = [request for queue in served.queues for request in queue.requests]
+            waiter = next((request.waiters[0] for request in pending if request.waiters), None)
+            if waiter is not None:
+                waiter.signal()
             if not self._line.rouse() and self._holder is None:
                 self._hand_on(poke=True)
         if failed:
@@ -190,7 +192,11 @@ class Dispatcher:
     def ahead(self, served: ServedProgram, quota: Quota) -> int:
         """Queued requests of that tenant, class and program."""
         with self._mutex:
-            return served.requests.of(quota)
+            return self._line.queue(served, quota).requests.of(quota)
+
+    def reserved(self, served: ServedProgram, quota: Quota) -> bool:
+        """Whether requests of that program under that quota go to the lane of tenants with a reserve."""
+        return self._line.queue(served, quota).reserved
 
     def health(self) -> DeviceHealth:
         """How the device is, and what waits for it."""
@@ -237,11 +243,10 @@ class Dispatcher:
                 if self._holder is not None:
                     return
                 self._holder = threading.current_thread()
-            flight = self._drive_as_holder(None, nested=False)
-            if flight is None:
+            if not self._drive_as_holder(None, nested=False):
                 return
             # Without the role, so that callers can enqueue behind it meanwhile.
-            flight.wait()
+            self.executor.await_end()
 
     @contextlib.contextmanager
     def _role(self) -> Iterator[None]:
@@ -263,11 +268,11 @@ class Dispatcher:
             if not nested:
                 self._release()
 
-    def _drive_as_holder(self, left: Sequence[Request] | None, nested: bool) -> Flight | None:
-        """Drives, and returns the flight whose end somebody wants to be told."""
+    def _drive_as_holder(self, left: Sequence[Request] | None, nested: bool) -> bool:
+        """Drives, and returns whether something is under way whose end somebody wants to be told."""
         try:
-            self._drive(left)
-            return self.executor.oldest() if self._runner.watched else None
+            self._driver.drive(left)
+            return self._runner.watched and self.executor.flying()
         except BaseException as error:
             self._runner.rescue(error)
             raise
@@ -298,53 +303,6 @@ class Dispatcher:
         elif poke and self._line.orphaned():
             self.service.poke()
 
-    def _drive(self, left: Sequence[Request] | None) -> None:
-        """Sends out what the policy chooses, until ``left`` have gone out or nothing can."""
-        self._ring()
-        landed = False  # ends are counted while the next bundle runs, or when they may let one go out
-        while self._line.active and not (left is not None and all(request.out for request in left)):
-            bundle: Bundle | None = None
-            nap: Waiter | None = None
-            with self._mutex:
-                now, view = self._clock(), View(self._line.ordered(), self.executor.loads())
-                decision = self.policy.form(view, now, self._settings)
-                if isinstance(decision, Issue):
-                    bundle = self._runner.pop(decision, now)
-                elif landed and decision is not None and decision.wake is not None:
-                    nap = self._line.lie_down(decision.wake)
-                    until = decision.until if isinstance(decision, Later) else now + _POLL
-                    look = now + _QUIET if self.executor.flying() else until
-                    until = min(until, look, self._line.alarms.next())
-            if bundle is not None:
-                self._runner.run(bundle)
-            elif not landed:
-                self._runner.land()
-            elif decision is None:
-                return
-            elif nap is not None:
-                self._sleep(nap, until - now)
-            elif isinstance(decision, Busy):
-                flight = self.executor.oldest()
-                if flight is not None:
-                    flight.wait()
-            landed = bundle is None and not landed
-            self._ring()
-        self._runner.land()
-
-    def _ring(self) -> None:
-        """Holds that are over end, and requests whose deadline has passed are dropped."""
-        if self._line.alarms:
-            with self._mutex:
-                expired = self._line.ring(self._clock())
-            self._runner.expire(expired)
-
-    def _sleep(self, nap: Waiter, seconds: float) -> None:
-        try:
-            nap.block(seconds)
-        finally:
-            with self._mutex:
-                self._line.get_up()
-
     # Ends and accidents.
 
     def _check_holder(self) -> None:
@@ -368,14 +326,14 @@ class Dispatcher:
     def drain(self) -> None:
         """Returns when everything pending has gone out and ended on the device; waits for no companions."""
         with self._mutex:
-            self._settings = replace(self._settings, max_wait=0.0, linger=0.0)
+            self._driver.hold_nothing()
             self._line.let_go()
             self._line.rouse()
             pending = self._line.queued()
         self.wait(pending)
         with self._role():
-            while (flight := self.executor.oldest()) is not None:
-                flight.wait()
+            while self.executor.flying():
+                self.executor.await_end()
                 self._runner.land()
 
     def close(self, timeout: float) -> None:

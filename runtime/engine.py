@@ -33,7 +33,7 @@ from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.report import ProgramReport, report_of
 from torch_mux.runtime.request import Request, by_dispatcher
 from torch_mux.runtime.scheduler.base import Policy
-from torch_mux.runtime.scheduler.policy import FairPolicy
+from torch_mux.runtime.scheduler.isolation import IsolatingPolicy
 from torch_mux.runtime.scheduler.predictor import Predictor
 from torch_mux.runtime.served import ServedProgram, outdate
 from torch_mux.runtime.submission import Call, Submission
@@ -74,7 +74,7 @@ class Engine:
         *,
         compile_plan: CompilePlan | None = None,
         compile_lock: contextlib.AbstractContextManager[object] | None = None,
-        policy: Callable[[Predictor], Policy] = FairPolicy,
+        policy: Callable[[Predictor], Policy] = IsolatingPolicy,
         executor: MakeExecutor | None = None,
         forecasts: Path | None = None,
     ) -> None:

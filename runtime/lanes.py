@@ -42,6 +42,11 @@ def new_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
     return cast(torch.cuda.Stream, _cuda.Stream(device, priority=priority))
 
 
+def highest_priority() -> int:
+    """The number of the priority whose work goes first."""
+    return int(_cuda.Stream.priority_range()[1])
+
+
 class Side:
     """A stream that no other holder of this process draws, as a lane's is.
 
@@ -147,10 +152,6 @@ class CudaFlight(Flight):
     end: Mark = field(kw_only=True)
     kept: tuple[object, ...] = field(default=())
 
-    def wait(self) -> None:
-        """Blocks the host, without the GIL, until the device finished it."""
-        self.end.wait()
-
 
 @dataclass(frozen=True, eq=False)
 class Executable:
@@ -176,6 +177,7 @@ class Lane:
         ring: its tables.
         marks: timing events for its flights.
         flights: bundles under way, oldest first.
+        free_at: seconds on the clock when the last of those that ended did.
         executables: captured graphs by program key and number of slots.
         pool_bytes: what the pool takes of the device, measured after the last capture.
         pool: the memory pool that all of its graphs share, which they may since they run one after another.
@@ -186,14 +188,34 @@ class Lane:
         self._side = Side(device, priority)
         self.stream, self.address = self._side.stream, self._side.address
         self.marks = Marks(timing=True)
-        self.ring = TableRing(_ENTRIES, _WORDS, device)
+        with compat.on_stream(self.stream):
+            self.ring = TableRing(_ENTRIES, _WORDS, device)
         self.flights: deque[CudaFlight] = deque()
         self.executables: dict[str, dict[int, Executable]] = {}
         self.pool: compat.Pool | None = None
         self.pool_bytes = 0
         self.free_at = 0.0
-        # The table was zeroed on the creating thread's stream.
-        torch.cuda.current_stream(device).synchronize()
+        self._recorder: Side | None = None
+
+    @property
+    def recorder(self) -> torch.cuda.Stream:
+        """Where graphs of this lane are captured, and nothing ever runs.
+
+        Vendor libraries keep a workspace a stream, which a graph goes on using. With one for all lanes,
+        or for runs as well, they would write into each other's.
+        """
+        if self._recorder is None:
+            self._recorder = Side(self.stream.device)
+        return self._recorder.stream
+
+    def at_work(self) -> CudaFlight | None:
+        """The flight that the device is at, if any; it came to it when its predecessor had ended."""
+        try:
+            flight = self.flights[0]
+        except IndexError:
+            return None
+        flight.began = max(flight.launched, self.free_at)
+        return flight
 
     def flight(self, bundle: Bundle, now: float) -> CudaFlight:
         """A flight for ``bundle`` that is about to be enqueued at ``now``."""

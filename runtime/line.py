@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch_mux.runtime.alarms import Alarms
+from torch_mux.runtime.queues import ProgramQueue
 from torch_mux.runtime.request import Request, RequestState, Waiter
+from torch_mux.runtime.scheduler.base import QueueName
 from torch_mux.runtime.served import ServedProgram
+from torch_mux.types import Quota
 
 __all__ = ["Line", "go_out", "line_up"]
 
@@ -17,17 +20,44 @@ class Line:
     """The queues of one device's programs, and the thread that sleeps until they fill.
 
     Attributes:
-        active: the programs with pending requests.
+        active: the queues with pending requests.
         alarms: when holds end and deadlines pass.
     """
 
     def __init__(self) -> None:
-        self.active: dict[ServedProgram, None] = {}
+        self.active: dict[ProgramQueue, None] = {}
+        self._apart = True
         self.alarms = Alarms()
         self._held: dict[Request, None] = {}
         self._next = 0
         self._kicked = 0
-        self._nap: tuple[Waiter, Mapping[str, int]] | None = None
+        self._nap: tuple[Waiter, Mapping[QueueName, int]] | None = None
+
+    def queue(self, served: ServedProgram, quota: Quota) -> ProgramQueue:
+        """Where requests of a program under that quota queue: calls that depend on each other all in one."""
+        return served.queues[self._apart and quota.reserve > 0.0 and not served.ordered]
+
+    def queue_of(self, request: Request) -> ProgramQueue:
+        """The queue of a request."""
+        return self.queue(request.served, request.quota)
+
+    def keep_apart(self, apart: bool) -> None:
+        """Whether tenants with a reserve have queues of their own from now on; what is pending moves."""
+        if apart == self._apart:
+            return
+        pending = sorted(
+            [request for queue in self.active for request in queue.requests], key=lambda one: one.seq
+        )
+        for request in pending:
+            self.take_bundle((request,))
+        self._apart = apart
+        for request in pending:
+            self._append(request)
+
+    def _append(self, request: Request) -> None:
+        queue = self.queue_of(request)
+        queue.requests.append(request)
+        self.active[queue] = None
 
     def extend(self, requests: Sequence[Request]) -> bool:
         """Queues requests behind all others, or holds them; returns whether the next alarm is sooner now."""
@@ -39,9 +69,7 @@ class Line:
                 self._held[request] = None
                 self.alarms.set(request.eligible, request)
             else:
-                served = request.instance.served
-                served.requests.append(request)
-                self.active[served] = None
+                self._append(request)
             if request.expires < _NEVER:
                 self.alarms.set(request.expires, request)
         return self.alarms.peek() < before
@@ -72,19 +100,17 @@ class Line:
         self._next += 1
         if kicked:
             self._kicked = self._next
-        served = request.instance.served
-        served.requests.append(request)
-        self.active[served] = None
+        self._append(request)
 
     def put_back(self, requests: Sequence[Request]) -> None:
-        """Requests of one program that had been taken out become its oldest again."""
-        served = requests[0].served
+        """Requests that had been taken out become the oldest of their queues again."""
         for request in reversed(requests):
             request.state = RequestState.QUEUED
-            served.requests.appendleft(request)
+            queue = self.queue_of(request)
+            queue.requests.appendleft(request)
+            self.active[queue] = None
             if request.expires < _NEVER:
                 self.alarms.set(request.expires, request)
-        self.active[served] = None
         self.kick()
 
     def take_out(self, requests: Sequence[Request]) -> None:
@@ -93,29 +119,30 @@ class Line:
             request.state = RequestState.RUNNING
             if request in self._held:
                 del self._held[request]
-            elif request in request.instance.served.requests:
-                self.take_bundle(request.instance.served, (request,))
+            elif request in self.queue_of(request).requests:
+                self.take_bundle((request,))
 
-    def take_bundle(self, served: ServedProgram, requests: Sequence[Request]) -> None:
-        """Removes pending requests of one program."""
-        served.requests.take(requests)
-        if not served.requests:
-            self.active.pop(served, None)
+    def take_bundle(self, requests: Sequence[Request]) -> None:
+        """Removes pending requests of one queue."""
+        queue = self.queue_of(requests[0])
+        queue.requests.take(requests)
+        if not queue.requests:
+            self.active.pop(queue, None)
 
     def queued(self, unready_only: bool = False) -> list[Request]:
         """Everything pending, or what waits for its plan."""
-        queued = [*self._held, *[request for served in self.active for request in served.requests]]
+        queued = [*self._held, *[request for queue in self.active for request in queue.requests]]
         return [request for request in queued if not (unready_only and request.served.ready)]
 
     def runnable(self) -> bool:
         """Whether a request with a plan is pending."""
-        return True in [served.ready for served in self.active]
+        return True in [queue.ready for queue in self.active]
 
-    def ordered(self) -> list[ServedProgram]:
-        """The programs, that of the oldest request first."""
+    def ordered(self) -> list[ProgramQueue]:
+        """The queues, that of the oldest request first."""
         if len(self.active) < 2:
             return list(self.active)
-        return sorted(self.active, key=lambda served: served.requests.oldest.seq)
+        return sorted(self.active, key=lambda queue: queue.requests.oldest.seq)
 
     def kick(self) -> None:
         """What is pending now goes out even if nobody waits for it."""
@@ -123,19 +150,19 @@ class Line:
 
     def orphaned(self) -> bool:
         """Whether a kicked request with a plan is pending."""
-        return any(served.ready and served.requests.oldest.seq < self._kicked for served in self.active)
+        return any(queue.ready and queue.requests.oldest.seq < self._kicked for queue in self.active)
 
     def waiter(self) -> Waiter | None:
         """A blocked thread whose request can go out, that of the oldest such request."""
-        for served in self.ordered():
-            if served.ready:
-                for request in served.requests:
+        for queue in self.ordered():
+            if queue.ready:
+                for request in queue.requests:
                     if request.waiters:
                         return request.waiters[0]
         return None
 
-    def lie_down(self, wake: Mapping[str, int]) -> Waiter:
-        """The caller will sleep until a program outside ``wake``, or one in it so often, is pending."""
+    def lie_down(self, wake: Mapping[QueueName, int]) -> Waiter:
+        """The caller will sleep until a queue outside ``wake`` fills, or one in it has so many requests."""
         waiter = Waiter()
         self._nap = (waiter, wake)
         return waiter
@@ -148,13 +175,16 @@ class Line:
         """Wakes the sleeper if these new requests (None: whatever) concern it; returns whether one sleeps."""
         if self._nap is None:
             return False
-        waiter, wake = self._nap
-        if requests is None or any(
-            request.served.ready and len(request.served.requests) >= wake.get(request.served.key, 1)
-            for request in requests
-        ):
+        waiter = self._nap[0]
+        if requests is None or any(map(self._wakes, requests)):
             waiter.signal()
         return True
+
+    def _wakes(self, request: Request) -> bool:
+        """Whether the sleeper waits for this one, which is pending or held."""
+        assert self._nap is not None
+        queue = self.queue_of(request)
+        return queue.ready and len(queue.requests) >= self._nap[1].get(queue.name, 1)
 
 
 def line_up(waiter: Waiter | None, left: Sequence[Request]) -> Waiter:

@@ -13,6 +13,7 @@ from torch_mux import compat
 from torch_mux.errors import DeadlineExceeded, DispatchFailed, MuxError
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.bundle import Bundle
+from torch_mux.runtime.busy import BusyTime
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.line import Line, go_out
@@ -20,6 +21,7 @@ from torch_mux.runtime.memory import make_room, out_of_memory
 from torch_mux.runtime.request import Request, RequestState
 from torch_mux.runtime.scheduler.base import Issue, Policy, share_of
 from torch_mux.runtime.served import failure
+from torch_mux.runtime.shares import PICOSECONDS
 from torch_mux.runtime.timeline import recorders
 
 __all__ = ["Runner", "call_back"]
@@ -54,6 +56,7 @@ class Runner:
         self.mutex = mutex
         self._line = line
         self._underway: Bundle | None = None
+        self._busy = BusyTime()
         self.dead: deque[Instance] = deque()
         self.watched = False
 
@@ -61,7 +64,7 @@ class Runner:
         """Takes an issue's requests out of the line; the mutex is held."""
         requests = cast("list[Request]", list(issue.requests))
         served = requests[0].served
-        self._line.take_bundle(served, requests)
+        self._line.take_bundle(requests)
         for request in requests:
             request.state = _RUNNING
             request.started = now
@@ -113,16 +116,17 @@ class Runner:
         bundle.served.sizes[len(bundle.requests)] += 1
         if flight is None:
             ended = self._clock()
-            self._settle(bundle, ended, ended - started)
+            self._settle(bundle, ended, ended - started, ended - started)
             return
         with self.mutex:
             go_out(bundle.requests)
             self.watched = self.watched or any(request.callbacks for request in bundle.requests)
 
-    def _settle(self, bundle: Bundle, ended: float, seconds: float) -> None:
+    def _settle(self, bundle: Bundle, ended: float, seconds: float, charge: float) -> None:
+        """A bundle ended that took ``seconds``, of which ``charge`` are its own."""
         bundle.seconds = seconds
         self._policy.completed(bundle.issue, ended, seconds)
-        self._accounting.ran(bundle.requests, seconds, bundle.served.coalesced)
+        self._accounting.ran(bundle.requests, charge, bundle.served.coalesced)
         self.end(bundle.requests, ended)
         for timeline in recorders.active:
             timeline.add(bundle, ended)
@@ -149,11 +153,14 @@ class Runner:
         """Ends what the device has finished, and releases the rows of collected models."""
         if self.dead:
             self.release_rows()
-        for flight in self._executor.reap():
+        landed = self._executor.reap()
+        if landed:
+            self._busy.divide(landed, self._executor.at_work())
+        for flight in landed:
             for request in flight.bundle.requests:
                 if flight.error is not None and request.error is None:
                     request.error = flight.error
-            self._settle(flight.bundle, flight.ended, flight.seconds)
+            self._settle(flight.bundle, flight.ended, flight.seconds, flight.charge / PICOSECONDS)
         if self.watched and not self._executor.flying():
             self.watched = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,7 @@ from torch_mux.errors import DeviceMismatch, ExecutionFailed, ModelRemoved, MuxE
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.instance import Instance, InstanceTable
 from torch_mux.runtime.memory import MemoryLedger, make_room, out_of_memory
-from torch_mux.runtime.request import Request
-from torch_mux.runtime.scheduler.pending import Flow, Pending
+from torch_mux.runtime.queues import ProgramQueue
 
 if TYPE_CHECKING:
     from torch_mux.lowering.plan import CompiledPlan
@@ -40,7 +39,7 @@ class ServedProgram:
         work: floating-point operations of one request, at least 1.
         slots: most slots of one bundle as far as the plan and the tables are concerned.
         ordered: bundles must keep their order, so they stay on the first lane.
-        requests: the queue, oldest first; guarded by the dispatcher's mutex.
+        queues: of tenants without and with a reserve; guarded by the dispatcher's mutex.
         sizes: bundles that went out, by number of slots.
         compile_seconds: how long the plan took to make, or to load.
         output_bytes: bytes of one request's outputs.
@@ -59,7 +58,7 @@ class ServedProgram:
         self.work = 1
         self.slots = 1
         self.ordered = program.mutates
-        self.requests: Pending[Request] = Pending()
+        self.queues = (ProgramQueue(self, False), ProgramQueue(self, True))
         self.instances = InstanceTable()
         self.sizes: Counter[int] = Counter()
         self.compile_seconds = 0.0
@@ -80,19 +79,6 @@ class ServedProgram:
         self.compile_seconds = seconds
         self.memory_changed()
         self.dispatcher.compiled(self)
-
-    @property
-    def timed(self) -> bool:
-        """Whether some of its requests may be due at some time."""
-        return self.requests.timed
-
-    def flows(self) -> Mapping[Flow, Collection[Request]]:
-        """The queue by class and tenant; guarded by the dispatcher's mutex."""
-        return self.requests.flows()
-
-    def fresh(self) -> Sequence[Flow]:
-        """The flows that are new in it; guarded by the dispatcher's mutex."""
-        return self.requests.fresh()
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Compares the devices of a request's inputs with the program's.

@@ -98,7 +98,8 @@ class Submission:
         most = max(1, min(self._settings().max_bundle, served.slots))
         ahead = served.dispatcher.ahead(served, quota) + before
         slots, bundles = min(most, ahead + 1), ahead // most + 1
-        return served.dispatcher.policy.outlook(served.key, slots, bundles, now)
+        reserved = served.dispatcher.reserved(served, quota)
+        return served.dispatcher.policy.outlook(served.key, slots, bundles, now, reserved)
 
     def _make(
         self, calls: Sequence[Call], waits: Sequence[float] | None, arrival: float, requests: list[Request]

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 _DURATIONS = ("max_wait", "linger")
 _COUNTS = ("max_bundle", "lanes", "in_flight")
 _SWITCHES = ("enabled", "capture", "keep_plans")
+_ISOLATION = ("off", "priority", "caps", "green")
 
 
 def gather(*requests: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -256,6 +257,8 @@ def _setting(name: str, value: Any) -> Any:
         return parse_duration(value)
     if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise InvalidSetting(name=name, value=value, detail="a whole number from 1")
+    if name == "isolation" and value not in _ISOLATION:
+        raise InvalidSetting(name=name, value=value, detail=f"one of {', '.join(_ISOLATION)}")
     if name == "quarantine" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise InvalidSetting(name=name, value=value, detail="a whole number, or 0 for never")
     if name in _SWITCHES and not isinstance(value, bool):

@@ -21,7 +21,10 @@ class Settings:
         enabled: False sends every new graph to Inductor whole (``TORCH_MUX_ENABLED``).
         max_wait: seconds a request may wait for companions while the device is idle.
         max_bundle: most slots in one bundle.
-        lanes: CUDA streams that bundles are spread over.
+        lanes: CUDA streams that bundles of tenants without a reserve are spread over.
+        isolation: how a ``reserve`` is kept free: "off": not at all; "priority": such tenants have a stream
+            whose work goes first; "caps": and the others keep to the multiprocessors that are left while one
+            of them is at work; "green": and both run on multiprocessors of their own.
         in_flight: most bundles enqueued on one lane.
         linger: longest adaptive wait, in seconds, for closed-loop clients of the last bundle.
         capture: replay captured CUDA graphs (``TORCH_MUX_CAPTURE``); off launches directly.
@@ -34,6 +37,7 @@ class Settings:
     max_wait: float = 0.0
     max_bundle: int = 64
     lanes: int = 1
+    isolation: str = "caps"
     in_flight: int = 2
     linger: float = 200e-6
     capture: bool = field(default_factory=lambda: _flag("TORCH_MUX_CAPTURE", True))

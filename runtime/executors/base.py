@@ -57,27 +57,29 @@ class Flight:
     Attributes:
         bundle: what it carries.
         launched: seconds on the clock when it was enqueued.
+        began: seconds on the clock when the device came to it, once it is first on its lane.
         ended: seconds on the clock when the device finished it, once known.
         seconds: device seconds it took, once known.
+        charge: picoseconds of the device's busy time that are its; see :class:`BusyTime`.
         error: what the device reported, or None.
         finished: whether the device is known to have finished it.
     """
 
     bundle: Bundle
     launched: float
+    began: float = field(default=0.0)
     ended: float = field(default=0.0)
     seconds: float = field(default=0.0)
+    charge: int = field(default=0)
     error: Exception | None = field(default=None)
     finished: bool = field(default=False)
-
-    def wait(self) -> None:
-        """Blocks the host until the device finished it; any thread may call it."""
 
 
 class Executor(Protocol):
     """One device.
 
-    Only the holder of the dispatcher's role calls launch, reap and oldest; the compile thread calls rehearse.
+    Only the holder of the dispatcher's role calls launch, reap and at_work; the compile thread calls
+    rehearse.
 
     Attributes:
         fault: what the device reported that only a new process ends, or None.
@@ -119,8 +121,12 @@ class Executor(Protocol):
         """Whether bundles are under way."""
         ...
 
-    def oldest(self) -> Flight | None:
-        """The flight that was enqueued first of those under way."""
+    def at_work(self) -> Sequence[Flight]:
+        """The flights that the lanes are busy with: the first of each."""
+        ...
+
+    def await_end(self) -> None:
+        """Blocks the host until a bundle that is under way has ended; any thread may call it."""
         ...
 
     def join(self, requests: Sequence[Request]) -> None:

@@ -205,17 +205,18 @@ class Capturer:
         device = served.program.device
         layout = TableLayout.of(served.program, slots)
         side = self._side(device)
-        with torch.cuda.device(device), torch.cuda.stream(side), torch.inference_mode():
+        with torch.cuda.device(device), torch.inference_mode():
             if lane.pool is None:
                 lane.pool = compat.Pool(device)
-            self._rehearse(served, layout)
-            side.synchronize()
-            with compat.capturing():
+            with torch.cuda.stream(side):
+                self._rehearse(served, layout)
+                side.synchronize()
+            with torch.cuda.stream(lane.recorder), compat.capturing():
                 graph = compat.captured(lambda: self._steps.run(served, layout, lane.ring.table), lane.pool)
         return Executable(graph, slots, served.storage.generation)
 
     def _side(self, device: torch.device) -> torch.cuda.Stream:
-        """Where the compile thread runs and captures."""
+        """Where the compile thread runs what it rehearses."""
         if device not in self._sides:
             self._sides[device] = Side(device)
         return self._sides[device].stream

@@ -20,13 +20,12 @@ from torch_mux.runtime.executors.base import (
     run_each_alone,
 )
 from torch_mux.runtime.request import Request
-from torch_mux.runtime.scheduler.base import LaneLoad
+from torch_mux.runtime.scheduler.base import LaneLoad, lane_kinds
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.settings import Settings
 
 __all__ = ["CpuExecutor"]
 
-_IDLE = (LaneLoad(),)
 _UNLIMITED = 1 << 30
 _KEPT = 256
 
@@ -60,7 +59,7 @@ class _Stacks:
 
 
 class CpuExecutor:
-    """Runs each bundle to its end. Caps are recorded, not enforced: there is one unit.
+    """Runs each bundle to its end. Caps and lanes are recorded, not enforced: there is one unit.
 
     Any client's thread may dispatch, and torch keeps a number of threads for each: all bundles run with the
     one that torch had when the executor was made or configured, since sums depend on how they are split.
@@ -78,10 +77,12 @@ class CpuExecutor:
         self._stacks: dict[ServedProgram, _Stacks] = {}
         self._controls: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[tuple[int, ...], Tensor] = {}
+        self._loads: Sequence[LaneLoad] = (LaneLoad(),)
 
     def configure(self, settings: Settings) -> None:
         """Takes over torch's present number of threads; see :class:`CpuExecutor`."""
         self._threads = torch.get_num_threads()
+        self._loads = [LaneLoad(kind=kind) for kind in lane_kinds(settings)]
 
     def slots(self, program: Program) -> int:
         """There are no tables to run out of."""
@@ -91,8 +92,8 @@ class CpuExecutor:
         """Nothing is compiled at the first run."""
 
     def loads(self) -> Sequence[LaneLoad]:
-        """One lane, idle whenever somebody can ask."""
-        return _IDLE
+        """Every lane is idle whenever somebody can ask."""
+        return self._loads
 
     def mark(self) -> object:
         """A CPU has no streams."""
@@ -152,9 +153,12 @@ class CpuExecutor:
         """Nothing is ever under way."""
         return False
 
-    def oldest(self) -> Flight | None:
+    def at_work(self) -> Sequence[Flight]:
         """Nothing is ever under way."""
-        return None
+        return ()
+
+    def await_end(self) -> None:
+        """Nothing is ever under way."""
 
     def join(self, requests: Sequence[Request]) -> None:
         """What has gone out is computed."""

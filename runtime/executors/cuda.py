@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -23,6 +24,7 @@ from torch_mux.runtime.executors.base import (
     written_rows,
 )
 from torch_mux.runtime.executors.capture import Capturer, Steps
+from torch_mux.runtime.executors.lane_set import LaneSet
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, Mark, Marks, passed
 from torch_mux.runtime.request import Request
@@ -36,6 +38,7 @@ __all__ = ["CudaExecutor"]
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
+_GLANCE = 50e-6
 
 
 class CudaExecutor:
@@ -61,18 +64,15 @@ class CudaExecutor:
         self._steps = steps
         self._capturer = capturer
         self._clock = clock
-        self._lanes: list[Lane] = []
+        self._lanes = LaneSet(device, self.sms)
         self._marks = Marks()
-        self._used = 1
         self._capture = True
         compat.guard_synchronize()
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
-        """Adds lanes as needed; surplus ones drain and stay unused."""
-        while len(self._lanes) < max(1, settings.lanes):
-            self._lanes.append(Lane(len(self._lanes), self.device))
-        self._used = max(1, settings.lanes)
+        """From the next bundle on lanes are those of ``settings``."""
+        self._lanes.configure(settings)
         self._capture = settings.capture
         self._most = settings.max_bundle
 
@@ -88,7 +88,7 @@ class CudaExecutor:
 
     def loads(self) -> Sequence[LaneLoad]:
         """Bundles under way on each lane in use."""
-        return tuple(LaneLoad(len(lane.flights)) for lane in self._lanes[: self._used])
+        return self._lanes.loads()
 
     def mark(self) -> object:
         """An event on the caller's current stream."""
@@ -103,7 +103,7 @@ class CudaExecutor:
 
     def launch(self, bundle: Bundle) -> Flight | None:
         """Enqueues the bundle on its lane."""
-        lane = self._lanes[bundle.lane]
+        lane = self._lanes.take(bundle.issue)
         flight = lane.flight(bundle, self._clock())
         marks = list({id(request.mark): cast(Mark, request.mark) for request in bundle.requests}.values())
         try:
@@ -176,7 +176,7 @@ class CudaExecutor:
         for other in self._lanes:
             if new or other is not lane:
                 for flight in other.flights:
-                    flight.wait()
+                    flight.end.wait()
 
     def _executable(self, lane: Lane, bundle: Bundle) -> Executable | None:
         """The captured graph to use; one of just this size is asked for."""
@@ -257,13 +257,19 @@ class CudaExecutor:
         """Whether a lane has bundles under way."""
         return any(lane.flights for lane in self._lanes)
 
-    def oldest(self) -> Flight | None:
-        """The flight that was enqueued first of those under way."""
-        return min(
-            (lane.flights[0] for lane in self._lanes if lane.flights),
-            key=lambda flight: flight.launched,
-            default=None,
-        )
+    def at_work(self) -> Sequence[Flight]:
+        """The first flight of each lane."""
+        return [flight for lane in self._lanes if (flight := lane.at_work()) is not None]
+
+    def await_end(self) -> None:
+        """One lane's event is waited for; of several, whose bundles may come meanwhile, all are looked at."""
+        while flights := self.at_work():
+            if len(self._lanes) == 1:
+                cast(CudaFlight, flights[0]).end.wait()
+                return
+            if any(passed(cast(CudaFlight, flight).end.event) for flight in flights):
+                return
+            time.sleep(_GLANCE)
 
     def join(self, requests: Sequence[Request]) -> None:
         """The caller's current stream waits for the requests' bundles."""
@@ -290,13 +296,12 @@ class CudaExecutor:
 
     def pool_bytes(self) -> int:
         """The pools of the lanes' graphs."""
-        return sum(lane.pool_bytes for lane in list(self._lanes))
+        return sum(lane.pool_bytes for lane in self._lanes)
 
     def report(self, served: ServedProgram) -> ExecutorReport:
         """Captured sizes by lane, and what could not be captured."""
-        captured = tuple(
-            tuple(sorted(lane.executables.get(served.key, {}))) for lane in self._lanes[: self._used]
-        )
+        named = self._lanes.named()
+        captured = tuple(tuple(sorted(lane.executables.get(served.key, {}))) for lane in named)
         return ExecutorReport(captured, self._capturer.failures(served))
 
 

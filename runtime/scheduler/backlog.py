@@ -46,6 +46,15 @@ class Backlog:
         found = self._lanes.get(lane)
         return now if found is None or not found.flying else max(now, found.free)
 
+    def next_end(self) -> float | None:
+        """Seconds on the clock when the first of the bundles under way will end; None where there is none."""
+        ends = [
+            lane.free - sum([seconds for _, seconds in lane.flying]) + lane.flying[0][1]
+            for lane in self._lanes.values()
+            if lane.flying
+        ]
+        return min(ends, default=None)
+
     def earliest(self, now: float) -> float:
         """The same for the lane that is free first; any thread may ask."""
         return min(

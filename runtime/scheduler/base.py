@@ -8,13 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 from torch_mux.runtime.scheduler.pending import Flow
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
-__all__ = ["Busy", "Decision", "Issue", "LaneLoad", "Later", "Policy", "Queue", "Ticket", "View", "share_of"]
+__all__ = [
+    "Busy",
+    "Decision",
+    "Issue",
+    "LaneKind",
+    "LaneLoad",
+    "Later",
+    "Policy",
+    "Queue",
+    "QueueName",
+    "Ticket",
+    "View",
+    "lane_kinds",
+    "share_of",
+]
+
+#: A program, and whether it is the queue of its tenants with a reserve.
+QueueName = tuple[str, bool]
 
 
 class Ticket(Protocol):
@@ -47,11 +65,16 @@ class Ticket(Protocol):
 
 
 class Queue(Protocol):
-    """What a policy may know of the pending requests of one program; never empty."""
+    """What a policy may know of pending requests of one program; never empty."""
 
     @property
     def key(self) -> str:
         """Identity of the program."""
+        ...
+
+    @property
+    def reserved(self) -> bool:
+        """Whether it holds the requests of tenants with a reserve, who have a lane of their own."""
         ...
 
     @property
@@ -88,18 +111,49 @@ class Queue(Protocol):
         ...
 
 
+class LaneKind(Enum):
+    """Who a lane is for.
+
+    ``COMMON``: everybody without a reserve, on the whole device. ``RESERVED``: tenants with a reserve; its
+    work goes first. ``CONFINED``: those without one while a reserve is in use, where that is another lane.
+    """
+
+    COMMON = "common"
+    RESERVED = "reserved"
+    CONFINED = "confined"
+
+
 @dataclass(frozen=True)
 class LaneLoad:
     """Bundles enqueued on one lane that the device has not finished."""
 
     bundles: int = 0
+    kind: LaneKind = LaneKind.COMMON
+
+
+def lane_kinds(settings: Settings) -> tuple[LaneKind, ...]:
+    """The lanes of a device by index; bundles that must keep their order use the first."""
+    kinds = [LaneKind.COMMON] * max(1, settings.lanes)
+    if settings.isolation != "off":
+        kinds.append(LaneKind.RESERVED)
+    if settings.isolation == "green":
+        kinds.append(LaneKind.CONFINED)
+    return tuple(kinds)
 
 
 class View(NamedTuple):
-    """Everything pending, the queue with the oldest request first, and the load of every lane."""
+    """What is pending and what the lanes carry.
+
+    Attributes:
+        queues: everything pending, the queue with the oldest request first.
+        lanes: the load of every lane.
+        usable: indices of the lanes that bundles may go on; None: all. Those that must keep their order go on
+            the first lane whatever this says.
+    """
 
     queues: Sequence[Queue]
     lanes: Sequence[LaneLoad]
+    usable: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +167,8 @@ class Issue:
         lane: index of the lane.
         neighbours: bundles under way on other lanes.
         start: virtual time at which it goes out, or None when nothing that can run is left behind.
+        reserved: whether its tenants have a reserve.
+        reserve: part of the device that is set aside for tenants with a reserve.
     """
 
     key: str
@@ -121,18 +177,20 @@ class Issue:
     lane: int = 0
     neighbours: int = 0
     start: float | None = None
+    reserved: bool = False
+    reserve: float = 0.0
 
 
 @dataclass(frozen=True)
 class Later:
     """Nothing goes out before the clock shows ``until``.
 
-    Ask again sooner when the queue of a program in ``wake`` has so many requests, or when a request arrives
-    for a program that is not in it.
+    Ask again sooner when a queue in ``wake`` has so many requests, or when a request arrives for a queue that
+    is not in it.
     """
 
     until: float
-    wake: Mapping[str, int] = field(default_factory=dict)
+    wake: Mapping[QueueName, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,9 +198,13 @@ class Busy:
     """Nothing goes out before a lane finishes a bundle.
 
     With ``wake`` given, ask again sooner as for :class:`Later`; None says that every lane is full.
+
+    Attributes:
+        until: seconds on the clock when a lane will probably have finished one, where that can be told.
     """
 
-    wake: Mapping[str, int] | None = None
+    wake: Mapping[QueueName, int] | None = None
+    until: float | None = None
 
 
 Decision = Issue | Later | Busy | None
@@ -166,10 +228,13 @@ class Policy(Protocol):
         """
         ...
 
-    def outlook(self, key: str, slots: int, bundles: int, now: float) -> float | None:
+    def outlook(self, key: str, slots: int, bundles: int, now: float, reserved: bool = False) -> float | None:
         """When so many bundles of that many slots would have ended that are enqueued now, if it can tell.
 
         Any thread may ask; all other methods are the dispatcher's.
+
+        Args:
+            reserved: whether they are of tenants with a reserve.
         """
         ...
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from torch_mux.runtime.scheduler.base import Queue, Ticket
 from torch_mux.runtime.scheduler.fair import Account, VirtualTime
 from torch_mux.runtime.scheduler.pending import Flow
+from torch_mux.types import Quota
 
 __all__ = ["Turns"]
 
@@ -25,12 +26,16 @@ class Turns:
 
     Tags only grow, so an entry whose tag has changed is put right when it comes to the top.
 
+    Args:
+        weight: the weight of a quota.
+
     Attributes:
         members: the flows in the heaps; some of them may have nothing pending any more.
     """
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: Queue, weight: Callable[[Quota], float]) -> None:
         self.queue = queue
+        self._weight = weight
         self.members: set[Flow] = set()
         self._heaps: dict[int, list[_Entry]] = {}
         self._new = True
@@ -120,7 +125,7 @@ class Turns:
                     for entry in heap
                 ]
                 heapify(heap)
-            _in_order(heap, priority, flows, taken, limit, each, bar, allowance)
+            self._in_order(heap, priority, taken, limit, each, bar, allowance)
         return tuple(taken)
 
     def _ahead(self, flows: _Flows, each: float, ceilings: Mapping[int, float], allowance: float) -> bool:
@@ -133,44 +138,44 @@ class Turns:
                 if tickets is not None:
                     if priority < top:
                         return True
-                    ahead = (account.tag - bar) * next(iter(tickets)).quota.weight
+                    ahead = (account.tag - bar) * self._weight(next(iter(tickets)).quota)
                     if ahead + (len(tickets) - 1) * each > allowance:
                         return True
         return False
 
-
-def _in_order(
-    heap: list[_Entry],
-    priority: int,
-    flows: _Flows,
-    taken: list[Ticket],
-    limit: int,
-    each: float,
-    bar: float,
-    allowance: float,
-) -> None:
-    """Adds requests of one class to ``taken``; the heap is used up."""
-    while heap and len(taken) < limit:
-        tag, _, name, account, head, rest = heap[0]
-        if head is None or rest is None:
-            tickets = flows.get((priority, name))
-            if tickets is None:
+    def _in_order(
+        self,
+        heap: list[_Entry],
+        priority: int,
+        taken: list[Ticket],
+        limit: int,
+        each: float,
+        bar: float,
+        allowance: float,
+    ) -> None:
+        """Adds requests of one class to ``taken``; the heap is used up."""
+        flows = self.queue.flows()
+        while heap and len(taken) < limit:
+            tag, _, name, account, head, rest = heap[0]
+            if head is None or rest is None:
+                tickets = flows.get((priority, name))
+                if tickets is None:
+                    heappop(heap)
+                    continue
+                rest = iter(tickets)
+                head = next(rest)
+                if tag != account.tag and tag > -_NEVER:
+                    heapreplace(heap, (account.tag, head.seq, name, account, head, rest))
+                    continue
+            weight = self._weight(head.quota)
+            if taken and (tag - bar) * weight > allowance:
                 heappop(heap)
                 continue
-            rest = iter(tickets)
-            head = next(rest)
-            if tag != account.tag and tag > -_NEVER:
-                heapreplace(heap, (account.tag, head.seq, name, account, head, rest))
-                continue
-        weight = head.quota.weight
-        if taken and (tag - bar) * weight > allowance:
-            heappop(heap)
-            continue
-        if tag == -_NEVER:
-            tag = account.tag
-        taken.append(head)
-        following = next(rest, None)
-        if following is None:
-            heappop(heap)
-        else:
-            heapreplace(heap, (tag + each / weight, following.seq, name, account, following, rest))
+            if tag == -_NEVER:
+                tag = account.tag
+            taken.append(head)
+            following = next(rest, None)
+            if following is None:
+                heappop(heap)
+            else:
+                heapreplace(heap, (tag + each / weight, following.seq, name, account, following, rest))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Final, NamedTuple
 
 from torch_mux.runtime.scheduler.backlog import Backlog
 from torch_mux.runtime.scheduler.base import (
@@ -14,6 +15,7 @@ from torch_mux.runtime.scheduler.base import (
     LaneLoad,
     Later,
     Queue,
+    QueueName,
     Ticket,
     View,
     share_of,
@@ -30,6 +32,7 @@ __all__ = ["FairPolicy"]
 
 _NEVER = float("inf")
 _STALE = 1.0
+_WEIGHT: Final[Callable[[Quota], float]] = attrgetter("weight")
 
 
 class _Open(NamedTuple):
@@ -69,10 +72,16 @@ class FairPolicy:
     forecasts of the bundles under way are off, over the smallest weight. With one program and nobody in a
     hurry A is 0; where forecasts come true as well, this is the bound of start-time fair queueing,
     ``c_f / w_f + c_g / w_g``.
+
+    Args:
+        weight: the weight of a quota in all of this.
     """
 
-    def __init__(self, predictor: Predictor | None = None) -> None:
+    def __init__(
+        self, predictor: Predictor | None = None, weight: Callable[[Quota], float] = _WEIGHT
+    ) -> None:
         self.predictor = Predictor() if predictor is None else predictor
+        self._weight = weight
         self._cohorts = Cohorts()
         self._backlog = Backlog()
         self._times: dict[int, VirtualTime] = {}
@@ -84,11 +93,11 @@ class FairPolicy:
     def form(self, view: View, now: float, settings: Settings) -> Decision:
         """The bundle of whoever is first, or how long to wait."""
         until = _NEVER
-        wake: dict[str, int] = {}
+        wake: dict[QueueName, int] = {}
         held = full = timed = False
         ready: list[Queue] = []
         choices: list[_Open] = []
-        free, first_lane = _lane(view.lanes, False, settings), _lane(view.lanes, True, settings)
+        free, first_lane = _free(view, settings), _first(view, settings)
         for queue in view.queues:
             if not queue.ready:
                 continue
@@ -107,7 +116,7 @@ class FairPolicy:
                 choices.append(choice)
                 continue
             moment, missing = awaited
-            wake[queue.key] = min(limit, count + missing)
+            wake[queue.key, queue.reserved] = min(limit, count + missing)
             held = held or moment is None
             until = until if moment is None else min(until, moment)
         if choices:
@@ -116,7 +125,7 @@ class FairPolicy:
             return Later(until, wake)
         if held:
             return Busy(wake)
-        return Busy() if full else None
+        return Busy(until=self._backlog.next_end()) if full else None
 
     def _hurried(
         self, choice: _Open, awaited: tuple[float | None, int] | None, now: float
@@ -142,7 +151,7 @@ class FairPolicy:
                 entitled = [
                     one
                     for one in urgent(choice.queue, begin, alone, longest)
-                    if self._time(one.flow[0]).lead(one.flow[1]) * one.head.quota.weight <= longest
+                    if self._time(one.flow[0]).lead(one.flow[1]) * self._weight(one.head.quota) <= longest
                 ]
                 if entitled:
                     found[choice.queue.key] = entitled
@@ -200,7 +209,7 @@ class FairPolicy:
     def _turns_of(self, queue: Queue) -> Turns:
         turns = self._turns.get(queue.key)
         if turns is None or turns.queue is not queue:
-            turns = self._turns[queue.key] = Turns(queue)
+            turns = self._turns[queue.key] = Turns(queue, self._weight)
         return turns
 
     def _time(self, priority: int) -> VirtualTime:
@@ -240,7 +249,7 @@ class FairPolicy:
             quota = request.quota
             if quota is not last:
                 last = quota
-                account, unit = self._time(quota.priority).account(quota.tenant), 1.0 / quota.weight
+                account, unit = self._time(quota.priority).account(quota.tenant), 1.0 / self._weight(quota)
             units[account] = units.get(account, 0.0) + unit
         for account, unit in units.items():
             account.charge(each * unit)
@@ -264,7 +273,7 @@ class FairPolicy:
         for account, unit in charge.units.items():
             account.charge(error * unit)
 
-    def outlook(self, key: str, slots: int, bundles: int, now: float) -> float | None:
+    def outlook(self, key: str, slots: int, bundles: int, now: float, reserved: bool = False) -> float | None:
         """When so many bundles of that many slots would have ended that are enqueued now.
 
         None where too little was measured, or nothing for a second: then somebody has to go first.
@@ -298,7 +307,8 @@ def _rank(
 
 
 def _issue(choice: _Open, requests: Sequence[Ticket], start: float | None) -> Issue:
-    return Issue(choice.queue.key, requests, share_of(requests), choice.lane, choice.neighbours, start)
+    queue, share = choice.queue, share_of(requests)
+    return Issue(queue.key, requests, share, choice.lane, choice.neighbours, start, queue.reserved)
 
 
 def _where(issue: Issue) -> Context:
@@ -312,11 +322,17 @@ def _neighbours(lanes: Sequence[LaneLoad], lane: int) -> int:
     return sum([load.bundles for load in lanes]) - lanes[lane].bundles
 
 
-def _lane(lanes: Sequence[LaneLoad], ordered: bool, settings: Settings) -> int | None:
-    """The least loaded lane with room, or None."""
-    best = 0
-    if not ordered:
-        for lane, load in enumerate(lanes):
-            if load.bundles < lanes[best].bundles:
-                best = lane
+def _free(view: View, settings: Settings) -> int | None:
+    """The least loaded usable lane, where it has room."""
+    lanes = view.lanes
+    usable = range(len(lanes)) if view.usable is None else view.usable
+    best = usable[0]
+    for lane in usable:
+        if lanes[lane].bundles < lanes[best].bundles:
+            best = lane
     return best if lanes[best].bundles < settings.in_flight else None
+
+
+def _first(view: View, settings: Settings) -> int | None:
+    """The first lane, where it has room."""
+    return 0 if view.lanes[0].bundles < settings.in_flight else None

@@ -98,7 +98,7 @@ def test_a_hold_ends_though_the_dispatcher_sleeps_for_others(lab: Any) -> None:
     time.sleep(0.05)
     held = [lab.submit(engine, other, model, quota=quota) for _ in range(2)]
     engine.kick()
-    lab.until(lambda: len(held[1].served.requests) == 2)
+    lab.until(lambda: len(held[1].served.queues[0].requests) == 2)
     assert not first.done()
     engine.close()
     assert held[1].done() and first.done()

@@ -193,7 +193,7 @@ def test_no_more_than_in_flight_bundles_are_enqueued_a_lane(lab: Any, lanes: int
     program, (model,) = served(engine, lab, 1)
     request = lab.submit(engine, program, model)
     watching = Watching()
-    request.dispatcher.policy = watching
+    request.dispatcher._driver.policy = watching
     lab.plans["affine"].before = lambda inputs: work(10)
     requests = [lab.submit(engine, program, model, float(number)) for number in range(12)]
     engine.wait(requests)

@@ -154,7 +154,7 @@ def test_a_dead_dispatcher_thread_is_an_error_and_never_a_hang(lab: Any) -> None
     lab.call(engine, program, model)
     dispatcher = lab.submit(engine, program, model).dispatcher
     policy = Faulty()
-    dispatcher.policy = policy
+    dispatcher._driver.policy = policy
     request = lab.submit(engine, program, model)
     policy.fault = [SystemError("bug")]
     engine.kick()

@@ -40,8 +40,9 @@ class Queue:
         ready: bool = True,
         slots: int = 1 << 20,
         ordered: bool = False,
+        reserved: bool = False,
     ) -> None:
-        self.key, self.ready, self.slots, self.ordered = key, ready, slots, ordered
+        self.key, self.ready, self.slots, self.ordered, self.reserved = key, ready, slots, ordered, reserved
         self.program = SimpleNamespace(name=key)
         self.requests: Pending[Ticket] = Pending()
         self.add(*requests)

@@ -10,15 +10,14 @@ from heapq import heappop, heappush
 from types import SimpleNamespace
 from typing import Any
 
-from simulated import Queue
-
 from torch_mux.errors import DeadlineExceeded, MuxError
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.admission import Admission
 from torch_mux.runtime.line import Line
+from torch_mux.runtime.queues import ProgramQueue
 from torch_mux.runtime.request import Request, RequestState
-from torch_mux.runtime.scheduler.base import Issue, LaneLoad, View
-from torch_mux.runtime.scheduler.policy import FairPolicy
+from torch_mux.runtime.scheduler.base import Issue, LaneKind, LaneLoad, Later, View, lane_kinds
+from torch_mux.runtime.scheduler.isolation import IsolatingPolicy
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
@@ -33,6 +32,20 @@ def bursts(draw: random.Random, mean: float, until: float, cv: float = 4.0) -> l
     while (now := now + draw.gammavariate(shape, mean / shape)) < until:
         moments.append(now)
     return moments
+
+
+class Program:
+    """What the line knows of a served program."""
+
+    work = 1
+    slots = 1 << 20
+    ordered = False
+
+    def __init__(self, key: str) -> None:
+        self.key, self.ready = key, True
+        self.program = SimpleNamespace(name=key)
+        served: Any = self
+        self.queues = (ProgramQueue(served, False), ProgramQueue(served, True))
 
 
 @dataclass
@@ -51,7 +64,6 @@ class Day:
 
     settings: Settings
     seconds: Callable[[str, int], float]
-    lanes: int = 1
     faulty: Callable[[str], bool] = lambda key: False
     guilty: Callable[[], bool] = lambda: False
     slower: Callable[[], float] = lambda: 1.0
@@ -61,17 +73,19 @@ class Day:
     skew: float = 0.0
     latest: float = 0.0
     busy: float = 0.0
-    policy: FairPolicy = field(default_factory=FairPolicy)
+    policy: IsolatingPolicy = field(default_factory=IsolatingPolicy)
     accounting: Accounting = field(default_factory=Accounting)
     line: Line = field(default_factory=Line)
-    queues: dict[str, Queue] = field(default_factory=dict)
+    programs: dict[str, Program] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
     requests: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.accounting)
-        self._load = [0] * self.lanes
-        self._free = [0.0] * self.lanes
+        self._kinds = lane_kinds(self.settings)
+        self.line.keep_apart(self.settings.isolation != "off")
+        self._load = [0] * len(self._kinds)
+        self._free = [0.0] * len(self._kinds)
         self._ends: list[tuple[float, int, Issue, float]] = []
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._numbers = iter(range(1 << 60))
@@ -84,28 +98,29 @@ class Day:
         """Does something at a true time."""
         heappush(self._events, (moment, next(self._numbers), action))
 
-    def queue(self, key: str) -> Queue:
-        found = self.queues.get(key)
+    def program(self, key: str) -> Program:
+        found = self.programs.get(key)
         if found is None:
-            found = self.queues[key] = Queue(key)
-            found.work = 1  # type: ignore[attr-defined]
+            found = self.programs[key] = Program(key)
         return found
 
     def submit(self, key: str, quota: Quota, client: int = 0) -> Request | None:
-        queue: Any = self.queue(key)
+        program: Any = self.program(key)
+        queue = self.line.queue(program, quota)
         self.latest = max(self.latest, self.clock)
 
         def outlook(index: int, before: int) -> float | None:
             ahead = len(queue.requests.flows().get((quota.priority, quota.tenant), ())) + before
             most = self.settings.max_bundle
-            return self.policy.outlook(key, min(most, ahead + 1), ahead // most + 1, self.clock)
+            slots, bundles = min(most, ahead + 1), ahead // most + 1
+            return self.policy.outlook(key, slots, bundles, self.clock, queue.reserved)
 
         try:
             waits = self.admission.admit([quota], self.clock, outlook)
         except MuxError:
             self.refused[quota.tenant] += 1
             return None
-        instance: Any = SimpleNamespace(served=queue)
+        instance: Any = SimpleNamespace(served=program)
         dispatcher: Any = None
         request = Request(dispatcher, instance, (), [], quota, True, self.clock, client)
         request.eligible += waits[0] if waits is not None else 0.0
@@ -150,19 +165,21 @@ class Day:
             for request in expired:
                 request.error = DeadlineExceeded(tenant=request.quota.tenant, deadline=1.0)
             self._end(expired)
-            view: Any = View(self.line.ordered(), [LaneLoad(load) for load in self._load])  # type: ignore[arg-type]
+            lanes = [LaneLoad(load, kind) for load, kind in zip(self._load, self._kinds, strict=True)]
+            view = View(self.line.ordered(), lanes)
             decision = self.policy.form(view, self.clock, self.settings)
             if not isinstance(decision, Issue):
-                room = min(self._load) < self.settings.in_flight
+                common = [lane.bundles for lane in lanes if lane.kind is LaneKind.COMMON]
+                room = min(common) < self.settings.in_flight
                 waits = [queue for queue in view.queues if queue.ready]
                 assert not (waits and room and decision is None), "something can run and nothing happens"
-                return getattr(decision, "until", _NEVER)
+                return decision.until if isinstance(decision, Later) else _NEVER
             self._issue(decision)
 
     def _issue(self, issue: Issue) -> None:
         requests: Any = list(issue.requests)
         assert 1 <= len(requests) <= self.settings.max_bundle
-        self.line.take_bundle(requests[0].served, requests)
+        self.line.take_bundle(requests)
         for request in requests:
             assert request.state is RequestState.QUEUED
             assert request.eligible <= self.latest

@@ -12,7 +12,7 @@ import torch
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Flight
 from torch_mux.runtime.executors.cpu import CpuExecutor
-from torch_mux.runtime.scheduler.base import LaneLoad
+from torch_mux.runtime.scheduler.base import LaneLoad, lane_kinds
 from torch_mux.runtime.served import failure
 from torch_mux.settings import Settings
 
@@ -24,9 +24,6 @@ class SlowFlight(Flight):
     """Ends at a time of its own."""
 
     until: float = 0.0
-
-    def wait(self) -> None:
-        time.sleep(max(0.0, self.until - time.perf_counter()))
 
 
 class SlowDevice(CpuExecutor):
@@ -41,18 +38,19 @@ class SlowDevice(CpuExecutor):
         self.faults: list[Exception] = []
 
     def configure(self, settings: Settings) -> None:
-        while len(self.lanes) < settings.lanes:
+        self.kinds = lane_kinds(settings)
+        while len(self.lanes) < len(self.kinds):
             self.lanes.append([])
 
     def loads(self) -> Sequence[LaneLoad]:
-        return [LaneLoad(len(lane)) for lane in self.lanes]
+        return [LaneLoad(len(lane), kind) for lane, kind in zip(self.lanes, self.kinds, strict=False)]
 
     def launch(self, bundle: Bundle) -> Flight | None:
         super().launch(bundle)
         lane = self.lanes[bundle.lane]
         now = time.perf_counter()
         begin = max([now, *(flight.until for flight in lane)])
-        flight = SlowFlight(bundle, now, seconds=self.seconds, until=begin + self.seconds)
+        flight = SlowFlight(bundle, now, began=begin, seconds=self.seconds, until=begin + self.seconds)
         for request in bundle.requests:
             request.flight = flight
         lane.append(flight)
@@ -73,8 +71,12 @@ class SlowDevice(CpuExecutor):
     def flying(self) -> bool:
         return any(self.lanes)
 
-    def oldest(self) -> Flight | None:
-        return min((lane[0] for lane in self.lanes if lane), key=lambda flight: flight.until, default=None)
+    def at_work(self) -> Sequence[Flight]:
+        return [lane[0] for lane in self.lanes if lane]
+
+    def await_end(self) -> None:
+        ends = [lane[0].until for lane in self.lanes if lane]
+        time.sleep(max(0.0, min(ends, default=0.0) - time.perf_counter()))
 
 
 def slow(lab: Any, **settings: Any) -> tuple[Any, SlowDevice]:

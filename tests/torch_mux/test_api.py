@@ -353,7 +353,7 @@ def test_configure() -> None:
         torch_mux.configure(max_weit=1)
     with pytest.raises(UnparsableQuantity):
         torch_mux.configure(max_wait="soon")
-    for wrong in ({"max_bundle": 0}, {"lanes": 1.5}, {"enabled": "no"}):
+    for wrong in ({"max_bundle": 0}, {"lanes": 1.5}, {"enabled": "no"}, {"isolation": "hard"}):
         with pytest.raises(InvalidSetting):
             torch_mux.configure(**wrong)
     torch_mux.reset()

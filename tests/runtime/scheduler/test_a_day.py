@@ -63,7 +63,7 @@ class Greedy:
 
     def issued(self, issue: Issue, seconds: float) -> None:
         slots = len(issue.requests)
-        charge = self.day.policy._flying.get(issue)
+        charge = self.day.policy.common._flying.get(issue)
         assert charge is not None, "the greedy are always left behind"
         self.wrong.append(abs(seconds - charge.each * slots))
         for request in issue.requests:
@@ -102,7 +102,6 @@ def day() -> Day:
     day = Day(
         Settings(max_bundle=64, linger=5.0, in_flight=2),
         seconds,
-        lanes=1,
         faulty=lambda key: key not in greedy_programs and draw.random() < 0.01,
         guilty=lambda: draw.random() < 0.001,
         slower=lambda: 3.0 if draw.random() < 0.005 else 1.0,
@@ -119,9 +118,9 @@ def day() -> Day:
                 day.cancel(request)
 
     def recompile() -> None:
-        queue = day.queue(f"p{draw.randrange(2, PROGRAMS)}")
-        queue.ready = False
-        day.at(day.now + 900.0, lambda: setattr(queue, "ready", True))
+        program = day.program(f"p{draw.randrange(2, PROGRAMS)}")
+        program.ready = False
+        day.at(day.now + 900.0, lambda: setattr(program, "ready", True))
 
     def jump(by: float) -> None:
         day.skew += by
@@ -176,7 +175,7 @@ def test_what_is_pending_at_midnight_still_ends(day: Day) -> None:
     assert all(request.out for request in day.requests)
     check_counts(day)
     assert sum(got.pending for got in day.accounting.snapshot().tenants.values()) == 0
-    assert (day.policy._flying, day.policy._turns) == ({}, {})
+    assert (day.policy.common._flying, day.policy.common._turns) == ({}, {})
 
 
 requests = st.tuples(
@@ -192,6 +191,8 @@ requests = st.tuples(
             {"deadline": 0.02},
             {"rate": 100.0, "burst": 1},
             {"max_pending": 2},
+            {"reserve": 0.1},
+            {"reserve": 0.05, "slo": 0.01},
         ]
     ),
     st.booleans(),
@@ -203,6 +204,7 @@ requests = st.tuples(
     arrivals=st.lists(requests, max_size=60),
     most=st.integers(1, 8),
     lanes=st.integers(1, 3),
+    isolation=st.sampled_from(["off", "priority", "caps", "green"]),
     wait=st.sampled_from([0.0, 0.004]),
     seed=st.integers(0, 1000),
     jumps=st.lists(st.tuples(st.floats(0.0, 1.0), st.floats(-0.5, 0.5)), max_size=3),
@@ -211,15 +213,15 @@ def test_whatever_comes_everybody_is_served_or_told(
     arrivals: list[tuple[int, str, float, dict[str, Any], bool]],
     most: int,
     lanes: int,
+    isolation: str,
     wait: float,
     seed: int,
     jumps: list[tuple[float, float]],
 ) -> None:
     draw = random.Random(seed)
     day = Day(
-        Settings(max_bundle=most, max_wait=wait, linger=0.002, in_flight=2),
+        Settings(max_bundle=most, max_wait=wait, linger=0.002, in_flight=2, lanes=lanes, isolation=isolation),
         lambda key, slots: 1e-3 + 1e-3 * slots,
-        lanes=lanes,
         faulty=lambda key: draw.random() < 0.1,
         guilty=lambda: draw.random() < 0.05,
         slower=lambda: 10.0 if draw.random() < 0.1 else 1.0,

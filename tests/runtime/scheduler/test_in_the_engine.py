@@ -62,7 +62,7 @@ def test_a_failing_bundle_leaves_nothing_in_the_policy(lab: Any) -> None:
     with pytest.raises(ExecutionFailed, match="seven"):
         requests[7].result()
     assert [request.state.value for request in requests] == ["done"] * 7 + ["error"] + ["done"]
-    policy = requests[0].dispatcher.policy
+    policy = requests[0].dispatcher.policy.common
     assert (policy._flying, policy._turns) == ({}, {})
 
 
@@ -78,7 +78,7 @@ def test_what_is_left_of_a_refused_bundle_is_charged_and_measured(lab: Any) -> N
     engine.wait(requests)
     with pytest.raises(MemoryQuotaExceeded):
         requests[1].result()
-    policy = requests[0].dispatcher.policy
+    policy = requests[0].dispatcher.policy.common
     assert policy._flying == {}
     assert list(policy.predictor._programs["print-slow"].contexts[16, 0]) == [1]
 
@@ -116,7 +116,7 @@ def test_a_policy_that_raises_fails_its_bundle_and_nobody_hangs(lab: Any) -> Non
     engine, program, model = lab.engine(), lab.program(), lab.Affine(2.0)
     lab.call(engine, program, model)
     request = lab.submit(engine, program, model)
-    request.dispatcher.policy = request.dispatcher._runner._policy = Faulty()
+    request.dispatcher._driver.policy = request.dispatcher._runner._policy = Faulty()
     engine.kick()
     lab.until(request.done)
     with pytest.raises(DispatchFailed, match="bug"):

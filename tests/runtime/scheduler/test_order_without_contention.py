@@ -48,7 +48,7 @@ def test_what_is_not_compiled_blocks_nobody() -> None:
 
 def test_max_wait_holds_until_the_time_or_a_full_bundle() -> None:
     queue = Queue("a", [Ticket(1.0, 1)])
-    assert one(queue, 1.0, max_wait=0.5, max_bundle=3) == Later(1.5, {"a": 3})
+    assert one(queue, 1.0, max_wait=0.5, max_bundle=3) == Later(1.5, {("a", False): 3})
     assert isinstance(one(queue, 1.5, max_wait=0.5, max_bundle=3), Issue)
     queue.add(Ticket(1.1, 1), Ticket(1.1, 1))
     assert isinstance(one(queue, 1.1, max_wait=0.5, max_bundle=3), Issue)
@@ -75,7 +75,7 @@ def test_a_client_alone_is_never_held() -> None:
 def test_the_last_bundles_clients_are_awaited() -> None:
     policy = cohort([1, 2, 3])
     queue = Queue("a", [Ticket(10.1, 1)])
-    assert one(queue, 10.1, policy, linger=0.2) == Later(10.2, {"a": 3})
+    assert one(queue, 10.1, policy, linger=0.2) == Later(10.2, {("a", False): 3})
     queue.add(Ticket(10.1, 3), Ticket(10.1, 2))
     assert isinstance(one(queue, 10.1, policy, linger=0.2), Issue)
 
@@ -83,7 +83,7 @@ def test_the_last_bundles_clients_are_awaited() -> None:
 def test_the_linger_ends_and_is_no_longer_than_the_bundle() -> None:
     queue = Queue("a", [Ticket(10.0, 1)])
     assert isinstance(one(queue, 10.2, cohort([1, 2]), linger=0.2), Issue)
-    assert one(queue, 10.0, cohort([1, 2], seconds=0.05), linger=0.2) == Later(10.05, {"a": 2})
+    assert one(queue, 10.0, cohort([1, 2], seconds=0.05), linger=0.2) == Later(10.05, {("a", False): 2})
     assert isinstance(one(queue, 10.0, cohort([1, 2]), linger=0.0), Issue)
 
 
@@ -111,7 +111,7 @@ def test_a_busy_device_holds_what_its_cohort_will_join() -> None:
     policy = FairPolicy()
     policy.issued(Issue("a", [Ticket(0.0, 1), Ticket(0.0, 2)], 1.0), 0.0)
     view = View([Queue("a", [Ticket(0.5, 1)])], (LaneLoad(1),))
-    assert policy.form(view, 0.5, Settings()) == Busy({"a": 2})
+    assert policy.form(view, 0.5, Settings()) == Busy({("a", False): 2})
 
 
 def test_lanes_fill_up_to_in_flight_and_order_is_kept_on_the_first() -> None:

@@ -1,0 +1,64 @@
+"""Device time of bundles that overlap on different lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from operator import attrgetter
+
+from torch_mux.runtime.executors.base import Flight
+from torch_mux.runtime.shares import PICOSECONDS, divided
+
+__all__ = ["BusyTime"]
+
+_NEVER = float("inf")
+_PARTS = 1_000_000
+_ended = attrgetter("ended")
+
+
+class BusyTime:
+    """Divides the time in which a device is busy among the bundles on it.
+
+    A device is busy while a bundle is at work on any lane. Each moment is divided among the bundles that are
+    at work then, in proportion to their caps, so that the sum over bundles is the busy time and not that of
+    every lane. One that is alone on the device is charged what it took.
+    """
+
+    def __init__(self) -> None:
+        self._until = -_NEVER
+
+    def divide(self, landed: Sequence[Flight], at_work: Sequence[Flight]) -> None:
+        """Adds to the ``charge`` of these flights what passed until the last of ``landed`` ended.
+
+        Args:
+            landed: flights that ended since the last call.
+            at_work: those that the lanes are busy with now.
+        """
+        for flight in landed:
+            flight.began = flight.ended - flight.seconds
+        lanes = {flight.bundle.lane for flight in (*landed, *at_work)}
+        if len(lanes) > 1 or any(flight.charge for flight in landed):
+            self._sweep(sorted(landed, key=_ended), at_work)
+            return
+        # Bundles of one lane follow each other: nothing is divided.
+        for flight in landed:
+            flight.charge = round(flight.seconds * PICOSECONDS)
+            self._until = max(self._until, flight.ended)
+
+    def _sweep(self, landed: Sequence[Flight], at_work: Iterable[Flight]) -> None:
+        spans = [(flight.began, flight.ended, flight) for flight in landed]
+        spans += [(flight.began, _NEVER, flight) for flight in at_work]
+        for last in landed:
+            first = max(self._until, min(began for began, _, _ in spans))
+            inside = {began for began, _, _ in spans if first < began < last.ended}
+            for begin, end in pairwise(sorted({first, *inside, last.ended})):
+                here = [flight for began, ended, flight in spans if began <= begin and ended >= end]
+                if here and begin >= first:
+                    _charge(here, round((end - begin) * PICOSECONDS))
+            self._until = max(self._until, last.ended)
+
+
+def _charge(flights: Sequence[Flight], time: int) -> None:
+    parts = divided(time, [max(1, round(flight.bundle.share * _PARTS)) for flight in flights])
+    for flight, part in zip(flights, parts, strict=True):
+        flight.charge += part

@@ -1,0 +1,102 @@
+"""What whoever holds the dispatcher's role does: sends out what the policy chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch_mux.runtime.bundle import Bundle
+from torch_mux.runtime.executors.base import Executor
+from torch_mux.runtime.line import Line
+from torch_mux.runtime.request import Request, Waiter
+from torch_mux.runtime.runner import Runner
+from torch_mux.runtime.scheduler.base import Busy, Decision, Issue, Later, Policy, View
+from torch_mux.settings import Settings
+
+__all__ = ["Driver"]
+
+_QUIET = 2e-3
+_POLL = 50e-6
+
+
+class Driver:
+    """Asks the policy again and again, and does what it says; only the role's holder drives.
+
+    Attributes:
+        policy: who goes out together, on which lane.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        policy: Policy,
+        clock: Callable[[], float],
+        settings: Settings,
+        line: Line,
+        runner: Runner,
+    ) -> None:
+        self.policy = policy
+        self._executor = executor
+        self._clock = clock
+        self._line = line
+        self._runner = runner
+        self.configure(settings)
+
+    def configure(self, settings: Settings) -> None:
+        """Takes over new settings from the next decision on; the mutex is held where somebody may drive."""
+        self._settings = settings
+        self._line.keep_apart(settings.isolation != "off")
+
+    def hold_nothing(self) -> None:
+        """Nobody waits for companions from now on; the mutex is held."""
+        self._settings = replace(self._settings, max_wait=0.0, linger=0.0)
+
+    def drive(self, left: Sequence[Request] | None) -> None:
+        """Sends out what the policy chooses, until ``left`` have gone out or nothing can."""
+        self._ring()
+        landed = False  # ends are counted while the next bundle runs, or when they may let one go out
+        while self._line.active and not (left is not None and all(request.out for request in left)):
+            bundle: Bundle | None = None
+            nap: Waiter | None = None
+            with self._runner.mutex:
+                now, view = self._clock(), View(self._line.ordered(), self._executor.loads())
+                decision = self.policy.form(view, now, self._settings)
+                if isinstance(decision, Issue):
+                    bundle = self._runner.pop(decision, now)
+                elif landed and decision is not None and decision.wake is not None:
+                    nap = self._line.lie_down(decision.wake)
+                    until = min(self._until(decision, now), self._line.alarms.next())
+            if bundle is not None:
+                self._runner.run(bundle)
+            elif not landed:
+                self._runner.land()
+            elif decision is None:
+                return
+            elif nap is not None:
+                self._sleep(nap, until - now)
+            elif isinstance(decision, Busy):
+                self._executor.await_end()
+            landed = bundle is None and not landed
+            self._ring()
+        self._runner.land()
+
+    def _until(self, decision: Decision, now: float) -> float:
+        """How long to sleep at most; where the end of a bundle is waited for, half the time until then."""
+        if isinstance(decision, Later):
+            return min(decision.until, now + _QUIET) if self._executor.flying() else decision.until
+        end = decision.until if isinstance(decision, Busy) else None
+        return now + min(_QUIET, max(_POLL, 0.0 if end is None else (end - now) / 2))
+
+    def _ring(self) -> None:
+        """Holds that are over end, and requests whose deadline has passed are dropped."""
+        if self._line.alarms:
+            with self._runner.mutex:
+                expired = self._line.ring(self._clock())
+            self._runner.expire(expired)
+
+    def _sleep(self, nap: Waiter, seconds: float) -> None:
+        try:
+            nap.block(seconds)
+        finally:
+            with self._runner.mutex:
+                self._line.get_up()

@@ -1,0 +1,67 @@
+"""The pending requests of one program that go out on the same lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch_mux.runtime.request import Request
+from torch_mux.runtime.scheduler.base import QueueName
+from torch_mux.runtime.scheduler.pending import Flow, Pending
+
+if TYPE_CHECKING:
+    from torch_mux.runtime.served import ServedProgram
+
+__all__ = ["ProgramQueue"]
+
+
+class ProgramQueue:
+    """A queue of one program, as a policy sees it; guarded by the dispatcher's mutex.
+
+    Attributes:
+        served: the program.
+        reserved: whether it is that of tenants with a reserve.
+        requests: oldest first.
+        name: what tells it from all other queues.
+    """
+
+    __slots__ = ("name", "requests", "reserved", "served")
+
+    def __init__(self, served: ServedProgram, reserved: bool) -> None:
+        self.served = served
+        self.reserved = reserved
+        self.requests: Pending[Request] = Pending()
+        self.name: QueueName = (served.key, reserved)
+
+    @property
+    def key(self) -> str:
+        """Identity of the program."""
+        return self.served.key
+
+    @property
+    def ready(self) -> bool:
+        """Whether its plan is compiled."""
+        return self.served.ready
+
+    @property
+    def slots(self) -> int:
+        """Most slots of one bundle."""
+        return self.served.slots
+
+    @property
+    def ordered(self) -> bool:
+        """Whether its bundles must run in order, on the first lane."""
+        return self.served.ordered
+
+    @property
+    def timed(self) -> bool:
+        """Whether some of its requests may be due at some time."""
+        return self.requests.timed
+
+    def flows(self) -> Mapping[Flow, Collection[Request]]:
+        """The queue by class and tenant."""
+        return self.requests.flows()
+
+    def fresh(self) -> Sequence[Flow]:
+        """The flows that are new in it."""
+        return self.requests.fresh()
