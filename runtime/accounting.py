@@ -29,7 +29,7 @@ class StatsSnapshot:
         tenants: by tenant name.
         bundles: bundles that the devices finished.
         requests: requests they carried.
-        device_seconds: device time of those bundles.
+        device_seconds: time in which the devices were busy with them.
         sizes: bundles by number of slots.
     """
 
@@ -71,7 +71,7 @@ class Accounting:
             for quota in quotas:
                 if quota is not last:
                     last, tenant = quota, self._tenant(quota.tenant)
-                    tenant.weight = quota.weight
+                    tenant.weight, tenant.reserve = quota.weight, quota.reserve
                 tenant.accepted += 1
 
     def withdrawn(self, quota: Quota) -> None:
@@ -125,7 +125,7 @@ class Accounting:
                 self.quarantine.failed(key, now, request.error)
 
     def ran(self, requests: Sequence[Request], seconds: float, coalesced: bool) -> None:
-        """A bundle of these requests took ``seconds`` of the device."""
+        """A bundle of these requests took ``seconds`` of the device's busy time."""
         slots = len(requests)
         time, name = round(seconds * PICOSECONDS), requests[0].served.program.name
         coalescible, shared = int(coalesced), int(coalesced and slots > 1)

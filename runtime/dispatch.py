@@ -53,6 +53,7 @@ class Dispatcher:
         accounting: Accounting,
     ) -> None:
         self.executor = executor
+        executor.configure(settings)
         self._clock = clock
         self._accounting = accounting
         self._mutex = threading.Lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import weakref
@@ -26,6 +27,7 @@ _POOL = 32  # streams that torch hands out before it begins again
 _WORDS = 1 << 15
 # More than are enqueued at once, so that a bundle that is enqueued again never meets its own entry.
 _ENTRIES = 8
+_numbers = itertools.count()
 
 
 # torch ships no types for these.
@@ -50,6 +52,9 @@ def highest_priority() -> int:
 class Side:
     """A stream that no other holder of this process draws, as a lane's is.
 
+    Args:
+        context: the part of the device that it runs on, if not the whole.
+
     Torch hands out 32 streams a device in turn, the same again after that. Capturing on a stream on which
     somebody dispatches meanwhile would fail both.
 
@@ -58,10 +63,13 @@ class Side:
         address: its ``cudaStream_t``.
     """
 
-    def __init__(self, device: torch.device, priority: int = 0) -> None:
+    def __init__(
+        self, device: torch.device, priority: int = 0, context: compat.green.GreenContext | None = None
+    ) -> None:
+        draw = partial(new_stream, device, priority) if context is None else partial(context.stream, priority)
         with _holding:
             taken = {holder.address for holder in _holders}
-            self.stream = apart(partial(new_stream, device, priority), taken)
+            self.stream = apart(draw, taken)
             self.address: int = self.stream.cuda_stream
             _holders.add(self)
 
@@ -171,7 +179,12 @@ class Executable:
 class Lane:
     """One stream of one device with everything that belongs to it.
 
+    Args:
+        context: the part of the device that it runs on, if not the whole.
+
     Attributes:
+        number: no other lane of the process has it.
+        context: see above.
         stream: where its bundles run.
         address: its ``cudaStream_t``.
         ring: its tables.
@@ -183,9 +196,17 @@ class Lane:
         pool: the memory pool that all of its graphs share, which they may since they run one after another.
     """
 
-    def __init__(self, index: int, device: torch.device, priority: int = 0) -> None:
+    def __init__(
+        self,
+        index: int,
+        device: torch.device,
+        priority: int = 0,
+        context: compat.green.GreenContext | None = None,
+    ) -> None:
         self.index = index
-        self._side = Side(device, priority)
+        self.number = next(_numbers)
+        self.context = context
+        self._side = Side(device, priority, context)
         self.stream, self.address = self._side.stream, self._side.address
         self.marks = Marks(timing=True)
         with compat.on_stream(self.stream):
@@ -201,11 +222,12 @@ class Lane:
     def recorder(self) -> torch.cuda.Stream:
         """Where graphs of this lane are captured, and nothing ever runs.
 
+        A kernel of a graph runs on that part of the device on whose stream it was captured.
         Vendor libraries keep a workspace a stream, which a graph goes on using. With one for all lanes,
         or for runs as well, they would write into each other's.
         """
         if self._recorder is None:
-            self._recorder = Side(self.stream.device)
+            self._recorder = Side(self.stream.device, context=self.context)
         return self._recorder.stream
 
     def at_work(self) -> CudaFlight | None:

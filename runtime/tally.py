@@ -47,14 +47,15 @@ class TenantStats:
         pending: requests queued or under way.
         p50, p99: latency quantiles in seconds from submission to the end on the device, over the last 2,048
             requests that ended well; None before the first.
-        device_seconds: device time, that of a bundle divided over its slots by their work. The sum over
-            tenants is that of the bundles to the picosecond.
+        device_seconds: device time, that of a bundle divided over its slots by their work. While bundles of
+            several lanes are at work the time is divided among them by their caps, so that the sum over
+            tenants is the time in which the device was busy.
         queue_seconds: time its requests spent queued, in sum.
         held: bytes that it holds now, see :class:`torch_mux.runtime.memory.MemoryLedger`.
         late: requests that were served, but after their ``slo`` or ``deadline``.
         expired: requests that were dropped because their ``deadline`` had passed.
         refused: requests that were not accepted: a limit of their quota said no.
-        weight: of the quota that its last accepted request ran under.
+        weight, reserve: of the quota that its last accepted request ran under.
         coalesced_share: part of its requests to coalesced plans that shared their bundle, None before the
             first.
         models: the same by model, for what has ended.
@@ -76,6 +77,7 @@ class TenantStats:
     expired: int = 0
     refused: int = 0
     weight: float = 1.0
+    reserve: float = 0.0
     models: Mapping[str, ModelStats] = field(default_factory=dict)
 
 
@@ -152,11 +154,11 @@ class Tally:
 class TenantTally:
     """Counters of one tenant; guarded by the accounting's lock."""
 
-    __slots__ = ("_models", "accepted", "latencies", "refused", "weight")
+    __slots__ = ("_models", "accepted", "latencies", "refused", "reserve", "weight")
 
     def __init__(self) -> None:
         self.accepted = self.refused = 0
-        self.weight = 1.0
+        self.weight, self.reserve = 1.0, 0.0
         self.latencies: deque[float] = deque(maxlen=_WINDOW)
         self._models: dict[str, Tally] = {}
 
@@ -180,7 +182,8 @@ class TenantTally:
     def copy(self) -> TenantTally:
         """The same counters, which no longer change."""
         other = TenantTally()
-        other.accepted, other.refused, other.weight = self.accepted, self.refused, self.weight
+        other.accepted, other.refused = self.accepted, self.refused
+        other.weight, other.reserve = self.weight, self.reserve
         other.latencies = self.latencies.copy()
         other._models = {name: Tally.sum([model]) for name, model in self._models.items()}
         return other
@@ -205,6 +208,7 @@ class TenantTally:
             expired=whole.expired,
             refused=self.refused,
             weight=self.weight,
+            reserve=self.reserve,
             models={model: tally.stats() for model, tally in self._models.items()},
         )
 

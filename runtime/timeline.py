@@ -42,6 +42,7 @@ class BundleSpan:
         program: the model's class.
         fingerprint: identity of the program.
         device, lane: where it ran.
+        reserved: whether its tenants have a reserve.
         share: its cap, a fraction of the device.
         issued, ended: seconds on the engine's clock when it left the line and when the device had finished.
         seconds: device seconds it took, at the end of that time.
@@ -52,6 +53,7 @@ class BundleSpan:
     fingerprint: str
     device: str
     lane: int
+    reserved: bool
     share: float
     issued: float
     ended: float
@@ -80,6 +82,7 @@ class Timeline:
             program.fingerprint,
             str(program.device),
             bundle.lane,
+            bundle.issue.reserved,
             bundle.share,
             issued,
             ended,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torch_mux import carry, compat, state
@@ -248,6 +249,7 @@ def configure(**settings: Any) -> Settings:
         UnknownOption: no such setting.
         UnparsableQuantity: a duration that cannot be read.
         InvalidSetting: a value outside its range.
+        IsolationUnavailable: ``isolation="green"`` without a GPU and driver that can do that.
     """
     return state.configure({name: _setting(name, value) for name, value in settings.items()})
 
@@ -259,6 +261,8 @@ def _setting(name: str, value: Any) -> Any:
         raise InvalidSetting(name=name, value=value, detail="a whole number from 1")
     if name == "isolation" and value not in _ISOLATION:
         raise InvalidSetting(name=name, value=value, detail=f"one of {', '.join(_ISOLATION)}")
+    if value == "green":
+        compat.green.check(torch.device("cuda"))
     if name == "quarantine" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise InvalidSetting(name=name, value=value, detail="a whole number, or 0 for never")
     if name in _SWITCHES and not isinstance(value, bool):

@@ -17,6 +17,7 @@ __all__ = [
     "InvalidQuota",
     "InvalidRequest",
     "InvalidSetting",
+    "IsolationUnavailable",
     "MemoryQuotaExceeded",
     "ModelRemoved",
     "MuxError",
@@ -82,6 +83,15 @@ class InvalidSetting(MuxError):
     """A setting outside its range."""
 
     message = "setting {name}={value!r} is invalid: {detail}"
+
+
+class IsolationUnavailable(MuxError):
+    """Tenants with a reserve cannot have multiprocessors of their own here."""
+
+    message = (
+        'isolation="green" does not work here: {detail}; torch_mux.configure(isolation="caps") needs no more '
+        "than streams"
+    )
 
 
 class UnparsableQuantity(MuxError):

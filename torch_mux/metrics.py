@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -17,6 +17,10 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from torch_mux.condition import condition
 from torch_mux.report import Explanation, Stats, explanation, statistics
+from torch_mux.state import settings
+
+if TYPE_CHECKING:
+    from torch_mux.runtime.accounting import TenantStats
 
 __all__ = ["MuxCollector", "register", "serve"]
 
@@ -28,7 +32,8 @@ class MuxCollector(Collector):
     """Reads the runtime at every scrape; safe from any thread.
 
     ``torch_mux_effective_share`` and ``torch_mux_granted_share`` speak of the time since the scrape before:
-    which part of the device seconds a tenant got, and which its weight gave it among those that got any.
+    which part of the device seconds a tenant got, and which its reserve and weight gave it among those that
+    got any.
     """
 
     def __init__(self) -> None:
@@ -57,19 +62,30 @@ class MuxCollector(Collector):
         used = {name: now - before.get(name, 0.0) for name, now in seconds.items()}
         active = {name for name, value in used.items() if value > 0.0}
         whole = sum(used[name] for name in active)
-        weights = sum(found.tenants[name].weight for name in active)
+        granted_now = _granted({name: found.tenants[name] for name in active})
         effective = GaugeMetricFamily(
             "torch_mux_effective_share",
             "Part of the device seconds since the scrape before.",
             labels=["tenant"],
         )
-        about = "Part that the weight gives among active tenants."
+        about = "Part that reserve and weight give among active tenants."
         granted = GaugeMetricFamily("torch_mux_granted_share", about, labels=["tenant"])
         for name in seconds:
             effective.add_metric([name], used[name] / whole if name in active else 0.0)
-            granted.add_metric([name], found.tenants[name].weight / weights if name in active else 0.0)
+            granted.add_metric([name], granted_now.get(name, 0.0))
         yield effective
         yield granted
+
+
+def _granted(active: Mapping[str, TenantStats]) -> dict[str, float]:
+    """Reserves first, and what they leave by weight; where there is nobody else, all of it by reserve."""
+    isolated = settings().isolation != "off"
+    reserves = {name: got.reserve for name, got in active.items() if isolated and got.reserve > 0.0}
+    weights = {name: got.weight for name, got in active.items() if name not in reserves}
+    kept, whole = sum(reserves.values()), sum(weights.values())
+    scale = 1.0 if weights else 1.0 / kept if kept else 0.0
+    parts = {name: reserve * scale for name, reserve in reserves.items()}
+    return parts | {name: (1.0 - kept) * weight / whole for name, weight in weights.items()}
 
 
 _Rows = Iterable[tuple[list[str], float]]

@@ -19,9 +19,17 @@ if TYPE_CHECKING:
 __all__ = ["Explanation", "Note", "ProgramExplanation", "Stats", "explanation", "statistics"]
 
 
+_KEPT = {
+    "off": "; reserves are not acted on (isolation='off')",
+    "priority": ", one of high priority for tenants with a reserve (isolation='priority')",
+    "caps": ", one of high priority for tenants with a reserve, kept free by the others' caps while it is in use "
+    "(isolation='caps')",
+    "green": ", one for tenants with a reserve and one for the others while it is in use, each on "
+    "multiprocessors of its own (isolation='green')",
+}
 _COLUMNS = tuple(
-    "tenant,accepted,ok,late,expired,cancelled,errors,pending,refused,p50 ms,p99 ms,device s,coalesced,"
-    "held MiB".split(",")
+    "tenant,accepted,ok,late,expired,cancelled,errors,pending,refused,p50 ms,p99 ms,device s,share,reserve,"
+    "coalesced,held MiB".split(",")
 )
 
 
@@ -32,7 +40,7 @@ class Stats:
     Attributes:
         tenants: by tenant name (``torch_mux.runtime.accounting.TenantStats``).
         bundles, requests: bundles that ran, and the requests in them.
-        device_seconds: device time of those bundles.
+        device_seconds: time in which the devices were busy with them.
         sizes: how many bundles ran with so many slots.
     """
 
@@ -41,6 +49,12 @@ class Stats:
     requests: int = 0
     device_seconds: float = 0.0
     sizes: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Which part of the device time each tenant got."""
+        whole = self.device_seconds or 1.0
+        return {name: got.device_seconds / whole for name, got in self.tenants.items()}
 
     def __str__(self) -> str:
         head = (
@@ -57,6 +71,8 @@ class Stats:
                     _ms(got.p50),
                     _ms(got.p99),
                     f"{got.device_seconds:.3f}",
+                    f"{self.shares[name]:.1%}",
+                    f"{got.reserve:.0%}" if got.reserve else "-",
                     "-" if got.coalesced_share is None else f"{got.coalesced_share:.0%}",
                     f"{got.held / 2**20:.1f}",
                 )
@@ -178,6 +194,7 @@ class Explanation:
         lines = [f"torch-mux on {self.device}"]
         if not self.settings.enabled:
             lines.append("disabled: new graphs go to Inductor whole; configure(enabled=True) turns it on")
+        lines.append(_isolation(self.settings))
         lines += [str(program) for program in self.programs] or ["no program was captured yet"]
         if self.notes:
             lines.append("notes:")
@@ -209,7 +226,13 @@ def explanation() -> Explanation:
 def _device() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} (captured CUDA graphs)"
-    return "the CPU: right answers, but sms quotas are recorded, not enforced"
+    return "the CPU: right answers, but sms quotas and lanes are recorded, not enforced"
+
+
+def _isolation(settings: Settings) -> str:
+    """Which lanes there are and what keeps a reserve free."""
+    lanes = _count(settings.lanes, "lane")
+    return f"{lanes} for everybody" + _KEPT[settings.isolation]
 
 
 def _program(found: ProgramReport) -> ProgramExplanation:

@@ -67,7 +67,7 @@ def events(spans: Iterable[BundleSpan]) -> list[dict[str, Any]]:
     number = 0
     for bundle, span in enumerate(spans):
         began = span.ended - span.seconds
-        where = places.lane(span.device, span.lane)
+        where = places.lane(span.device, span.lane, span.reserved)
         tenants = sorted({request.tenant for request in span.requests})
         about = {"bundle": bundle, "share": span.share, "tenants": tenants, "program": span.fingerprint[:12]}
         name = f"{span.program} x{len(span.requests)}"
@@ -111,12 +111,12 @@ class _Places:
             self._name("thread_name", where, name)
         return where
 
-    def lane(self, device: str, lane: int) -> dict[str, int]:
+    def lane(self, device: str, lane: int, reserved: bool) -> dict[str, int]:
         process = self._devices.get(device)
         if process is None:
             process = self._devices[device] = _TENANTS + 1 + len(self._devices)
             self._name("process_name", {"pid": process}, device)
-        return self._thread(process, lane, f"lane {lane}")
+        return self._thread(process, lane, f"lane {lane}" + (" (reserve)" if reserved else ""))
 
     def tenant(self, tenant: str) -> dict[str, int]:
         return self._thread(_TENANTS, tenant, tenant)

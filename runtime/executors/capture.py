@@ -109,7 +109,7 @@ class Capturer:
 
     def want(self, lane: Lane, served: ServedProgram, slots: int) -> None:
         """Asks for the graph of a bundle size; a second time, or after a failure, nothing happens."""
-        wish = (lane.index, slots, served.storage.generation)
+        wish = (lane.number, slots, served.storage.generation)
         with self._lock:
             wishes = self._wanted.setdefault(served, set())
             if wish in wishes:

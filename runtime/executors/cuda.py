@@ -56,7 +56,6 @@ class CudaExecutor:
         steps: Steps,
         capturer: Capturer,
         clock: Callable[[], float],
-        settings: Settings,
     ) -> None:
         self.device = device
         self.sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -64,11 +63,11 @@ class CudaExecutor:
         self._steps = steps
         self._capturer = capturer
         self._clock = clock
-        self._lanes = LaneSet(device, self.sms)
+        self._lanes = LaneSet(device)
         self._marks = Marks()
         self._capture = True
+        self._most = 1
         compat.guard_synchronize()
-        self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
         """From the next bundle on lanes are those of ``settings``."""
@@ -200,7 +199,7 @@ class CudaExecutor:
         entry.fill(
             layout,
             rows,
-            cap_of(bundle.share, self.sms),
+            min(cap_of(bundle.share, self.sms), self.sms if lane.context is None else lane.context.sms),
             [[cast(Tensor, r.inputs[i]) for r in requests] for i, spec in enumerate(program.inputs) if spec],
             [
                 [cast(Tensor, r.outputs[i]) for r in requests]

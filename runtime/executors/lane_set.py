@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from torch_mux import compat
 from torch_mux.runtime.lanes import Lane, highest_priority
 from torch_mux.runtime.scheduler.base import Issue, LaneKind, LaneLoad, lane_kinds
 from torch_mux.settings import Settings
@@ -17,17 +18,13 @@ _Place = tuple[LaneKind, int]
 
 
 class LaneSet:
-    """Lanes by kind and number; those that settings no longer name drain and stay unused.
+    """Lanes by kind and number; those that settings no longer name drain and stay unused."""
 
-    Args:
-        device: the GPU.
-        sms: its multiprocessors.
-    """
-
-    def __init__(self, device: torch.device, sms: int) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sms = sms
+        self._green = False
         self._places: tuple[_Place, ...] = ()
+        self._shown: tuple[_Place, ...] = ()
         self._made: dict[_Place, Lane] = {}
 
     def __iter__(self) -> Iterator[Lane]:
@@ -37,7 +34,14 @@ class LaneSet:
         return len(self._made)
 
     def configure(self, settings: Settings) -> None:
-        """From now on the indices of lanes mean those of ``settings``."""
+        """From now on the indices of lanes mean those of ``settings``.
+
+        Raises:
+            IsolationUnavailable: the device cannot be cut into parts.
+        """
+        if settings.isolation == "green":
+            compat.green.check(self._device)
+        self._green = settings.isolation == "green"
         seen: Counter[LaneKind] = Counter()
         places: list[_Place] = []
         for kind in lane_kinds(settings):
@@ -46,23 +50,44 @@ class LaneSet:
         self._places = tuple(places)
 
     def loads(self) -> Sequence[LaneLoad]:
-        """Bundles under way on each lane, by index."""
+        """Bundles under way on each lane; :meth:`take` goes by the indices that this showed last."""
         made = self._made
+        self._shown = self._places
         return [
             LaneLoad(len(made[place].flights) if place in made else 0, place[0]) for place in self._places
         ]
 
     def take(self, issue: Issue) -> Lane:
-        """The lane that an issue names."""
-        place = self._places[issue.lane]
+        """The lane that an issue names.
+
+        Raises:
+            IsolationUnavailable: the device cannot be cut as the reserves ask.
+        """
+        place = self._shown[issue.lane]
+        context = self._context(place[0], issue.reserve)
         lane = self._made.get(place)
-        if lane is None:
-            lane = self._made[place] = self._make(issue.lane, place[0])
+        if lane is None or lane.context != context:
+            lane = self._made[place] = self._make(issue.lane, place[0], context, lane)
         return lane
 
-    def _make(self, index: int, kind: LaneKind) -> Lane:
+    def _context(self, kind: LaneKind, reserve: float) -> compat.green.GreenContext | None:
+        """The part of the device that such a lane runs on; None: the whole."""
+        if not self._green or kind is LaneKind.COMMON:
+            return None
+        halves = compat.green.split(self._device, compat.green.fitting(self._device, reserve))
+        return halves.own if kind is LaneKind.RESERVED else halves.rest
+
+    def _make(
+        self, index: int, kind: LaneKind, context: compat.green.GreenContext | None, former: Lane | None
+    ) -> Lane:
+        """A lane in place of a former one, whose part of the device was another, when that is empty."""
         priority = highest_priority() if kind is LaneKind.RESERVED else 0
-        return Lane(index, self._device, priority)
+        lane = Lane(index, self._device, priority, context)
+        if former is not None:
+            for flight in former.flights:
+                flight.end.wait()
+            lane.flights, lane.free_at = former.flights, former.free_at
+        return lane
 
     def named(self) -> list[Lane]:
         """The lanes in use that are made, by index."""

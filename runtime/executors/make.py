@@ -35,7 +35,7 @@ def make_executor(engine: Engine, device: torch.device) -> Executor:
 
     steps = Steps(stack_buffer, *_moves())
     capturer = Capturer(engine.compile_thread, steps, engine.compile_lock, builder)
-    return CudaExecutor(device, steps, capturer, engine.clock, engine.settings)
+    return CudaExecutor(device, steps, capturer, engine.clock)
 
 
 def _moves() -> tuple[Move, Move]:

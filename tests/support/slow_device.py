@@ -84,7 +84,6 @@ def slow(lab: Any, **settings: Any) -> tuple[Any, SlowDevice]:
 
     def make(engine: Any, device: torch.device) -> SlowDevice:
         executor = SlowDevice(device, lab.stack)
-        executor.configure(engine.settings)
         made.append(executor)
         return executor
 

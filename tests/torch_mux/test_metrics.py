@@ -68,6 +68,16 @@ def test_a_scrape_says_what_stats_says(models: list[Any], url: str) -> None:
     assert sum(shares) == pytest.approx(1.0) and min(shares) > 0
 
 
+def test_a_reserve_is_granted_before_the_weights(models: list[Any], url: str) -> None:
+    _serve(models, "alice", 2, weight=3)
+    _serve(models, "bob", 2, weight=1)
+    _serve(models, "carol", 2, weight=9, reserve=0.2)
+    found = observe.read(url)
+    granted = [found.of("granted_share", name) for name in ("alice", "bob", "carol")]
+    assert granted == pytest.approx([0.6, 0.2, 0.2])
+    assert torch_mux.stats().tenants["carol"].reserve == 0.2
+
+
 def test_what_a_tenant_got_is_told_by_model(models: list[Any]) -> None:
     class Other(Net):
         def forward(self, x: Tensor) -> Tensor:

@@ -39,11 +39,13 @@ def test_nothing_happened_yet() -> None:
 
 
 def test_stats_text() -> None:
-    tenant = TenantStats("alice", 9, 3, 1, 1, 1, 0.001, 0.0025, 0.5, 0.1, 0.75, 3 << 20, 2, 1, 4)
+    tenant = TenantStats(
+        "alice", 9, 3, 1, 1, 1, 0.001, 0.0025, 0.5, 0.1, 0.75, 3 << 20, 2, 1, 4, reserve=0.25
+    )
     text = str(Stats({"alice": tenant}, bundles=2, requests=4, device_seconds=0.5, sizes={2: 2}))
     assert "4 requests in 2 bundles" in text
     row = next(line.split() for line in text.splitlines() if line.startswith("alice"))
-    assert row == "alice 9 3 2 1 1 1 1 4 1.00 2.50 0.500 75% 3.0".split()
+    assert row == "alice 9 3 2 1 1 1 1 4 1.00 2.50 0.500 100.0% 25% 75% 3.0".split()
 
 
 def test_program_text() -> None:
@@ -73,6 +75,7 @@ def test_program_text() -> None:
 def test_explanation_text() -> None:
     note = Note(FallbackReason(FallbackKind.NOT_REACHED, "LSTM"), 2)
     text = str(Explanation("the CPU", Settings(enabled=False), (), (note,)))
+    assert "1 lane for everybody, one of high priority for tenants with a reserve" in text
     assert "disabled" in text and "LSTM: no graph of the model reached the backend, 2 times" in text
 
 

@@ -70,6 +70,16 @@ def test_every_bundle_and_request_is_in_the_file(device: str, tmp_path: Path) ->
         assert names[event["pid"], event["tid"]] in bundle["args"]["tenants"]
 
 
+def test_the_lane_of_a_reserve_shows(tmp_path: Path) -> None:
+    _serve(1)
+    path = tmp_path / "trace.json"
+    with torch_mux.trace(path) as timeline, torch_mux.quota("carol", reserve=0.2):
+        _serve(1)
+    assert {span.lane for span in timeline.spans if span.reserved} == {1}
+    events = json.loads(path.read_text())["traceEvents"]
+    assert "lane 1 (reserve)" in {event["args"]["name"] for event in events if event["ph"] == "M"}
+
+
 def test_nothing_is_recorded_outside_and_two_may_record() -> None:
     with torch_mux.trace() as outer:
         _serve(1)

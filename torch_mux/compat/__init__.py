@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import native, source_keys
+from . import green, native, source_keys
 from .caches import cache_folder
 from .captures import (
     capturing,
@@ -89,6 +89,7 @@ __all__ = [
     "frame_guards",
     "frame_name",
     "frame_owner",
+    "green",
     "guard_synchronize",
     "has_effect_tokens",
     "has_graph_break",

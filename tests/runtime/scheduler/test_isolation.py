@@ -169,7 +169,7 @@ def test_caps_leave_room_for_every_reserve_in_use(
     lanes: int,
     linger: float,
 ) -> None:
-    """Whoever is there: what goes out beside a tenant with a reserve leaves its part free, and all is served."""
+    """What goes out beside a tenant with a reserve leaves its part free, and everybody is served."""
     chosen = Settings(isolation=isolation, max_bundle=most, lanes=lanes, linger=linger)
     made = LanedDevice(chosen, lambda key, slots: 1e-3 + 1e-3 * slots)
     quotas = [
@@ -200,7 +200,8 @@ def room_is_left(made: LanedDevice) -> Callable[[], None]:
         if not issue.reserved:
             flying = [one.issue for lane in made.lanes for one in lane if one.issue.reserved]
             tickets = [ticket for each in flying for ticket in each.requests]
-            tickets += [ticket for (_, own), queue in made.queues.items() if own for ticket in queue.requests]
+            own = [queue for queue in made.queues.values() if queue.reserved]
+            tickets += [ticket for queue in own for ticket in queue.requests]
             held = {ticket.quota.tenant: ticket.quota.reserve for ticket in tickets}
             found.append((issue.share, 1.0 - sum(held.values())))
         original(issue, now)

@@ -1,0 +1,134 @@
+"""A tenant with a reserve beside others: on its own lane, at once, and what it is charged."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from slow_device import slow
+
+from torch_mux.runtime.timeline import Timeline, recorders
+from torch_mux.types import Quota
+
+LATENT = Quota("latent", reserve=0.25)
+
+
+def flood(lab: Any, engine: Any, count: int) -> threading.Thread:
+    """Somebody waits for more bundles of the common lane than may be enqueued, and dispatches meanwhile."""
+    program, model = lab.program(), lab.Affine(2.0)
+    requests = [lab.submit(engine, program, model, quota=Quota("others")) for _ in range(count)]
+    thread = threading.Thread(target=engine.wait, args=(requests,))
+    thread.start()
+    return thread
+
+
+def test_it_goes_out_at_once_while_the_common_lane_is_full(lab: Any) -> None:
+    engine, device = slow(lab, max_bundle=1, in_flight=2)
+    device.seconds = 0.4
+    program, model = lab.program(), lab.Affine(3.0)
+    lab.submit(engine, program, model, quota=LATENT).result()
+    lab.until(lambda: not device.flying())
+    thread = flood(lab, engine, 5)
+    lab.until(lambda: len(device.lanes[0]) == 2)
+    time.sleep(0.05)
+    started = time.perf_counter()
+    request = lab.submit(engine, program, model, 2.0, quota=LATENT)
+    assert request.result()[0][0].item() == 6.0
+    assert time.perf_counter() - started < 0.2
+    assert request.flight.bundle.lane == 1
+    assert len(device.lanes[0]) == 2
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_neither_a_kicked_one_waits_and_its_end_is_told_in_time(lab: Any) -> None:
+    engine, device = slow(lab, max_bundle=1, in_flight=2)
+    program, model = lab.program(), lab.Affine(3.0)
+    lab.submit(engine, program, model, quota=LATENT).result()
+    lab.until(lambda: not device.flying())
+    device.seconds = 0.5
+    requests = [lab.submit(engine, program, model, quota=Quota("others")) for _ in range(5)]
+    engine.kick()
+    lab.until(lambda: len(device.lanes[0]) == 2)
+    device.seconds = 0.05
+    told = threading.Event()
+    started = time.perf_counter()
+    request = lab.submit(engine, program, model, quota=LATENT)
+    request.add_done_callback(lambda _: told.set())
+    engine.kick()
+    assert told.wait(10)
+    assert time.perf_counter() - started < 0.35
+    engine.wait(requests)
+
+
+def test_the_others_are_capped_beside_it_and_only_then(lab: Any) -> None:
+    engine, device = slow(lab)
+    device.seconds = 0.05
+    program, model = lab.program(), lab.Affine()
+    with recorders.record(Timeline()) as timeline:
+        lab.submit(engine, program, model, quota=Quota("others")).result()
+        lab.submit(engine, program, model, quota=LATENT).result()
+        lab.submit(engine, program, model, quota=Quota("others")).result()
+        lab.until(lambda: len(timeline.spans) == 3)
+    spans = sorted(timeline.spans, key=lambda span: span.issued)
+    assert [(span.lane, span.reserved, span.share) for span in spans] == [
+        (0, False, 1.0),
+        (1, True, 0.25),
+        (0, False, 0.75),
+    ]
+
+
+def test_tenants_together_are_charged_the_time_in_which_the_device_was_busy(lab: Any) -> None:
+    engine, device = slow(lab)
+    device.seconds = 0.2
+    program, model = lab.program(), lab.Affine()
+    began = time.perf_counter()
+    engine.wait([lab.submit(engine, program, model, quota=Quota("others"))])
+    engine.wait([lab.submit(engine, program, model, quota=LATENT)])
+    lab.until(lambda: not device.flying())
+    took = time.perf_counter() - began
+    lab.until(lambda: engine.stats().bundles == 2)
+    stats = engine.stats()
+    charged = [stats.tenants[name].device_seconds for name in ("others", "latent")]
+    assert sum(charged) == pytest.approx(stats.device_seconds)
+    assert 0.2 <= stats.device_seconds < took + 0.01
+    assert charged[1] < 0.1 < charged[0]
+
+
+def test_isolation_can_be_turned_off_and_on_with_requests_pending(lab: Any) -> None:
+    engine, device = slow(lab, max_bundle=4, in_flight=1)
+    device.seconds = 0.05
+    program, model = lab.program(), lab.Affine(2.0)
+    for isolation in ("off", "caps", "priority", "off"):
+        thread = flood(lab, engine, 5)
+        requests = [lab.submit(engine, program, model, float(n), quota=LATENT) for n in range(6)]
+        engine.configure(replace(engine.settings, isolation=isolation))
+        requests += [lab.submit(engine, program, model, float(n), quota=LATENT) for n in range(6)]
+        assert [r.result()[0][0].item() for r in requests] == [2.0 * n for n in range(6)] * 2
+        thread.join(10)
+    lab.until(lambda: not device.flying())
+    lab.until(lambda: engine.stats().tenants["latent"].pending == 0)
+    assert engine.stats().tenants["latent"].ok == 48
+
+
+def test_calls_that_depend_on_each_other_keep_their_order(lab: Any) -> None:
+    """A program that writes its buffers stays on the first lane, reserve or not."""
+    engine, _ = slow(lab)
+    program = lab.program("mutating", mutates=True)
+    engine.register(program)
+    assert engine.quiesce(10)
+    request = lab.submit(engine, program, lab.Affine(), quota=LATENT)
+    engine.wait([request])
+    assert request.flight.bundle.lane == 0
+
+
+def test_a_cpu_records_the_lane(lab: Any) -> None:
+    engine = lab.engine()
+    program, model = lab.program(), lab.Affine(2.0)
+    with recorders.record(Timeline()) as timeline:
+        for quota in (LATENT, Quota("others"), LATENT):
+            assert lab.submit(engine, program, model, 3.0, quota=quota).result()[0][0].item() == 6.0
+    assert [span.lane for span in timeline.spans] == [1, 0, 1]
