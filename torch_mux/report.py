@@ -22,7 +22,7 @@ __all__ = ["Explanation", "Note", "ProgramExplanation", "Stats", "explanation", 
 _KEPT = {
     "off": "; reserves are not acted on (isolation='off')",
     "priority": ", one of high priority for tenants with a reserve (isolation='priority')",
-    "caps": ", one of high priority for tenants with a reserve, kept free by the others' caps while it is in use "
+    "caps": ", one of high priority for tenants with a reserve, kept free by the caps of others while in use "
     "(isolation='caps')",
     "green": ", one for tenants with a reserve and one for the others while it is in use, each on "
     "multiprocessors of its own (isolation='green')",

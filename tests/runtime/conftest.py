@@ -63,6 +63,8 @@ class FakeStorage:
         if parameters:
             self.table[row, 0].copy_(parameters[0])
             self.table[row, 1].copy_(parameters[1])
+            if self.table.is_cuda:
+                torch.cuda.current_stream(self.table.device).synchronize()
 
     def stale(self, row: int) -> bool:
         sources = [source() for source in self.sources[row]]

@@ -1,0 +1,269 @@
+"""Lanes of one GPU: same bits, overlap, rows written for both, multiprocessors of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_mux
+from torch_mux import compat
+from torch_mux.compat import native
+from torch_mux.runtime.scheduler.base import Issue
+from torch_mux.types import Quota
+
+pytestmark = pytest.mark.gpu
+
+CUDA = "cuda:0"
+OTHERS, LATENT = Quota("others"), Quota("latent", reserve=0.25)
+MODES = ("off", "priority", "caps", "green")
+
+
+@pytest.fixture(autouse=True)
+def built() -> None:
+    native.build()
+
+
+def spin(milliseconds: float) -> None:
+    """Keeps the current stream busy, on one multiprocessor."""
+    torch.cuda._sleep(int(milliseconds * 1.5e6))
+
+
+def ready(engine: Any, program: Any) -> None:
+    engine.register(program)
+    assert engine.quiesce(60)
+
+
+def watched(engine: Any) -> list[Any]:
+    """The flights that are launched from now on, with their events."""
+    executor = engine._dispatchers[torch.device(CUDA)].executor
+    flights, launch = [], executor.launch
+
+    def launching(bundle: Any) -> Any:
+        flights.append(launch(bundle))
+        return flights[-1]
+
+    executor.launch = launching
+    return flights
+
+
+def test_a_bundle_runs_while_a_long_one_of_others_is_under_way(lab: Any) -> None:
+    engine = lab.gpu_engine(capture=False)
+    long, short = lab.program("long", device=CUDA), lab.program("short", device=CUDA)
+    ready(engine, long)
+    ready(engine, short)
+    models = lab.Affine(2.0, CUDA), lab.Affine(3.0, CUDA)
+    for program, model, quota in ((long, models[0], OTHERS), (short, models[1], LATENT)):
+        lab.submit(engine, program, model, quota=quota).result()
+    torch.cuda.synchronize()
+    flights = watched(engine)
+    lab.plans["long"].before = lambda inputs: spin(200.0)
+    engine.wait([lab.submit(engine, long, models[0], 1.0, OTHERS)])
+    request = lab.submit(engine, short, models[1], 2.0, LATENT)
+    engine.wait([request])
+    slow, quick = flights
+    quick.end.wait()
+    assert not slow.end.event.query(), "it waited for the bundle of others"
+    slow.end.wait()
+    assert slow.start.event.elapsed_time(quick.start.event) > 0.0
+    assert quick.end.event.elapsed_time(slow.end.event) > 50.0
+    assert (quick.bundle.lane, slow.bundle.lane) == (1, 0)
+    assert request.result()[0][0].item() == 6.0
+    lab.until(lambda: engine.stats().bundles == 4)
+    stats = engine.stats()
+    whole = slow.start.event.elapsed_time(slow.end.event) * 1e-3
+    assert stats.device_seconds < whole + 0.05, "the time in which both were under way counts once"
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("isolation", MODES)
+def test_bits_are_those_of_the_first_lane(lab: Any, isolation: str, capture: bool) -> None:
+    engine = lab.gpu_engine(capture=capture)
+    program = lab.program(device=CUDA)
+    ready(engine, program)
+    models = [lab.Affine(1.0 + 0.37 * number, CUDA) for number in range(5)]
+    inputs = [torch.randn(4, device=CUDA) for _ in models]
+
+    def together(quotas: list[Quota]) -> list[list[Tensor]]:
+        calls = [
+            (engine.instance(program, model.tensors()), [x], quota)
+            for model, x, quota in zip(models, inputs, quotas, strict=True)
+        ]
+        requests = engine.submit_all(calls)
+        engine.wait(requests)
+        return [request.result() for request in requests]
+
+    want = together([OTHERS] * 5)
+    engine.configure(replace(engine.settings, isolation=isolation))
+    for quotas in ([LATENT] * 5, [OTHERS] * 5, [LATENT, OTHERS] * 2 + [LATENT]):
+        for _ in range(3):
+            for got, expected in zip(together(quotas), want, strict=True):
+                assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+            assert engine.quiesce(60)
+    assert engine.plans()[0].capture_failures == ()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 64, 3, padding=1)
+        self.norm = nn.BatchNorm2d(64)
+        self.fc = nn.Linear(64, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("isolation", MODES[1:])
+def test_super_kernels_have_the_same_bits_on_any_lane_beside_others(isolation: str) -> None:
+    """Two models at once on two lanes, captured and capped, against each alone on the first lane."""
+    torch.manual_seed(0)
+    torch_mux.reset()
+    models = [torch.compile(Net().eval().half().to(CUDA), backend="mux") for _ in range(4)]
+    inputs = [torch.randn(1, 32, 24, 24, device=CUDA, dtype=torch.half) for _ in models]
+    with torch.inference_mode():
+        want = [torch_mux.gather((model, x))[0] for model, x in zip(models, inputs, strict=True)]
+        torch_mux.configure(isolation=isolation)
+        for _ in range(20):
+            futures = []
+            for number, (model, x) in enumerate(zip(models, inputs, strict=True)):
+                with torch_mux.quota(f"t{number}", reserve=0.3 if number % 2 else 0.0):
+                    futures.append(torch_mux.submit(model, x))
+            for future, expected in zip(futures, want, strict=True):
+                assert torch.equal(future.result(), expected)
+    torch_mux.reset()
+
+
+@pytest.mark.parametrize("isolation", ["caps", "green"])
+def test_a_row_written_for_one_lane_is_read_by_the_other(lab: Any, isolation: str) -> None:
+    engine = lab.gpu_engine(isolation=isolation)
+    program = lab.program(device=CUDA)
+    ready(engine, program)
+    model = lab.Affine(1.0, CUDA)
+    for step in range(1, 30):
+        first, second = (LATENT, OTHERS) if step % 2 else (OTHERS, LATENT)
+        with torch.no_grad():
+            spin(0.5)
+            model.weight.fill_(float(step))
+        requests = [lab.submit(engine, program, model, 2.0, quota) for quota in (first, second, first)]
+        engine.wait(requests)
+        assert [request.result()[0][0].item() for request in requests] == [2.0 * step] * 3
+    assert lab.plans["affine"].storage.refreshes >= 28
+
+
+def test_prepared_copies_are_written_for_both_lanes() -> None:
+    torch.manual_seed(1)
+    torch_mux.reset()
+    module = Net().eval().half().to(CUDA)
+    model = torch.compile(module, backend="mux")
+    x = torch.randn(1, 32, 24, 24, device=CUDA, dtype=torch.half)
+    with torch.inference_mode():
+        torch_mux.gather((model, x))
+    last = None
+    for step in range(20):
+        with torch.no_grad():
+            spin(0.5)
+            module.norm.weight.mul_(1.1)  # folded into a copy of the convolution's weight
+            module.fc.weight.add_(0.01)
+        with torch.inference_mode():
+            futures = []
+            for reserve in (0.25, 0.0) if step % 2 else (0.0, 0.25):
+                with torch_mux.quota(f"t{reserve}", reserve=reserve):
+                    futures.append(torch_mux.submit(model, x))
+            first, second = (future.result() for future in futures)
+            (alone,) = torch_mux.gather((model, x))
+            assert torch.equal(first, alone) and torch.equal(second, alone)
+            assert last is None or not torch.equal(last, alone)
+            torch.testing.assert_close(alone, module(x), rtol=2e-2, atol=2e-2)
+        last = alone
+    torch_mux.reset()
+
+
+def test_new_rows_while_the_other_lane_is_busy(lab: Any) -> None:
+    """A new row may move the tables that a bundle on the other lane reads."""
+    engine = lab.gpu_engine(capture=False)
+    program = lab.program(device=CUDA)
+    ready(engine, program)
+    models = [lab.Affine(float(number), CUDA) for number in range(1, 20)]
+    lab.plans["affine"].before = lambda inputs: spin(1.0)
+    requests = [
+        lab.submit(engine, program, model, 3.0, LATENT if number % 2 else OTHERS)
+        for number, model in enumerate(models)
+        for _ in range(2)
+    ]
+    engine.wait(requests)
+    want = [3.0 * number for number in range(1, 20) for _ in range(2)]
+    assert [request.result()[0][0].item() for request in requests] == want
+
+
+def ids(stream: torch.cuda.Stream, recorder: torch.cuda.Stream | None = None) -> set[int]:
+    """The multiprocessors that a kernel with many programs runs on, launched or captured and replayed."""
+    from gpu_places import places
+
+    found = torch.full((4096,), -1, dtype=torch.int32, device=CUDA)
+    torch.cuda.synchronize()
+    if recorder is None:
+        with torch.cuda.stream(stream):
+            places(found)
+    else:
+        with torch.cuda.stream(recorder):
+            places(found)
+            recorder.synchronize()
+            found.fill_(-1)
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            places(found)
+            graph.capture_end()
+        recorder.synchronize()
+        with torch.cuda.stream(stream):
+            graph.replay()
+    torch.cuda.synchronize()
+    return set(found.tolist())
+
+
+def test_green_lanes_run_on_multiprocessors_of_their_own(lab: Any) -> None:
+    engine = lab.gpu_engine(isolation="green")
+    program = lab.program(device=CUDA)
+    ready(engine, program)
+    model = lab.Affine(1.0, CUDA)
+    for quota in (LATENT, OTHERS):
+        lab.submit(engine, program, model, quota=quota).result()
+    lanes = {
+        lane.context.sms: lane
+        for lane in engine._dispatchers[torch.device(CUDA)].executor._lanes
+        if lane.context is not None
+    }
+    device = torch.device(CUDA)
+    total = torch.cuda.get_device_properties(device).multi_processor_count
+    few = compat.green.fitting(device, 0.25)
+    assert 0.25 * total <= few <= 0.25 * total + compat.green.GROUP
+    own, rest = lanes[few], lanes[total - few]
+    for recorders in (None, None), (own.recorder, rest.recorder):
+        mine, others = ids(own.stream, recorders[0]), ids(rest.stream, recorders[1])
+        assert 0 < len(mine) <= few and 0 < len(others) <= total - few
+        assert not mine & others
+
+
+def test_another_reserve_is_another_part_of_the_device(lab: Any) -> None:
+    engine = lab.gpu_engine(isolation="green")
+    program = lab.program(device=CUDA)
+    ready(engine, program)
+    model = lab.Affine(2.0, CUDA)
+    executor = None
+    for reserve in (0.25, 0.5, 0.25):
+        requests = [lab.submit(engine, program, model, 2.0, Quota("a", reserve=reserve)) for _ in range(3)]
+        engine.wait(requests)
+        assert [request.result()[0][0].item() for request in requests] == [4.0] * 3
+        executor = requests[0].dispatcher.executor
+        issue = Issue("", (), 1.0, lane=1, reserve=reserve)
+        assert executor._lanes.take(issue).context.sms == compat.green.fitting(torch.device(CUDA), reserve)
+
+
+def test_the_reserved_lane_goes_first() -> None:
+    from torch_mux.runtime.lanes import Lane, highest_priority
+
+    lane = Lane(1, torch.device(CUDA), highest_priority())
+    assert lane.stream.priority < torch.cuda.Stream(CUDA).priority
