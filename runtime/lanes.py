@@ -230,14 +230,13 @@ class Lane:
             self._recorder = Side(self.stream.device, context=self.context)
         return self._recorder.stream
 
-    def at_work(self) -> CudaFlight | None:
-        """The flight that the device is at, if any; it came to it when its predecessor had ended."""
+    @property
+    def head(self) -> CudaFlight | None:
+        """The flight that the device is at, if any; any thread may ask."""
         try:
-            flight = self.flights[0]
+            return self.flights[0]
         except IndexError:
             return None
-        flight.began = max(flight.launched, self.free_at)
-        return flight
 
     def flight(self, bundle: Bundle, now: float) -> CudaFlight:
         """A flight for ``bundle`` that is about to be enqueued at ``now``."""

@@ -38,7 +38,7 @@ __all__ = ["CudaExecutor"]
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
-_GLANCE = 50e-6
+_GLANCE = 100e-6
 
 
 class CudaExecutor:
@@ -257,16 +257,22 @@ class CudaExecutor:
         return any(lane.flights for lane in self._lanes)
 
     def at_work(self) -> Sequence[Flight]:
-        """The first flight of each lane."""
-        return [flight for lane in self._lanes if (flight := lane.at_work()) is not None]
+        """The first flight of each lane, at work since its predecessor ended."""
+        found: list[Flight] = []
+        for lane in self._lanes:
+            head = lane.head
+            if head is not None:
+                head.began = max(head.launched, lane.free_at)
+                found.append(head)
+        return found
 
     def await_end(self) -> None:
         """One lane's event is waited for; of several, whose bundles may come meanwhile, all are looked at."""
-        while flights := self.at_work():
+        while heads := [head for lane in self._lanes if (head := lane.head) is not None]:
             if len(self._lanes) == 1:
-                cast(CudaFlight, flights[0]).end.wait()
+                heads[0].end.wait()
                 return
-            if any(passed(cast(CudaFlight, flight).end.event) for flight in flights):
+            if any(passed(head.end.event) for head in heads):
                 return
             time.sleep(_GLANCE)
 

@@ -86,7 +86,8 @@ class Predictor:
     bundle of a size may include what happens once, and counts only until there is a second. Sizes that were
     not seen are interpolated linearly between their neighbours; below the smallest one its own time is taken,
     above the largest one time grows in proportion to the slots. A cap or number of neighbours that was not
-    seen is taken from the nearest that was, neighbours first.
+    seen is taken from the nearest that was, neighbours first; under a larger cap than that it is taken to be
+    faster in proportion, since who is charged too little is put right at once, and too much only later.
     """
 
     def __init__(self, samples: Samples | None = None) -> None:
@@ -121,7 +122,11 @@ class Predictor:
                 nearest = min(
                     program.contexts, key=lambda other: (abs(other[1] - neighbours), abs(other[0] - cap))
                 )
-                found = program.cache[slots, where] = _interpolated(program.contexts[nearest], slots)
+                found = _interpolated(program.contexts[nearest], slots)
+                if cap > nearest[0]:
+                    part = nearest[0] / cap
+                    found = Forecast(found.median * part, found.high * part, found.known)
+                program.cache[slots, where] = found
             return found
 
     def fresh(self) -> Samples:

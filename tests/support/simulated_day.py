@@ -53,7 +53,7 @@ class Day:
     """Everything but the threads.
 
     Attributes:
-        seconds: device seconds of a bundle, of its program and slots.
+        seconds: device seconds of a bundle on the whole device, of its program and slots.
         faulty: whether a bundle of a program raises; each of its requests runs again alone then.
         guilty: whether a request raises even alone.
         slower: factor on the time of a bundle.
@@ -73,6 +73,7 @@ class Day:
     skew: float = 0.0
     latest: float = 0.0
     busy: float = 0.0
+    busy_of: Counter[LaneKind] = field(default_factory=Counter)
     policy: IsolatingPolicy = field(default_factory=IsolatingPolicy)
     accounting: Accounting = field(default_factory=Accounting)
     line: Line = field(default_factory=Line)
@@ -186,7 +187,7 @@ class Day:
             assert self.clock < request.expires
             request.state, request.started = RequestState.RUNNING, self.clock
         self.policy.issued(issue, self.clock)
-        seconds = self.seconds(issue.key, len(requests)) * self.slower()
+        seconds = self.seconds(issue.key, len(requests)) * self.slower() / issue.share
         lane = issue.lane
         assert self._load[lane] < self.settings.in_flight
         self._load[lane] += 1
@@ -208,6 +209,7 @@ class Day:
         self.policy.completed(issue, self.clock, seconds)
         self.accounting.ran(requests, seconds, True)
         self.busy += seconds
+        self.busy_of[self._kinds[issue.lane]] += seconds  # type: ignore[assignment]
         for request in requests:
             if self.guilty():
                 request.error = ValueError("of its own")
