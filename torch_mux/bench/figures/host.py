@@ -10,9 +10,9 @@ from typing import Final
 from torch_mux.bench.figures.base import Finding, Row, lateness
 from torch_mux.bench.figures.stage import Stage
 from torch_mux.bench.load import Traffic
-from torch_mux.runtime.scheduler.base import Issue, LaneLoad, View
+from torch_mux.runtime.scheduler.base import Issue, LaneLoad, View, lane_kinds
+from torch_mux.runtime.scheduler.isolation import IsolatingPolicy
 from torch_mux.runtime.scheduler.pending import Flow, Pending
-from torch_mux.runtime.scheduler.policy import FairPolicy
 from torch_mux.runtime.scheduler.predictor import Predictor
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
@@ -39,7 +39,7 @@ class _Ticket:
 class _Queue:
     """The queue of one program, as a policy sees it."""
 
-    key, ready, slots, ordered, timed = "program", True, 1 << 20, False, False
+    key, ready, slots, ordered, timed, reserved = "program", True, 1 << 20, False, False, False
 
     def __init__(self) -> None:
         self.requests: Pending[_Ticket] = Pending()
@@ -57,8 +57,9 @@ def decision_seconds(tenants: int, backlog: int, rounds: int = 300) -> float:
     Args:
         backlog: requests that each tenant has pending; what goes out is replaced.
     """
-    policy, queue = FairPolicy(Predictor()), _Queue()
-    settings, lanes = Settings(max_bundle=64, linger=0.0), (LaneLoad(),)
+    policy, queue = IsolatingPolicy(Predictor()), _Queue()
+    settings = Settings(max_bundle=64, linger=0.0)
+    lanes = [LaneLoad(kind=kind) for kind in lane_kinds(settings)]
     quotas = [Quota(f"tenant-{number}") for number in range(tenants)]
     for number in range(tenants * backlog):
         queue.requests.append(_Ticket(0.0, number, quotas[number % tenants]))
