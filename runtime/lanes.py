@@ -209,7 +209,7 @@ class Lane:
         self._side = Side(device, priority, context)
         self.stream, self.address = self._side.stream, self._side.address
         self.marks = Marks(timing=True)
-        with compat.on_stream(self.stream):
+        with compat.on_stream(self.stream), torch.inference_mode(False):
             self.ring = TableRing(_ENTRIES, _WORDS, device)
         self.flights: deque[CudaFlight] = deque()
         self.executables: dict[str, dict[int, Executable]] = {}

@@ -91,7 +91,7 @@ class RingEntry:
     """One pinned table. It may be filled again once the bundle that reads it has ended."""
 
     def __init__(self, words: int, pinned: bool) -> None:
-        self.host = torch.zeros(words, dtype=torch.int64, pin_memory=pinned)
+        self.host = torch.zeros(words, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self.address = self.host.data_ptr()
         self._words = (ctypes.c_int64 * words).from_address(self.address)
         self._halves = (ctypes.c_int32 * (2 * words)).from_address(self.address)

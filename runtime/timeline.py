@@ -42,23 +42,23 @@ class BundleSpan:
         program: the model's class.
         fingerprint: identity of the program.
         device, lane: where it ran.
-        reserved: whether its tenants have a reserve.
         share: its cap, a fraction of the device.
         issued, ended: seconds on the engine's clock when it left the line and when the device had finished.
         seconds: device seconds it took, at the end of that time.
         requests: in slot order.
+        reserved: whether its tenants have a reserve.
     """
 
     program: str
     fingerprint: str
     device: str
     lane: int
-    reserved: bool
     share: float
     issued: float
     ended: float
     seconds: float
     requests: tuple[RequestSpan, ...]
+    reserved: bool = False
 
 
 class Timeline:
@@ -82,12 +82,12 @@ class Timeline:
             program.fingerprint,
             str(program.device),
             bundle.lane,
-            bundle.issue.reserved,
             bundle.share,
             issued,
             ended,
             bundle.seconds,
             spans,
+            bundle.issue.reserved,
         )
         with self._lock:
             self._spans.append(span)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_mux import carry, compat, state
 from torch_mux.calls import Prepared, prepare, require_mux
 from torch_mux.condition import Health, condition
-from torch_mux.errors import InvalidRequest, InvalidSetting, MuxError, NotCompiled
+from torch_mux.errors import InvalidRequest, InvalidSetting, IsolationUnavailable, MuxError, NotCompiled
 from torch_mux.futures import Future
 from torch_mux.learned import name_of
 from torch_mux.quotas import current_quota, parse_duration
@@ -262,7 +262,10 @@ def _setting(name: str, value: Any) -> Any:
     if name == "isolation" and value not in _ISOLATION:
         raise InvalidSetting(name=name, value=value, detail=f"one of {', '.join(_ISOLATION)}")
     if value == "green":
-        compat.green.check(torch.device("cuda"))
+        try:
+            compat.green.check(torch.device("cuda"))
+        except compat.green.Unavailable as error:
+            raise IsolationUnavailable(str(error)) from error
     if name == "quarantine" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise InvalidSetting(name=name, value=value, detail="a whole number, or 0 for never")
     if name in _SWITCHES and not isinstance(value, bool):

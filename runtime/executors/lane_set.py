@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from torch_mux import compat
+from torch_mux.errors import IsolationUnavailable
 from torch_mux.runtime.lanes import Lane, highest_priority
 from torch_mux.runtime.scheduler.base import Issue, LaneKind, LaneLoad, lane_kinds
 from torch_mux.settings import Settings
@@ -40,7 +41,10 @@ class LaneSet:
             IsolationUnavailable: the device cannot be cut into parts.
         """
         if settings.isolation == "green":
-            compat.green.check(self._device)
+            try:
+                compat.green.check(self._device)
+            except compat.green.Unavailable as error:
+                raise IsolationUnavailable(str(error)) from error
         self._green = settings.isolation == "green"
         seen: Counter[LaneKind] = Counter()
         places: list[_Place] = []
@@ -74,7 +78,10 @@ class LaneSet:
         """The part of the device that such a lane runs on; None: the whole."""
         if not self._green or kind is LaneKind.COMMON:
             return None
-        halves = compat.green.split(self._device, compat.green.fitting(self._device, reserve))
+        try:
+            halves = compat.green.split(self._device, compat.green.fitting(self._device, reserve))
+        except compat.green.Unavailable as error:
+            raise IsolationUnavailable(str(error)) from error
         return halves.own if kind is LaneKind.RESERVED else halves.rest
 
     def _make(

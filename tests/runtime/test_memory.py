@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,8 +228,8 @@ def test_outputs_that_find_no_memory(lab: Any, ready: Any, monkeypatch: pytest.M
 def test_the_pool_of_a_lanes_graphs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [{"total_size": 100, "segment_pool_id": (0, 0)}, {"total_size": 7, "segment_pool_id": (0, 3)}]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: parts * 2)
-    lane = object.__new__(Lane)
-    lane.pool = (0, 3)
+    lane: Any = object.__new__(Lane)
+    lane.pool = SimpleNamespace(key=(0, 3))
     lane.measure_pool()
     assert lane.pool_bytes == 14
 

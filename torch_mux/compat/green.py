@@ -15,9 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from torch_mux.errors import IsolationUnavailable
-
-__all__ = ["GreenContext", "Halves", "check", "fitting", "split"]
+__all__ = ["GreenContext", "Halves", "Unavailable", "check", "fitting", "split"]
 
 #: Multiprocessors come in groups of this many.
 GROUP = 8
@@ -36,6 +34,10 @@ _NEEDED = (
 
 _making = threading.Lock()
 _made: dict[tuple[int, int], Halves] = {}
+
+
+class Unavailable(RuntimeError):
+    """No green contexts here; the reason is the text."""
 
 
 class GreenContext(NamedTuple):
@@ -57,7 +59,7 @@ class GreenContext(NamedTuple):
         """A new stream that runs on it; a lower ``priority`` number goes first.
 
         Raises:
-            IsolationUnavailable: the driver refuses.
+            Unavailable: the driver refuses.
         """
         found = ctypes.c_void_p()
         handle = ctypes.c_void_p(self.handle)
@@ -77,7 +79,7 @@ def check(device: torch.device) -> None:
     """Cuts the device once, to see whether it can be.
 
     Raises:
-        IsolationUnavailable: it cannot, with the reason.
+        Unavailable: it cannot, with the reason.
     """
     split(device, fitting(device, 0.0))
 
@@ -86,10 +88,10 @@ def fitting(device: torch.device, part: float) -> int:
     """Multiprocessors for at least ``part`` of the device, a group at least, that leave a group for others.
 
     Raises:
-        IsolationUnavailable: it is no CUDA device.
+        Unavailable: it is no CUDA device.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
-        raise IsolationUnavailable("there is no CUDA device")
+        raise Unavailable("there is no CUDA device")
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     groups = -int(-part * sms // GROUP)
     return max(1, min(groups, sms // GROUP - 1)) * GROUP
@@ -99,7 +101,7 @@ def split(device: torch.device, sms: int) -> Halves:
     """A context with ``sms`` multiprocessors and one with all others, each made once in the process.
 
     Raises:
-        IsolationUnavailable: driver or device cannot do that.
+        Unavailable: driver or device cannot do that.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     with _making:
@@ -118,7 +120,7 @@ def _cut(device: torch.device, sms: int) -> Halves:
     groups = ctypes.c_uint(1)
     _call("cuDevSmResourceSplitByCount", own, ctypes.byref(groups), whole, rest, 0, ctypes.c_uint(sms))
     if groups.value != 1 or not _count(rest):
-        raise IsolationUnavailable(f"{sms} multiprocessors cannot be cut off {device}")
+        raise Unavailable(f"{sms} multiprocessors cannot be cut off {device}")
     return Halves(_context(number, device, own), _context(number, device, rest))
 
 
@@ -139,10 +141,10 @@ def _driver() -> Any:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise IsolationUnavailable(f"the CUDA driver cannot be loaded: {error}") from error
+        raise Unavailable(f"the CUDA driver cannot be loaded: {error}") from error
     missing = [name for name in _NEEDED if not hasattr(driver, name)]
     if missing:
-        raise IsolationUnavailable(f"the CUDA driver has no {missing[0]}: CUDA 12.5 or newer is needed")
+        raise Unavailable(f"the CUDA driver has no {missing[0]}: CUDA 12.5 or newer is needed")
     return driver
 
 
@@ -152,4 +154,4 @@ def _call(name: str, *arguments: Any) -> None:
     if code:
         text = ctypes.c_char_p()
         driver.cuGetErrorString(code, ctypes.byref(text))
-        raise IsolationUnavailable(f"{name}: {(text.value or str(code).encode()).decode()}")
+        raise Unavailable(f"{name}: {(text.value or str(code).encode()).decode()}")
