@@ -116,13 +116,21 @@ def test_isolation_can_be_turned_off_and_on_with_requests_pending(lab: Any) -> N
 
 def test_calls_that_depend_on_each_other_keep_their_order(lab: Any) -> None:
     """A program that writes its buffers stays on the first lane, reserve or not."""
-    engine, _ = slow(lab)
-    program = lab.program("mutating", mutates=True)
+    engine, _ = slow(lab, max_bundle=1)
+    program, model = lab.program("mutating", mutates=True), lab.Affine()
     engine.register(program)
     assert engine.quiesce(10)
-    request = lab.submit(engine, program, lab.Affine(), quota=LATENT)
-    engine.wait([request])
-    assert request.flight.bundle.lane == 0
+    quotas = [Quota("default"), LATENT, Quota("default"), LATENT]
+    order: list[str] = []
+    lab.plans["mutating"].before = lambda inputs: order.append(f"t{int(inputs[0].flatten()[0])}")
+    with recorders.record(Timeline()) as timeline:
+        requests = [
+            lab.submit(engine, program, model, float(number), quota) for number, quota in enumerate(quotas)
+        ]
+        engine.wait(requests)
+        lab.until(lambda: len(timeline.spans) == len(quotas))
+    assert order == ["t0", "t1", "t2", "t3"]
+    assert {span.lane for span in timeline.spans} == {0}
 
 
 def test_a_cpu_records_the_lane(lab: Any) -> None:
