@@ -26,6 +26,8 @@ __all__ = ["IsolatingPolicy"]
 
 _LEAST = 0.01
 _MANY = 1 << 30
+#: Seconds that a bundle of others is taken to last before one was forecast.
+_UNKNOWN = 1e-3
 
 
 class IsolatingPolicy:
@@ -48,7 +50,7 @@ class IsolatingPolicy:
         self.reserved = FairPolicy(self.predictor, attrgetter("reserve"))
         self._reserves = Reserves()
         self._flying: set[Issue] = set()
-        self._typical = 0.0
+        self._typical = _UNKNOWN
 
     def form(self, view: View, now: float, settings: Settings) -> Decision:
         """A bundle of tenants with a reserve if one can go out, else one of the others."""

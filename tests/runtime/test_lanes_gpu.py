@@ -225,11 +225,13 @@ def ids(stream: torch.cuda.Stream, recorder: torch.cuda.Stream | None = None) ->
 
 
 def test_green_lanes_run_on_multiprocessors_of_their_own(lab: Any) -> None:
-    engine = lab.gpu_engine(isolation="green")
+    engine = lab.gpu_engine(isolation="green", capture=False)
     program = lab.program(device=CUDA)
     ready(engine, program)
     model = lab.Affine(1.0, CUDA)
-    for quota in (LATENT, OTHERS):
+    lab.submit(engine, program, model, quota=OTHERS).result()
+    lab.plans["affine"].before = lambda inputs: spin(50.0)
+    for quota in (LATENT, OTHERS):  # the second while the first is under way
         lab.submit(engine, program, model, quota=quota).result()
     lanes = {lane.index: lane for lane in engine._dispatchers[torch.device(CUDA)].executor._lanes}
     own, rest = lanes[1], lanes[2]
