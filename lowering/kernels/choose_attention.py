@@ -18,9 +18,10 @@ from torch_mux.lowering.kernels.estimate import attention_seconds
 
 __all__ = ["Size", "bit_class", "candidates", "check", "depth", "owned", "padded", "tile"]
 
-#: Longer ones are the vendor's: its kernels are made for them.
-MOST_QUERIES: Final = 512
-MOST_KEYS: Final = 4096
+#: Longer ones are the vendor's.
+MOST_POSITIONS: Final = 16384
+#: Up to here ours is as fast as the vendor's that takes masks and float32, which never splits keys.
+_SHORT: Final = 257
 #: Widest head whose sums a tile can hold in registers, by bytes of an element.
 MOST_CHANNELS: Final = {2: 128, 4: 64}
 #: Heads that a tile is chosen for where it may not follow the number of slots.
@@ -43,12 +44,19 @@ class Size:
     out_channels: int
 
 
-def owned(size: Size, dtype: torch.dtype) -> bool:
-    """Whether attention of this shape runs in our kernel; the vendor's has the rest."""
+def owned(size: Size, dtype: torch.dtype, masked: bool = False) -> bool:
+    """Whether attention of this shape runs in our kernel; the vendor's has the rest.
+
+    In half precision without a mask PyTorch takes FlashAttention, which splits keys by what batch and heads
+    leave idle: alone and in a bundle it gave other bits already for 197 keys of 80 channels. So ours has all
+    that it can hold.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    longest = MOST_POSITIONS if half and not masked else _SHORT
     return (
-        dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and 0 < size.queries <= MOST_QUERIES
-        and 0 < size.keys <= MOST_KEYS
+        (half or dtype == torch.float32)
+        and 0 < size.queries <= longest
+        and 0 < size.keys <= longest
         and min(size.channels, size.out_channels) > 0
         and max(size.channels, size.out_channels) <= MOST_CHANNELS[dtype.itemsize]
     )

@@ -56,7 +56,8 @@ def _ours(node: Node, given: dict[str, Any]) -> bool:
         return False
     if query.shape[1] % max(1, key.shape[1]) != 0 or key.shape[1] != value.shape[1]:
         return False
-    return node.target is _ON_CPU or choose_attention.owned(_size(query, value), query.dtype)
+    masked = mask is not None
+    return node.target is _ON_CPU or choose_attention.owned(_size(query, value), query.dtype, masked)
 
 
 def _size(query: Tensor, value: Tensor) -> choose_attention.Size:

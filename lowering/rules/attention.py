@@ -1,7 +1,7 @@
 """Scaled dot-product attention over all slots: in one super-kernel, or in the vendor kernel of one slot.
 
 Which of the two the shape of the operation decided in ``passes/select_attention.py``. In a vendor kernel
-slots fold into the batch.
+slots fold into the batch; it has to be one whose bits do not depend on that.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ __all__: list[str] = []
 
 aten = torch.ops.aten
 
-_FOLDING = [
-    getattr(aten, name).default
-    for name in (
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_fused_attention_overrideable",
-    )
-]
+_EFFICIENT = aten._scaled_dot_product_efficient_attention.default
+_OVERRIDEABLE = aten._scaled_dot_product_fused_attention_overrideable.default
+#: They choose how to split keys by batch and heads.
+_SPLITTING = (
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -53,7 +51,7 @@ def _own(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, 
     return Slotted(out)
 
 
-@rule(*_FOLDING)
+@rule(_EFFICIENT, _OVERRIDEABLE, *_SPLITTING)
 def _vendor(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target: Any = node.target
     names = [argument.name for argument in target._schema.arguments]
@@ -70,5 +68,20 @@ def _vendor(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[st
             tensor = context.aligned(Slotted(tensor), query.dim() - 1)
         given[name] = tensor if tensor.shape[1] == batch else tensor.expand(-1, batch, *tensor.shape[2:])
     folded = {n: context.fold(Slotted(v)) if isinstance(v, Tensor) else v for n, v in given.items()}
+    if target in _SPLITTING:
+        target, folded = _EFFICIENT, _without_splits(folded)
     result = target(**folded)
     return (context.unfold(result[0]), *([None] * (len(result) - 1)))
+
+
+def _without_splits(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the vendor kernel that takes all keys of a query in one order.
+
+    Raises:
+        NoRule: it has no kernel for heads that share keys.
+    """
+    if given["query"].shape[1] != given["key"].shape[1]:
+        raise NoRule("vendor attention whose heads share keys splits them by the batch")
+    names = ("query", "key", "value", "is_causal", "scale")
+    taken = {name: given[name] for name in names if name in given}
+    return taken | {"attn_bias": given.get("attn_bias"), "compute_log_sumexp": False}

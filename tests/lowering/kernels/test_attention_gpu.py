@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import torch_mux
 from torch_mux.lowering.kernels import choose_attention, reference
 from torch_mux.lowering.kernels.attention import attention
 from torch_mux.lowering.kernels.choose_attention import Size
@@ -122,3 +123,30 @@ def test_it_may_be_captured(gpu_tools: Any) -> None:
     control[0] = 2
     graph.replay()
     assert torch.equal(out.transpose(2, 3)[:2], want[:2]) and not out[2:].any()
+
+
+@pytest.mark.parametrize("shape", [(4, 600, 160, HALF), (2, 300, 256, BRAIN), (4, 600, 64, FULL)])
+def test_bits_of_what_is_left_to_the_vendor(shape: tuple[int, int, int, torch.dtype]) -> None:
+    heads, length, width, dtype = shape
+
+    class Attending(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into = torch.nn.Linear(32, 3 * heads * width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = self.into(x).unflatten(-1, (3, heads, width)).unbind(-3)
+            q, k, v = (part.transpose(-2, -3) for part in parts)
+            return F.scaled_dot_product_attention(q, k, v).sum(1)
+
+    nets = [Attending().eval().to(CUDA, dtype) for _ in range(12)]
+    models: list[Any] = [torch.compile(net, backend="mux", dynamic=False) for net in nets]
+    inputs = [torch.randn(1, length, 32, device=CUDA, dtype=dtype) for _ in nets]
+    with torch.inference_mode():
+        together = torch_mux.gather(*zip(models, inputs, strict=True))
+        for model, x, answer, net in zip(models, inputs, together, nets, strict=True):
+            assert torch.equal(torch_mux.gather((model, x))[0], answer)
+            assert error(answer, net.double()(x.double())) < 0.02
+            net.to(dtype)
+    (program,) = torch_mux.explain().programs
+    assert program.coalesced and "attention" not in str(program).split("operations")[0]

@@ -49,11 +49,12 @@ def test_another_step_or_family_is_refused() -> None:
 @pytest.mark.parametrize(
     ("size", "half", "full"),
     [
-        (Size(512, 4096, 64, 64), True, True),
+        (Size(512, 4096, 64, 64), True, False),
+        (Size(257, 257, 64, 64), True, True),
         (Size(1, 1, 1, 1), True, True),
         (Size(197, 197, 80, 128), True, False),
-        (Size(513, 64, 64, 64), False, False),
-        (Size(64, 4097, 64, 64), False, False),
+        (Size(16385, 64, 64, 64), False, False),
+        (Size(64, 16385, 64, 64), False, False),
         (Size(64, 64, 64, 129), False, False),
         (Size(64, 0, 64, 64), False, False),
     ],
@@ -62,3 +63,4 @@ def test_what_is_ours(size: Size, half: bool, full: bool) -> None:
     assert choose_attention.owned(size, HALF) == choose_attention.owned(size, BRAIN) == half
     assert choose_attention.owned(size, FULL) == full
     assert not choose_attention.owned(size, torch.float64)
+    assert choose_attention.owned(size, HALF, masked=True) == (half and max(size.queries, size.keys) <= 257)

@@ -52,20 +52,26 @@ def test_short_attention_is_ours(
 
 
 @pytest.mark.parametrize(
-    ("length", "width", "dtype"),
-    [(513, 16, torch.float16), (20, 136, torch.float16), (20, 72, torch.float32)],
+    ("length", "width", "dtype", "masked"),
+    [
+        (258, 16, torch.float16, True),
+        (258, 16, torch.float32, False),
+        (20, 136, torch.float16, False),
+        (20, 72, torch.float32, False),
+    ],
 )
 def test_the_rest_stays_the_vendors(
     length: int,
     width: int,
     dtype: torch.dtype,
+    masked: bool,
     program_of: Callable[..., Any],
     lowered: Callable[[Any], GraphModule],
 ) -> None:
     for name in ("efficient", "cudnn"):
 
         def layer(q: Tensor, k: Tensor, v: Tensor, m: Tensor, call: Any = VENDOR[name]) -> Any:
-            return call(q, k, v, None)
+            return call(q, k, v, m.expand(2, 3, length, length) if masked else None)
 
         module = lowered(program_of(layer, arguments(length, width, dtype), []))
         assert "attention" not in called(module)
