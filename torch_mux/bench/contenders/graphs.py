@@ -1,0 +1,88 @@
+"""Inductor's code of each tenant in CUDA graphs: one after another, on streams, as branches of one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch_mux.bench.contenders import recording
+from torch_mux.bench.contenders.base import Arguments, Peer
+from torch_mux.bench.contenders.inductor import PLAIN, Flavour, inductor_callables
+from torch_mux.bench.contenders.recording import Captured, Recorder, captured
+from torch_mux.bench.workloads import Tenants
+
+__all__ = ["ForkedGraph", "GraphEach", "GraphStreams"]
+
+
+class GraphEach(Peer):
+    """One CUDA graph a tenant, replayed one after another."""
+
+    ending = "+ CUDA graphs, one after another"
+    own_pools = False
+
+    def __init__(self, flavour: Flavour = PLAIN) -> None:
+        self.flavour = flavour
+        self.name = f"{flavour.words} {self.ending}"
+        self.graphs: list[Captured] = []
+
+    def prepare(self, tenants: Tenants, counts: Sequence[int]) -> None:
+        record = recording.recorder(tenants.device)
+        calls = inductor_callables(tenants, self.flavour)
+        self.graphs = [
+            captured(record, [call], [args], self.own_pools)
+            for call, args in zip(calls, tenants.requests[0], strict=True)
+        ]
+        self.ready(record, len(calls))
+
+    def ready(self, record: Recorder, tenants: int) -> None:
+        """What rounds need besides graphs."""
+
+    def round(self, requests: Arguments) -> Sequence[Any]:
+        pairs = zip(self.graphs, requests, strict=False)
+        return [answer for graph, args in pairs for answer in graph.run([args])]
+
+    def release(self) -> None:
+        self.graphs = []
+
+
+class GraphStreams(GraphEach):
+    """The same graphs, each on a stream of its own, where each waits for the caller's and it for all."""
+
+    ending = "+ CUDA graphs, each on a stream"
+    own_pools = True  # they run at the same time
+
+    def ready(self, record: Recorder, tenants: int) -> None:
+        self.record = record
+        record.lanes(tenants)
+
+    def round(self, requests: Arguments) -> Sequence[Any]:
+        # Answers are memory of the caller's stream: it takes them back when the caller lets go of them.
+        answers = [graph.fresh() for graph in self.graphs[: len(requests)]]
+        self.record.start()
+        for index, (graph, args) in enumerate(zip(self.graphs, requests, strict=False)):
+            with self.record.lane(index):
+                graph.run([args], answers[index])
+        self.record.finish(len(requests))
+        return [answer for made in answers for answer in made]
+
+
+class ForkedGraph(Peer):
+    """One CUDA graph with a branch, on a stream of its own, a tenant."""
+
+    def __init__(self, flavour: Flavour = PLAIN) -> None:
+        self.flavour = flavour
+        self.name = f"{flavour.words}, one CUDA graph of forked branches"
+        self.graphs: dict[int, Captured] = {}
+
+    def prepare(self, tenants: Tenants, counts: Sequence[int]) -> None:
+        record = recording.recorder(tenants.device)
+        calls = inductor_callables(tenants, self.flavour)
+        for count in counts:
+            requests = tenants.requests[0][:count]
+            self.graphs[count] = captured(record, calls[:count], requests, own_pool=True)
+
+    def round(self, requests: Arguments) -> Sequence[Any]:
+        return self.graphs[len(requests)].run(requests)
+
+    def release(self) -> None:
+        self.graphs = {}
