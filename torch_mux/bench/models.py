@@ -161,8 +161,8 @@ def checked(flags: argparse.ArgumentParser, arguments: argparse.Namespace) -> Op
     try:
         options = options_from(arguments)
     except ValueError:
-        given = f"--tenants {arguments.tenants!r} or --models {arguments.models!r}"
-        flags.error(f"in {given} the numbers of tenants are not whole numbers such as 1,4,16 and bert@1/4/16")
+        words = f"--tenants {arguments.tenants!r} or --models {arguments.models!r}"
+        flags.error(f"in {words} the numbers of tenants are not whole numbers such as 1,4,16 and bert@1/4/16")
     for kind, given, known in (
         ("model", options.models, [*WORKLOADS, "table"]),
         ("contender", options.contenders, [*CONTENDERS, ALL]),

@@ -89,7 +89,9 @@ class Processes(SelfTimed):
         """From the first start to the last end, by the clock that all processes of a machine share."""
         found = self._times("pipelined", count, rounds)
         self._note(count, found)
-        return (max(each[-1][1] for each in found) - min(each[0][0] for each in found)) / rounds
+        first = min(each[0][0] for each in found)
+        last = max(each[-1][1] for each in found)
+        return (last - first) / rounds
 
     def synchronised(self, count: int, rounds: int) -> float:
         """From the first start to the last end of each round."""
@@ -106,7 +108,8 @@ class Processes(SelfTimed):
         self._stack.close()
 
     def _times(self, how: str, count: int, rounds: int) -> list[Times]:
-        return self._ask(count, how, [(count, rounds)] * count)
+        found: list[Times] = self._ask(count, how, [(count, rounds)] * count)
+        return found
 
     def _ask(self, count: int, what: str, arguments: Sequence[object]) -> list[Any]:
         links = self._links[:count]

@@ -66,7 +66,8 @@ class Graphs:
 
     def record(self, bodies: Sequence[Body], own_pool: bool = False) -> Recording:
         """One graph."""
-        graph, outputs = torch.cuda.CUDAGraph(), []
+        graph = torch.cuda.CUDAGraph()
+        outputs: list[Tensor] = []
         self.lanes(len(bodies))
         pool = None if own_pool else self._pool
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

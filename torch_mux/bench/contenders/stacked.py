@@ -95,7 +95,7 @@ class Vmapped(_OneGraph):
             answer: Tensor = torch.func.functional_call(base, (parameters, buffers), args)
             return answer
 
-        every = torch.compile(torch.vmap(one, randomness="error"), dynamic=False)
+        every: Callable[..., Tensor] = torch.compile(torch.vmap(one, randomness="error"), dynamic=False)
         return _over_one_tensor(
             record,
             lambda *args: every(*state, *args),
@@ -156,7 +156,7 @@ class BatchLinear(_OneGraph):
         inputs = [tuple(x.clone() for x in args) for args in requests]
         flat = [x for args in inputs for x in args]
         every = _Every(tenants.tensor_only()[:count], len(requests[0]))
-        options = {"post_grad_fusion_options": {_FUSION: _SEARCH}}
+        options: dict[str, Any] = {"post_grad_fusion_options": {_FUSION: _SEARCH}}
         call = torch.compile(every, dynamic=False, options=options)
         before = compat.compile_counter("inductor", _FUSION)
         with compat.inductor_settings():

@@ -124,13 +124,14 @@ class _Arrival:
             "allocated": after.allocated - memory.allocated,
             "reserved": after.reserved - memory.reserved,
         }
-        self._marks, self._new = marks, [now - then for now, then in zip(self._made(), before, strict=True)]
+        now = self._made()
+        self._marks, self._new = marks, (now[0] - before[0], now[1] - before[1])
 
     @staticmethod
-    def _made() -> list[int]:
-        return [compat.compile_counter("stats", "unique_graphs"), len(torch_mux.explain().programs)]
+    def _made() -> tuple[int, int]:
+        return compat.compile_counter("stats", "unique_graphs"), len(torch_mux.explain().programs)
 
     def newcomer(self, error: float) -> Newcomer:
         """As plain data."""
         bind, first, second = (b - a for a, b in itertools.pairwise(self._marks))
-        return Newcomer(bind, first, second, error, *self._new, self._memory)
+        return Newcomer(bind, first, second, error, self._new[0], self._new[1], self._memory)
