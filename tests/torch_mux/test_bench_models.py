@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch_mux import api
 from torch_mux.bench import measure, models
 from torch_mux.bench.contenders import CONTENDERS, Eager, Mux, default_contenders
 from torch_mux.bench.host import PARTS, gather_parts
-from torch_mux.bench.workloads import WORKLOADS, Encoded, Tenants, build
+from torch_mux.bench.measures import MEASURES
+from torch_mux.bench.workloads import CPU_TABLE, TABLE, WORKLOADS, Encoded, Tenants, build
 
 CPU = torch.device("cpu")
 
@@ -134,14 +136,41 @@ def test_the_command_line_writes_a_record_and_prints_the_table_last(
         assert entry["error"]["worst"] < 1e-5
     printed = capsys.readouterr().out.strip().splitlines()
     assert len(printed) == 2 + len(places)
+    assert record["measures"] == []
     assert "abc123" in printed[0]
     assert printed[1].split()[:3] == ["model", "tenants", "contender"]
 
 
 def test_unknown_names_are_refused_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        models.main(["--device", "cpu", "--models", "resnet51"])
-    assert "unknown model resnet51; choose from resnet50" in capsys.readouterr().err
+    for flags, words in (
+        ("--models resnet51", "unknown model resnet51; choose from resnet50"),
+        ("--models bert@4/x", "are not whole numbers such as 1,4,16 and bert@1/4/16"),
+        ("--models bert@0", "must be at least 1"),
+        ("--contenders eagre", "unknown contender eagre; choose from eager, inductor, graphs"),
+        ("--measures speed", "unknown measure speed; choose from rounds, floor, size"),
+        ("--measures rounds,clients --contenders eager", "add mux to --contenders"),
+        ("--limit 0", "--limit must be more than 0 seconds"),
+    ):
+        with pytest.raises(SystemExit):
+            models.main(["--device", "cpu", *flags.split()])
+        assert words in capsys.readouterr().err
+
+
+def test_what_the_command_line_selects() -> None:
+    def options(flags: str) -> models.Options:
+        return models.options_from(models.parser().parse_args(flags.split()))
+
+    plain = options("--device cuda")
+    assert plain.measures == ("rounds",) and plain.contenders == ()
+    assert [plain.counts_of(name) for name in plain.models] == [(16,)] * 3
+    every = options("--device cuda --models table --contenders all --measures all")
+    assert {name: every.counts_of(name) for name in every.models} == TABLE
+    assert every.contenders == tuple(CONTENDERS) and every.measures == ("rounds", *MEASURES)
+    own = options("--device cuda --models bert@1/4,mlp --tenants 64")
+    assert own.counts_of("bert") == (1, 4) and own.counts_of("mlp") == (64,)
+    small = options("--device cpu --models table")
+    assert {name: small.counts_of(name) for name in small.models} == CPU_TABLE
+    assert all(name in WORKLOADS for name in {**TABLE, **CPU_TABLE})
 
 
 class Broken(Eager):
@@ -151,6 +180,31 @@ class Broken(Eager):
 
     def prepare(self, tenants: Tenants, counts: Sequence[int]) -> None:
         raise ValueError("no such kernel")
+
+
+class Slow(Eager):
+    """Takes too long to prepare, and says something else when it is stopped."""
+
+    name = "slow peer"
+
+    def prepare(self, tenants: Tenants, counts: Sequence[int]) -> None:
+        try:
+            time.sleep(20)
+        except TimeoutError as error:
+            raise ValueError("compilation failed") from error
+
+
+class Wrong(Eager):
+    """A little wrong, where rounding explains nothing."""
+
+    name = "wrong peer"
+    released = False
+
+    def round(self, requests: Sequence[tuple[Tensor, ...]]) -> Sequence[Any]:
+        return [1.001 * answer for answer in super().round(requests)]
+
+    def release(self) -> None:
+        Wrong.released = True
 
 
 class Tiring(Eager):
@@ -187,7 +241,41 @@ def test_a_peer_that_fails_is_in_the_record_and_in_the_table(
         assert records[Eager.name, count]["repetitions"] == 2
     printed = capsys.readouterr()
     assert "tiny-cnn: broken peer failed: ValueError: no such kernel" in printed.out
-    assert "no GPU is used: measuring on the CPU (tiny-cnn; 1, 2 tenants)" in printed.err
+    assert "no GPU is used: measuring on the CPU (tiny-cnn at 1, 2 tenants)" in printed.err
+
+
+def test_a_peer_whose_answers_are_wrong_or_late_is_reported_and_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(CONTENDERS, "wrong", Wrong)
+    monkeypatch.setitem(CONTENDERS, "slow", Slow)
+    options = models.Options(
+        models=("tiny-cnn",), tenants=(2,), contenders=("wrong", "slow", "eager"), device=CPU,
+        dtype=torch.float32, repetitions=1, rounds=4, limit=2.0,
+    )  # fmt: skip
+    report = models.run(options)
+    wrong, slow, eager = report["results"]
+    assert wrong["failed"].startswith("WrongAnswers: relative l2 error 1.0e-03 at 2 tenants")
+    assert wrong["error"]["worst"] == pytest.approx(1e-3, rel=0.01)
+    assert Wrong.released
+    assert slow["failed"] == "OverLimit: preparing slow for tiny-cnn took longer than 2 s"
+    assert "pipelined_us" not in wrong and "pipelined_us" not in slow and "pipelined_us" in eager
+    assert "tiny-cnn: wrong peer failed: WrongAnswers" in models.table(report)
+
+
+def test_measures_beside_rounds_are_in_the_record_and_one_that_fails_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    flags = "--device cpu --models tiny-mlp@1/3 --rounds 4 --repetitions 1 --contenders mux"
+    assert models.main([*flags.split(), "--measures", "size,floor,memory", "--json", str(path)]) == 1
+    record = json.loads(path.read_text())
+    assert all("pipelined_us" not in entry for entry in record["results"])
+    floors, sizes, memory = record["measures"]
+    assert (floors["measure"], sizes["measure"], memory["measure"]) == ("floor", "size", "memory")
+    assert floors["floors"]["3"]["levels"] == 3
+    assert memory["failed"] == "RuntimeError: device memory is counted on a GPU alone"
+    assert {entry["model"] for entry in record["measures"]} == {"tiny-mlp"}
+    words = models.table(record).splitlines()
+    assert words[-1] == "tiny-mlp, memory: failed: RuntimeError: device memory is counted on a GPU alone"
 
 
 def test_the_record_is_saved_after_every_contender_and_the_budget_sheds_repetitions() -> None:

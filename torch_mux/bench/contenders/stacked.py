@@ -18,8 +18,8 @@ from torch_mux.bench.workloads import Tenants
 __all__ = ["BatchLinear", "Shared", "Vmapped"]
 
 _FUSION: Final = "batch_linear_post_grad"
-#: The pass looks for equal layers above a node that needs them all: the output, then the inputs of what it has
-#: joined. By default it looks five operations far, which does not reach from one layer of a network to the last.
+#: The pass looks for equal layers above a node that needs them all: the output, then the inputs of what it
+#: has joined. By default it looks five operations far: not from one layer of a network to the one before.
 _SEARCH: Final = {"min_fuse_set_size": 2, "max_fuse_search_depth": 64}
 
 
