@@ -150,6 +150,7 @@ def test_unknown_names_are_refused_before_anything_runs(capsys: pytest.CaptureFi
         ("--measures speed", "unknown measure speed; choose from rounds, floor, size"),
         ("--measures rounds,clients --contenders eager", "add mux to --contenders"),
         ("--limit 0", "--limit must be more than 0 seconds"),
+        ("--preparing -1", "--preparing must be more than 0 seconds"),
     ):
         with pytest.raises(SystemExit):
             models.main(["--device", "cpu", *flags.split()])
@@ -261,6 +262,20 @@ def test_a_peer_whose_answers_are_wrong_or_late_is_reported_and_not_timed(
     assert slow["failed"] == "OverLimit: preparing slow for tiny-cnn took longer than 2 s"
     assert "pipelined_us" not in wrong and "pipelined_us" not in slow and "pipelined_us" in eager
     assert "tiny-cnn: wrong peer failed: WrongAnswers" in models.table(report)
+
+
+def test_preparations_share_a_time_and_whose_turn_comes_later_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(CONTENDERS, "slow", Slow)
+    options = models.Options(
+        models=("tiny-cnn",), tenants=(2,), contenders=("eager", "slow", "inductor"), device=CPU,
+        dtype=torch.float32, repetitions=1, rounds=4, preparing=0.5,
+    )  # fmt: skip
+    eager, slow, late = models.run(options)["results"]
+    assert "pipelined_us" in eager
+    assert slow["failed"].startswith("OverLimit: preparing slow for tiny-cnn took longer than 0.4")
+    assert late["failed"].startswith("OverLimit: preparing other contenders has taken the 0.5 s")
 
 
 def test_measures_beside_rounds_are_in_the_record_and_one_that_fails_says_why(tmp_path: Path) -> None:

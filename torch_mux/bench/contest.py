@@ -14,7 +14,7 @@ import torch
 from torch_mux.bench import measure
 from torch_mux.bench.contenders import CONTENDERS, Contender, Eager, Mux, SelfTimed, default_contenders
 from torch_mux.bench.host import gather_parts
-from torch_mux.bench.limits import within
+from torch_mux.bench.limits import OverLimit, within
 from torch_mux.bench.measures import MEASURES, ROUNDS, Stage
 from torch_mux.bench.workloads import WORKLOADS, Tenants, build
 
@@ -45,6 +45,8 @@ class Options:
         channels_last: weights and images of every contender in channels-last order.
         budget: seconds in all; repetitions beyond the first of a model are shed to keep it. None: no limit.
         limit: seconds that one contender may take to be prepared, and one measure. None: no limit.
+        preparing: seconds that all contenders of a model in this process may take to be prepared together;
+            whose turn comes later says so. None: no limit.
     """
 
     models: tuple[str, ...] = ("resnet50", "bert", "vit")
@@ -59,6 +61,7 @@ class Options:
     channels_last: bool = False
     budget: float | None = None
     limit: float | None = None
+    preparing: float | None = None
 
     def counts_of(self, model: str) -> tuple[int, ...]:
         """Numbers of tenants for one model."""
@@ -96,6 +99,7 @@ class Contest:
             for count in self.counts
         }
         self.measured: list[Record] = []
+        self._spent = 0.0
 
     def run(self) -> None:
         """Contenders with processes of their own first, one by one; the others together, taking turns."""
@@ -170,9 +174,12 @@ class Contest:
         counts = tuple(sorted(self.counts, reverse=True))
         start = time.perf_counter()
         prepare = functools.partial(contender.prepare, tenants, counts)
-        with within(self.options.limit, f"preparing {key} for {self.name}"):
-            extra = measure.memory_of(prepare, self.options.device)
-        seconds = time.perf_counter() - start
+        try:
+            with within(self._limit(contender), f"preparing {key} for {self.name}"):
+                extra = measure.memory_of(prepare, self.options.device)
+        finally:
+            seconds = time.perf_counter() - start
+            self._spent += seconds
         for count in self.counts:
             record = self.records[key, count]
             record["notes"] = contender.notes()
@@ -186,6 +193,22 @@ class Contest:
             record["launches"] = measure.launches(contender, tenants, count)
             if isinstance(contender, Mux):
                 record["host_us"] = gather_parts(contender, tenants, count)
+
+    def _limit(self, contender: Contender) -> float | None:
+        """Seconds that it may take to be prepared.
+
+        Raises:
+            OverLimit: the others have taken them all.
+        """
+        limit, together = self.options.limit, self.options.preparing
+        if together is None or isinstance(contender, SelfTimed):
+            return limit
+        if self._spent >= together:
+            raise OverLimit(
+                f"preparing other contenders has taken the {together:g} s that there were for all"
+            )
+        rest = together - self._spent
+        return rest if limit is None else min(limit, rest)
 
     def _check(self, contender: Contender, tenants: Tenants, count: int, record: Record) -> None:
         """Compares answers with float64.

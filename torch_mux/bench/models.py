@@ -107,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--limit", type=float, default=600.0, help="seconds to prepare a contender, or for a measure; 600"
     )
+    result.add_argument(
+        "--preparing", type=float, default=None, help="seconds to prepare all contenders of a model"
+    )
     result.add_argument("--json", type=Path, default=None, help="write the record here")
     return result
 
@@ -144,6 +147,7 @@ def options_from(arguments: argparse.Namespace) -> Options:
         channels_last=arguments.channels_last,
         budget=arguments.budget,
         limit=arguments.limit,
+        preparing=arguments.preparing,
     )
 
 
@@ -176,8 +180,9 @@ def checked(flags: argparse.ArgumentParser, arguments: argparse.Namespace) -> Op
     counts = [count for name in options.models for count in options.counts_of(name)]
     if min(*counts, options.repetitions, options.rounds) < 1:
         flags.error("--tenants, --repetitions and --rounds must be at least 1")
-    if options.limit is not None and options.limit <= 0:
-        flags.error("--limit must be more than 0 seconds")
+    for flag, given in (("--limit", options.limit), ("--preparing", options.preparing)):
+        if given is not None and given <= 0:
+            flags.error(f"{flag} must be more than 0 seconds")
     besides = [name for name in options.measures if name != ROUNDS]
     if besides and not {"mux", "mux-raw"} & set(options.names()):
         flags.error(f"--measures {', '.join(besides)} measure torch-mux: add mux to --contenders")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from torch_mux.bench.contenders import recording
 from torch_mux.bench.contenders.base import Arguments, Peer
@@ -18,7 +20,6 @@ class GraphEach(Peer):
     """One CUDA graph a tenant, replayed one after another."""
 
     ending = "+ CUDA graphs, one after another"
-    own_pools = False
 
     def __init__(self, flavour: Flavour = PLAIN) -> None:
         self.flavour = flavour
@@ -28,14 +29,14 @@ class GraphEach(Peer):
     def prepare(self, tenants: Tenants, counts: Sequence[int]) -> None:
         record = recording.recorder(tenants.device)
         calls = inductor_callables(tenants, self.flavour)
-        self.graphs = [
-            captured(record, [call], [args], self.own_pools)
-            for call, args in zip(calls, tenants.requests[0], strict=True)
-        ]
-        self.ready(record, len(calls))
+        pairs = zip(calls, tenants.requests[0], strict=True)
+        self.graphs = [self.graph(record, index, call, args) for index, (call, args) in enumerate(pairs)]
 
-    def ready(self, record: Recorder, tenants: int) -> None:
-        """What rounds need besides graphs."""
+    def graph(
+        self, record: Recorder, index: int, call: Callable[..., Tensor], args: tuple[Tensor, ...]
+    ) -> Captured:
+        """Of one tenant."""
+        return captured(record, [call], [args])
 
     def round(self, requests: Arguments) -> Sequence[Any]:
         pairs = zip(self.graphs, requests, strict=False)
@@ -49,11 +50,13 @@ class GraphStreams(GraphEach):
     """The same graphs, each on a stream of its own, where each waits for the caller's and it for all."""
 
     ending = "+ CUDA graphs, each on a stream"
-    own_pools = True  # they run at the same time
 
-    def ready(self, record: Recorder, tenants: int) -> None:
+    def graph(
+        self, record: Recorder, index: int, call: Callable[..., Tensor], args: tuple[Tensor, ...]
+    ) -> Captured:
         self.record = record
-        record.lanes(tenants)
+        record.lanes(index + 1)
+        return captured(record, [call], [args], beside=index)
 
     def round(self, requests: Arguments) -> Sequence[Any]:
         # Answers are memory of the caller's stream: it takes them back when the caller lets go of them.
@@ -79,7 +82,7 @@ class ForkedGraph(Peer):
         calls = inductor_callables(tenants, self.flavour)
         for count in counts:
             requests = tenants.requests[0][:count]
-            self.graphs[count] = captured(record, calls[:count], requests, own_pool=True)
+            self.graphs[count] = captured(record, calls[:count], requests)
 
     def round(self, requests: Arguments) -> Sequence[Any]:
         return self.graphs[len(requests)].run(requests)

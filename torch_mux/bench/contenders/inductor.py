@@ -43,19 +43,18 @@ TUNED: Final = Flavour(
 def inductor_callables(tenants: Tenants, flavour: Flavour = PLAIN) -> list[Callable[..., Tensor]]:
     """Each tenant's model under ``torch.compile``, compiled once for all peers, and called once.
 
+    Where one peer is interrupted, the next goes on from there.
+
     Raises:
         Exception: what the compiler raises.
     """
-    found = tenants.compiled.get(flavour.name)
-    if found is None:
-        found = [
-            torch.compile(model, dynamic=False, options=flavour.options or None)
-            for model in tenants.tensor_only()
-        ]
-        with compat.inductor_settings(**flavour.options):
-            for call, args in zip(found, tenants.requests[0], strict=True):
-                call(*args)
-        tenants.compiled[flavour.name] = found
+    found = tenants.compiled.setdefault(flavour.name, [])
+    pairs = list(zip(tenants.tensor_only(), tenants.requests[0], strict=True))
+    with compat.inductor_settings(**flavour.options):
+        for model, args in pairs[len(found) :]:
+            call = torch.compile(model, dynamic=False, options=flavour.options or None)
+            call(*args)
+            found.append(call)
     return found
 
 

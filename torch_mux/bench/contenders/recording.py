@@ -32,10 +32,11 @@ class Recording:
 class Recorder(Protocol):
     """Records work for one device, and spreads it over streams."""
 
-    def record(self, bodies: Sequence[Body], own_pool: bool = False) -> Recording:
+    def record(self, bodies: Sequence[Body], beside: int | None = None) -> Recording:
         """The bodies as one recording: several are branches that do not wait for each other.
 
-        ``own_pool``: memory that no other recording uses, for those that run at the same time as others.
+        Args:
+            beside: the lane of a recording that runs at the same time as others; it shares no memory.
         """
         ...
 
@@ -64,13 +65,13 @@ class Graphs:
         self._streams: list[torch.cuda.Stream] = []
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def record(self, bodies: Sequence[Body], own_pool: bool = False) -> Recording:
-        """One graph."""
+    def record(self, bodies: Sequence[Body], beside: int | None = None) -> Recording:
+        """One graph. What cuBLAS works in belongs to the stream that is captured, so lanes capture theirs."""
         graph = torch.cuda.CUDAGraph()
         outputs: list[Tensor] = []
         self.lanes(len(bodies))
-        pool = None if own_pool else self._pool
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        pool, stream = (self._pool, None) if beside is None else (None, self._streams[beside])
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             if len(bodies) == 1:
                 outputs += bodies[0]()
             else:
@@ -109,7 +110,7 @@ class Graphs:
 class Rerun:
     """The same meaning without a GPU: a replay runs the bodies again and copies what they return."""
 
-    def record(self, bodies: Sequence[Body], own_pool: bool = False) -> Recording:
+    def record(self, bodies: Sequence[Body], beside: int | None = None) -> Recording:
         """Runs the bodies once for the outputs."""
         outputs = [output.clone() for body in bodies for output in body()]
 
@@ -177,7 +178,10 @@ class Captured:
 
 
 def captured(
-    record: Recorder, calls: Sequence[Callable[..., Tensor]], requests: Arguments, own_pool: bool = False
+    record: Recorder,
+    calls: Sequence[Callable[..., Tensor]],
+    requests: Arguments,
+    beside: int | None = None,
 ) -> Captured:
     """One recording of a call for each request, over copies of the arguments."""
     inputs = [tuple(x.clone() for x in args) for args in requests]
@@ -186,4 +190,4 @@ def captured(
         return lambda: [call(*args)]
 
     bodies = [body(call, args) for call, args in zip(calls, inputs, strict=True)]
-    return Captured(inputs, record.record(bodies, own_pool))
+    return Captured(inputs, record.record(bodies, beside))

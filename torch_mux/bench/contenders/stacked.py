@@ -63,7 +63,7 @@ def _over_one_tensor(
     joined = [join([args[place] for args in requests]) for place in range(len(requests[0]))]
     with compat.inductor_settings(**(settings or {})):
         call(*joined)
-    recorded = record.record([lambda: [call(*joined)]], own_pool=True)
+    recorded = record.record([lambda: [call(*joined)]])
     inputs = [tuple(part(x, index) for x in joined) for index in range(count)]
     outputs = [part(recorded.outputs[0], index) for index in range(count)]
     return Captured(inputs, recorded, outputs)
@@ -165,7 +165,7 @@ class BatchLinear(_OneGraph):
         if not joined:
             raise NotApplicable(f"{_FUSION} found no linear layers of {count} tenants to join")
         self.recorded[f"groups of linear layers at {count}"] = joined
-        return Captured(inputs, record.record([lambda: call(*flat)], own_pool=True))
+        return Captured(inputs, record.record([lambda: call(*flat)]))
 
     def notes(self) -> dict[str, object]:
         return self.recorded

@@ -85,7 +85,8 @@ class _Server:
     def __init__(self, job: Job) -> None:
         if "OMP_NUM_THREADS" in os.environ:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self.tenants = job.build()
+        with torch.inference_mode(False), torch.no_grad():
+            self.tenants = job.build()
         self.inner: Contender = GraphEach() if self.tenants.device.type == "cuda" else OneByOne()
         self.inner.prepare(self.tenants, (1,))
         self.request(0)
