@@ -195,3 +195,46 @@ def test_further_tenants_have_weights_of_their_own(tenants: Tenants) -> None:
     same = build(tenants.workload, 1, CPU, torch.float32, first=3).models[0]
     for ours, theirs in zip(extra.models[0].parameters(), same.parameters()):
         assert sorted(ours.flatten().tolist()) == sorted(theirs.flatten().tolist())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tiny-cnn", "tiny-encoder"])
+@pytest.mark.parametrize("key", [key for key in RECORDED if not key.endswith("tuned")])
+def test_a_peer_answers_on_a_gpu_while_rounds_follow_each_other(name: str, key: str) -> None:
+    if (name, key) == ("tiny-cnn", "batch-linear"):
+        pytest.skip("its one layer is too small for the pass to be of use")
+    tenants = build(WORKLOADS[name], 4, torch.device("cuda"), torch.float16)
+    peer = CONTENDERS[key]()
+    with torch.no_grad():
+        exact = measure.references(tenants, peer.shared_weights)
+    with torch.inference_mode():
+        peer.prepare(tenants, (4, 2))
+        assert measure.errors(peer, tenants, exact, 2)["worst"] < 1e-2
+        assert measure.errors(peer, tenants, exact, 4)["worst"] < 1e-2
+        first = [answer.clone() for answer in peer.round(tenants.requests[0])]
+        for turn in range(50):
+            answers = peer.round(tenants.requests[turn % 4])
+            if turn % 4 == 0:
+                torch.cuda.synchronize()
+                assert all(torch.equal(a, b) for a, b in zip(first, answers))
+    peer.release()
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("key", ["sliced", "mps"])
+def test_processes_share_a_gpu(key: str) -> None:
+    tenants = build(WORKLOADS["tiny-cnn"], 2, torch.device("cuda"), torch.float16)
+    with torch.no_grad():
+        exact = measure.references(tenants)
+    peer = CONTENDERS[key]()
+    try:
+        peer.prepare(tenants, (2,))
+        assert measure.errors(peer, tenants, exact, 2)["worst"] < 1e-2
+        assert 0 < measure.pipelined(peer, tenants, 2, 20) < 1
+        assert 0 < measure.synchronised(peer, tenants, 2, 20) < 1
+    except NotApplicable as error:
+        assert key == "mps"
+        pytest.skip(str(error))
+    finally:
+        peer.release()

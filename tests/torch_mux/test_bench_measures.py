@@ -121,3 +121,21 @@ def test_the_floor_of_a_layer_is_its_traffic_or_its_arithmetic() -> None:
     assert floor.layer_floor(layers["1x1 64-256 @56 add"], 16) == pytest.approx(expected)
     wide = Layer("own", "wide", 4096, 4096, 4096, 1)
     assert floor.layer_floor(wide, 1) == pytest.approx(2 * 4096**3 / 800e12 + 1e-6)
+
+
+@pytest.mark.gpu
+def test_every_measure_on_a_gpu() -> None:
+    tenants = build(WORKLOADS["tiny-cnn"], 4, torch.device("cuda"), torch.float16)
+    with torch.inference_mode():
+        mux = Mux()
+        mux.prepare(tenants, (4, 1))
+        stage = Stage(mux, tenants, (4, 1), 20)
+        found = {name: run(stage) for name, run in MEASURES.items()}
+        mux.release()
+    assert all(entry["captured"] for entry in found["size"]["sizes"].values())
+    assert (found["tenant"]["traces"], found["tenant"]["new_programs"]) == (0, 0)
+    assert found["caps"]["enforced"] is True
+    memory = found["memory"]
+    assert set(range(1, 17)) <= set(memory["sizes_1_to_16"]["captured"])
+    assert memory["adopted"]["times_its_weights"] <= memory["plain"]["times_its_weights"]
+    assert found["clients"]["share_of_gather"]["submit"] > 0

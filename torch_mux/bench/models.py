@@ -180,8 +180,8 @@ def checked(flags: argparse.ArgumentParser, arguments: argparse.Namespace) -> Op
     counts = [count for name in options.models for count in options.counts_of(name)]
     if min(*counts, options.repetitions, options.rounds) < 1:
         flags.error("--tenants, --repetitions and --rounds must be at least 1")
-    for flag, given in (("--limit", options.limit), ("--preparing", options.preparing)):
-        if given is not None and given <= 0:
+    for flag, seconds in (("--limit", options.limit), ("--preparing", options.preparing)):
+        if seconds is not None and seconds <= 0:
             flags.error(f"{flag} must be more than 0 seconds")
     besides = [name for name in options.measures if name != ROUNDS]
     if besides and not {"mux", "mux-raw"} & set(options.names()):

@@ -96,9 +96,10 @@ class Processes(SelfTimed):
     def synchronised(self, count: int, rounds: int) -> float:
         """From the first start to the last end of each round."""
         found = self._times("synchronised", count, rounds)
-        return statistics.median(
+        spans: list[float] = [
             max(end for _, end in each) - min(start for start, _ in each) for each in zip(*found, strict=True)
-        )
+        ]
+        return statistics.median(spans)
 
     def notes(self) -> dict[str, object]:
         return self._latencies
