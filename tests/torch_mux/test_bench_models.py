@@ -144,7 +144,7 @@ def test_the_command_line_writes_a_record_and_prints_the_table_last(
 def test_unknown_names_are_refused_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for flags, words in (
         ("--models resnet51", "unknown model resnet51; choose from resnet50"),
-        ("--models bert@4/x", "are not whole numbers such as 1,4,16 and bert@1/4/16"),
+        ("--models bert@4/x", "is not a list of whole numbers such as 1,4,16 and bert@1/4/16"),
         ("--models bert@0", "must be at least 1"),
         ("--contenders eagre", "unknown contender eagre; choose from eager, inductor, graphs"),
         ("--measures speed", "unknown measure speed; choose from rounds, floor, size"),
@@ -276,6 +276,21 @@ def test_preparations_share_a_time_and_whose_turn_comes_later_says_so(
     assert "pipelined_us" in eager
     assert slow["failed"].startswith("OverLimit: preparing slow for tiny-cnn took longer than 0.4")
     assert late["failed"].startswith("OverLimit: preparing other contenders has taken the 0.5 s")
+
+
+def test_what_was_prepared_is_released_when_the_user_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> float:
+        raise KeyboardInterrupt
+
+    released: list[str] = []
+    monkeypatch.setattr(Eager, "release", lambda self: released.append(self.name))
+    monkeypatch.setattr(measure, "pipelined", interrupted)
+    options = models.Options(
+        models=("tiny-mlp",), tenants=(2,), contenders=("eager",), device=CPU, dtype=torch.float32, rounds=4
+    )
+    with pytest.raises(KeyboardInterrupt):
+        models.run(options)
+    assert released == [Eager.name]
 
 
 def test_measures_beside_rounds_are_in_the_record_and_one_that_fails_says_why(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import traceback
@@ -102,7 +103,18 @@ class Contest:
         self._spent = 0.0
 
     def run(self) -> None:
-        """Contenders with processes of their own first, one by one; the others together, taking turns."""
+        """The contenders of this process together, taking turns; then those of other processes one by one.
+
+        Whatever ends it, also the user, all contenders are released.
+        """
+        try:
+            self._run()
+        finally:
+            with contextlib.ExitStack() as stack:
+                for contender in self.contenders.values():
+                    stack.callback(contender.release)
+
+    def _run(self) -> None:
         options = self.options
         with torch.no_grad():
             tenants = build(
@@ -168,6 +180,7 @@ class Contest:
         for count in self.counts:
             self.records[key, count]["notes"] = contender.notes()
         contender.release()
+        del self.contenders[key]
 
     def _prepare(self, key: str, tenants: Tenants) -> None:
         contender = self.contenders[key]

@@ -166,7 +166,7 @@ def checked(flags: argparse.ArgumentParser, arguments: argparse.Namespace) -> Op
         options = options_from(arguments)
     except ValueError:
         words = f"--tenants {arguments.tenants!r} or --models {arguments.models!r}"
-        flags.error(f"in {words} the numbers of tenants are not whole numbers such as 1,4,16 and bert@1/4/16")
+        flags.error(f"{words} is not a list of whole numbers such as 1,4,16 and bert@1/4/16")
     for kind, given, known in (
         ("model", options.models, [*WORKLOADS, "table"]),
         ("contender", options.contenders, [*CONTENDERS, ALL]),
