@@ -86,8 +86,8 @@ def test_latency_against_caps_says_where_they_are_not_enforced(stage: Stage) -> 
 
 
 def test_device_memory_is_not_made_up_on_a_cpu(stage: Stage) -> None:
-    with pytest.raises(RuntimeError, match="on a GPU alone"):
-        MEASURES["memory"](stage)
+    found = MEASURES["memory"](stage)
+    assert found == {"counted": False, "weights": stage.tenants.weight_bytes()}
 
 
 def test_floors_are_of_every_number_of_tenants(stage: Stage) -> None:

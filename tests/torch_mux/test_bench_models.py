@@ -16,7 +16,7 @@ from torch_mux import api
 from torch_mux.bench import measure, models
 from torch_mux.bench.contenders import CONTENDERS, Eager, Mux, default_contenders
 from torch_mux.bench.host import PARTS, gather_parts
-from torch_mux.bench.measures import MEASURES
+from torch_mux.bench.measures import MEASURES, Stage
 from torch_mux.bench.workloads import CPU_TABLE, TABLE, WORKLOADS, Encoded, Tenants, build
 
 CPU = torch.device("cpu")
@@ -293,7 +293,13 @@ def test_what_was_prepared_is_released_when_the_user_ends_the_run(monkeypatch: p
     assert released == [Eager.name]
 
 
-def test_measures_beside_rounds_are_in_the_record_and_one_that_fails_says_why(tmp_path: Path) -> None:
+def test_measures_beside_rounds_are_in_the_record_and_one_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(stage: Stage) -> dict[str, Any]:
+        raise ValueError("nobody counts")
+
+    monkeypatch.setitem(MEASURES, "memory", fails)
     path = tmp_path / "out.json"
     flags = "--device cpu --models tiny-mlp@1/3 --rounds 4 --repetitions 1 --contenders mux"
     assert models.main([*flags.split(), "--measures", "size,floor,memory", "--json", str(path)]) == 1
@@ -302,10 +308,10 @@ def test_measures_beside_rounds_are_in_the_record_and_one_that_fails_says_why(tm
     floors, sizes, memory = record["measures"]
     assert (floors["measure"], sizes["measure"], memory["measure"]) == ("floor", "size", "memory")
     assert floors["floors"]["3"]["levels"] == 3
-    assert memory["failed"] == "RuntimeError: device memory is counted on a GPU alone"
+    assert memory["failed"] == "ValueError: nobody counts"
     assert {entry["model"] for entry in record["measures"]} == {"tiny-mlp"}
     words = models.table(record).splitlines()
-    assert words[-1] == "tiny-mlp, memory: failed: RuntimeError: device memory is counted on a GPU alone"
+    assert words[-1] == "tiny-mlp, memory: failed: ValueError: nobody counts"
 
 
 def test_the_record_is_saved_after_every_contender_and_the_budget_sheds_repetitions() -> None:

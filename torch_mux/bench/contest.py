@@ -23,7 +23,7 @@ __all__ = ["Contest", "Options", "WrongAnswers"]
 
 #: A contender's worst error may be this many times the eager models', and so many roundings at least.
 _SLACK: Final = 8.0
-_ROUNDINGS: Final = 4.0
+_ROUNDINGS: Final = 8.0
 
 
 class WrongAnswers(RuntimeError):

@@ -41,6 +41,8 @@ def _measures(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 def _flat(value: Any) -> str:
     """Nested plain data in one line."""
+    if isinstance(value, dict) and value.keys() == {"median", "low", "high"}:
+        return f"{value['median']:.0f}"
     if isinstance(value, dict):
         return ", ".join(
             f"{key} ({_flat(each)})" if isinstance(each, dict) else f"{key} {_flat(each)}"

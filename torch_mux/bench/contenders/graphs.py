@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_mux.bench.contenders import recording
 from torch_mux.bench.contenders.base import Arguments, Peer
 from torch_mux.bench.contenders.inductor import PLAIN, Flavour, inductor_callables
-from torch_mux.bench.contenders.recording import Captured, Recorder, captured
+from torch_mux.bench.contenders.recording import Captured, Recorder, captured, run
 from torch_mux.bench.workloads import Tenants
 
 __all__ = ["ForkedGraph", "GraphEach", "GraphStreams"]
@@ -39,8 +39,13 @@ class GraphEach(Peer):
         return captured(record, [call], [args])
 
     def round(self, requests: Arguments) -> Sequence[Any]:
-        pairs = zip(self.graphs, requests, strict=False)
-        return [answer for graph, args in pairs for answer in graph.run([args])]
+        graphs = self.graphs[: len(requests)]
+        return run(graphs, requests, lambda: self.replay(graphs))
+
+    def replay(self, graphs: Sequence[Captured]) -> None:
+        """All of them, whose arguments are in place."""
+        for graph in graphs:
+            graph.replay()
 
     def release(self) -> None:
         self.graphs = []
@@ -58,15 +63,12 @@ class GraphStreams(GraphEach):
         record.lanes(index + 1)
         return captured(record, [call], [args], beside=index)
 
-    def round(self, requests: Arguments) -> Sequence[Any]:
-        # Answers are memory of the caller's stream: it takes them back when the caller lets go of them.
-        answers = [graph.fresh() for graph in self.graphs[: len(requests)]]
+    def replay(self, graphs: Sequence[Captured]) -> None:
         self.record.start()
-        for index, (graph, args) in enumerate(zip(self.graphs, requests, strict=False)):
+        for index, graph in enumerate(graphs):
             with self.record.lane(index):
-                graph.run([args], answers[index])
-        self.record.finish(len(requests))
-        return [answer for made in answers for answer in made]
+                graph.replay()
+        self.record.finish(len(graphs))
 
 
 class ForkedGraph(Peer):

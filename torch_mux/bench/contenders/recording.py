@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_mux.bench.contenders.base import Arguments, NotApplicable
 
-__all__ = ["Body", "Captured", "Recorder", "Recording", "Rerun", "captured", "recorder"]
+__all__ = ["Body", "Captured", "Recorder", "Recording", "Rerun", "captured", "recorder", "run"]
 
 #: Enqueues work and returns its outputs.
 Body = Callable[[], Sequence[Tensor]]
@@ -146,7 +146,7 @@ def recorder(device: torch.device) -> Recorder:
 
 
 class Captured:
-    """Static inputs and outputs of a recording, copied into and out of with one launch a list.
+    """A recording over static inputs.
 
     Args:
         inputs: where each request's arguments go.
@@ -160,21 +160,32 @@ class Captured:
         recording: Recording,
         outputs: Sequence[Tensor] | None = None,
     ) -> None:
-        self._targets = [x for args in inputs for x in args]
-        self._recording = recording
-        self._outputs = list(recording.outputs if outputs is None else outputs)
+        self.inputs = [x for args in inputs for x in args]
+        self.replay = recording.replay
+        self.outputs = list(recording.outputs if outputs is None else outputs)
 
-    def run(self, requests: Arguments, answers: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
-        """One round; the answers are fresh, or those that were made for it."""
-        torch._foreach_copy_(self._targets, [x for args in requests for x in args])
-        self._recording.replay()
-        made = self.fresh() if answers is None else list(answers)
-        torch._foreach_copy_(made, self._outputs)
-        return made
+    def run(self, requests: Arguments) -> Sequence[Tensor]:
+        """One round."""
+        return run([self], requests, self.replay)
 
-    def fresh(self) -> list[Tensor]:
-        """Tensors for the answers of one round."""
-        return [torch.empty_like(output) for output in self._outputs]
+
+def run(graphs: Sequence[Captured], requests: Arguments, replay: Callable[[], object]) -> list[Tensor]:
+    """One round of several graphs: all arguments are copied with one launch, all answers with another.
+
+    Args:
+        replay: runs the graphs.
+
+    Returns:
+        Tensors that are the caller's.
+    """
+    torch._foreach_copy_(
+        [x for graph in graphs for x in graph.inputs], [x for args in requests for x in args]
+    )
+    replay()
+    outputs = [output for graph in graphs for output in graph.outputs]
+    answers = [torch.empty_like(output) for output in outputs]
+    torch._foreach_copy_(answers, outputs)
+    return answers
 
 
 def captured(
