@@ -193,10 +193,11 @@ class Contest:
         finally:
             seconds = time.perf_counter() - start
             self._spent += seconds
+            for count in self.counts:
+                self.records[key, count]["prepare_seconds"] = round(seconds, 2)
         for count in self.counts:
             record = self.records[key, count]
             record["notes"] = contender.notes()
-            record["prepare_seconds"] = round(seconds, 2)
             record["memory"] = {
                 "weights": tenants.weight_bytes(),
                 "tenants": len(tenants.models),
