@@ -15,7 +15,8 @@ from torch_mux import api
 from torch_mux.bench import measure, models
 from torch_mux.bench.contenders import CONTENDERS, Eager, Mux, default_contenders
 from torch_mux.bench.host import PARTS, gather_parts
-from torch_mux.bench.workloads import WORKLOADS, Encoded, Tenants, build
+from torch_mux.bench.measures import MEASURES, Stage
+from torch_mux.bench.workloads import CPU_TABLE, TABLE, WORKLOADS, Encoded, Tenants, build
 
 CPU = torch.device("cpu")
 
@@ -134,60 +135,63 @@ def test_the_command_line_writes_a_record_and_prints_the_table_last(
         assert entry["error"]["worst"] < 1e-5
     printed = capsys.readouterr().out.strip().splitlines()
     assert len(printed) == 2 + len(places)
+    assert record["measures"] == []
     assert "abc123" in printed[0]
     assert printed[1].split()[:3] == ["model", "tenants", "contender"]
 
 
 def test_unknown_names_are_refused_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        models.main(["--device", "cpu", "--models", "resnet51"])
-    assert "unknown model resnet51; choose from resnet50" in capsys.readouterr().err
+    for flags, words in (
+        ("--models resnet51", "unknown model resnet51; choose from resnet50"),
+        ("--models bert@4/x", "is not a list of whole numbers such as 1,4,16 and bert@1/4/16"),
+        ("--models bert@0", "must be at least 1"),
+        ("--contenders eagre", "unknown contender eagre; choose from eager, inductor, graphs"),
+        ("--measures speed", "unknown measure speed; choose from rounds, floor, size"),
+        ("--measures rounds,clients --contenders eager", "add mux to --contenders"),
+        ("--limit 0", "--limit must be more than 0 seconds"),
+        ("--preparing -1", "--preparing must be more than 0 seconds"),
+    ):
+        with pytest.raises(SystemExit):
+            models.main(["--device", "cpu", *flags.split()])
+        assert words in capsys.readouterr().err
 
 
-class Broken(Eager):
-    """Fails when it prepares."""
+def test_what_the_command_line_selects() -> None:
+    def options(flags: str) -> models.Options:
+        return models.options_from(models.parser().parse_args(flags.split()))
 
-    name = "broken peer"
-
-    def prepare(self, tenants: Tenants, counts: Sequence[int]) -> None:
-        raise ValueError("no such kernel")
-
-
-class Tiring(Eager):
-    """Fails in the middle of being timed."""
-
-    name = "tiring peer"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left = 12
-
-    def round(self, requests: Sequence[tuple[Tensor, ...]]) -> Sequence[Any]:
-        self.left -= 1
-        if self.left < 0:
-            raise RuntimeError("out of breath")
-        return super().round(requests)
+    plain = options("--device cuda")
+    assert plain.measures == ("rounds",) and plain.contenders == ()
+    assert [plain.counts_of(name) for name in plain.models] == [(16,)] * 3
+    every = options("--device cuda --models table --contenders all --measures all")
+    assert {name: every.counts_of(name) for name in every.models} == TABLE
+    assert every.contenders == tuple(CONTENDERS) and every.measures == ("rounds", *MEASURES)
+    own = options("--device cuda --models bert@1/4,mlp --tenants 64")
+    assert own.counts_of("bert") == (1, 4) and own.counts_of("mlp") == (64,)
+    small = options("--device cpu --models table")
+    assert {name: small.counts_of(name) for name in small.models} == CPU_TABLE
+    assert all(name in WORKLOADS for name in {**TABLE, **CPU_TABLE})
 
 
-def test_a_peer_that_fails_is_in_the_record_and_in_the_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_measures_beside_rounds_are_in_the_record_and_one_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(CONTENDERS, "broken", Broken)
-    monkeypatch.setitem(CONTENDERS, "tiring", Tiring)
+    def fails(stage: Stage) -> dict[str, Any]:
+        raise ValueError("nobody counts")
+
+    monkeypatch.setitem(MEASURES, "memory", fails)
     path = tmp_path / "out.json"
-    flags = "--device cpu --models tiny-cnn --tenants 1,2 --rounds 4 --repetitions 2"
-    flags += " --contenders broken,tiring,eager --json"
-    assert models.main([*flags.split(), str(path)]) == 1
-    records = {(r["contender"], r["tenants"]): r for r in json.loads(path.read_text())["results"]}
-    assert len(records) == 6
-    for count in (1, 2):
-        assert records["broken peer", count]["failed"] == "ValueError: no such kernel"
-        assert records["tiring peer", count]["failed"] == "RuntimeError: out of breath"
-        assert records["tiring peer", count]["error"]["worst"] < 1e-5  # what it did before is kept
-        assert records[Eager.name, count]["repetitions"] == 2
-    printed = capsys.readouterr()
-    assert "tiny-cnn: broken peer failed: ValueError: no such kernel" in printed.out
-    assert "no GPU is used: measuring on the CPU (tiny-cnn; 1, 2 tenants)" in printed.err
+    flags = "--device cpu --models tiny-mlp@1/3 --rounds 4 --repetitions 1 --contenders mux"
+    assert models.main([*flags.split(), "--measures", "size,floor,memory", "--json", str(path)]) == 1
+    record = json.loads(path.read_text())
+    assert all("pipelined_us" not in entry for entry in record["results"])
+    floors, sizes, memory = record["measures"]
+    assert (floors["measure"], sizes["measure"], memory["measure"]) == ("floor", "size", "memory")
+    assert floors["floors"]["3"]["levels"] == 3
+    assert memory["failed"] == "ValueError: nobody counts"
+    assert {entry["model"] for entry in record["measures"]} == {"tiny-mlp"}
+    words = models.table(record).splitlines()
+    assert words[-1] == "tiny-mlp, memory: failed: ValueError: nobody counts"
 
 
 def test_the_record_is_saved_after_every_contender_and_the_budget_sheds_repetitions() -> None:

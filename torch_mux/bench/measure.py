@@ -22,7 +22,7 @@ import torch.profiler
 from torch import Tensor
 
 from torch_mux import __version__
-from torch_mux.bench.contenders import Contender, synchronize
+from torch_mux.bench.contenders import Contender, SelfTimed, synchronize
 from torch_mux.bench.workloads import Tenants
 
 __all__ = [
@@ -69,6 +69,8 @@ class Spread:
 
 def pipelined(contender: Contender, tenants: Tenants, count: int, rounds: int) -> float:
     """Seconds a round when ``rounds`` rounds are enqueued and waited for once."""
+    if isinstance(contender, SelfTimed):
+        return contender.pipelined(count, rounds)
     rows = [row[:count] for row in tenants.requests]
     synchronize(rows[0])
     start = time.perf_counter()
@@ -80,6 +82,8 @@ def pipelined(contender: Contender, tenants: Tenants, count: int, rounds: int) -
 
 def synchronised(contender: Contender, tenants: Tenants, count: int, rounds: int) -> float:
     """Median seconds of a round that is waited for before the next one starts."""
+    if isinstance(contender, SelfTimed):
+        return contender.synchronised(count, rounds)
     rows = [row[:count] for row in tenants.requests]
     times = []
     for index in range(rounds):
@@ -91,11 +95,17 @@ def synchronised(contender: Contender, tenants: Tenants, count: int, rounds: int
     return statistics.median(times)
 
 
-def references(tenants: Tenants) -> list[list[Tensor]]:
-    """``[variant][tenant]`` answers of the same weights in float64, eager, on the same device."""
+def references(tenants: Tenants, shared: bool = False) -> list[list[Tensor]]:
+    """``[variant][tenant]`` answers of the same weights in float64, eager, on the same device.
+
+    Args:
+        shared: every request is answered with the first tenant's weights.
+    """
     answers: list[list[Tensor]] = [[] for _ in tenants.requests]
+    exact = copy.deepcopy(tenants.models[0]).double()
     for tenant, model in enumerate(tenants.models):
-        exact = copy.deepcopy(model).double()
+        if tenant and not shared:
+            exact = copy.deepcopy(model).double()
         for variant, row in enumerate(tenants.requests):
             args = [x.double() if x.is_floating_point() else x for x in row[tenant]]
             answers[variant].append(tenants.workload.tensor(exact(*args)).clone())
@@ -120,9 +130,9 @@ def errors(
 
 
 def launches(contender: Contender, tenants: Tenants, count: int) -> dict[str, int] | None:
-    """Kernels and copies of one round by the profiler; None on a CPU."""
+    """Kernels and copies of one round by the profiler; None on a CPU and for other processes' launches."""
     row = tenants.requests[0][:count]
-    if not row[0][0].is_cuda:
+    if not row[0][0].is_cuda or isinstance(contender, SelfTimed):
         return None
     contender.round(row)
     synchronize(row)

@@ -1,86 +1,70 @@
 """Whole models against the peers: ``python -m torch_mux.bench.models --json out.json``.
 
 Every contender answers one request of each tenant a round, at batch 1, with inputs that change and outputs
-that are the caller's. Answers are compared with float64 before anything is timed. Repetitions of the
-contenders are interleaved, so that a machine that drifts drifts for all of them.
+that are the caller's. Answers are compared with float64 before anything is timed, and a contender whose
+answers are wrong is not timed. Repetitions of the contenders are interleaved, so that a machine that drifts
+drifts for all of them; those that are processes of their own come last, one after another. All that there is
+to measure: ``--models table --contenders all --measures all``.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import torch_mux
 from torch_mux.bench import measure
-from torch_mux.bench.contenders import CONTENDERS, Contender, Mux, default_contenders
-from torch_mux.bench.host import gather_parts
-from torch_mux.bench.workloads import DTYPES, WORKLOADS, Tenants, build
+from torch_mux.bench.contenders import CONTENDERS
+from torch_mux.bench.contest import Contest, Options
+from torch_mux.bench.measures import MEASURES, ROUNDS
+from torch_mux.bench.models_table import table
+from torch_mux.bench.workloads import CPU_TABLE, DTYPES, TABLE, WORKLOADS
 
 __all__ = ["Options", "main", "run", "table"]
 
-
-@dataclass(frozen=True)
-class Options:
-    """What is measured.
-
-    Attributes:
-        models: names in ``WORKLOADS``.
-        tenants: numbers of tenants a round.
-        contenders: names in ``CONTENDERS``; empty for the device's usual ones.
-        device, dtype: where and in what precision the models run.
-        repetitions: most interleaved repetitions of each measurement.
-        rounds: rounds of one pipelined repetition; a quarter of them when synchronised.
-        channels_last: weights and images of every contender in channels-last order.
-        budget: seconds in all; repetitions beyond the first of a model are shed to keep it. None: no limit.
-    """
-
-    models: tuple[str, ...] = ("resnet50", "bert", "vit")
-    tenants: tuple[int, ...] = (16,)
-    contenders: tuple[str, ...] = ()
-    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
-    dtype: torch.dtype = torch.float16
-    repetitions: int = 5
-    rounds: int = 200
-    channels_last: bool = False
-    budget: float | None = None
-
-
+ALL = "all"
 Save = Callable[[dict[str, Any]], object]
 
 
 def run(options: Options, save: Save | None = None) -> dict[str, Any]:
     """Measure everything; plain data: one entry of ``results`` a model, contender and tenant count.
 
-    ``save`` gets the report after every contender and every repetition. A contender that fails has its error
-    in its entries under ``failed``; the others go on.
+    ``measures`` has an entry a model and measure. ``save`` gets the report after every contender, repetition
+    and measure. A contender that fails has its error in its entries under ``failed``; the others go on.
     """
     results: list[dict[str, Any]] = []
+    measures: list[dict[str, Any]] = []
     start = time.monotonic()
     environment = measure.environment(options.device)
 
-    def report(more: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        return {"environment": environment, "options": _plain(options), "results": [*results, *more]}
+    def report(
+        more: Sequence[dict[str, Any]] = (), measured: Sequence[dict[str, Any]] = ()
+    ) -> dict[str, Any]:
+        return {
+            "environment": environment,
+            "options": _plain(options),
+            "results": [*results, *more],
+            "measures": [*measures, *measured],
+        }
 
-    def saved(more: Sequence[dict[str, Any]]) -> None:
+    def saved(more: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> None:
         if save is not None:
-            save(report(more))
+            save(report(more, measured))
 
     for index, name in enumerate(options.models):
         share = None if options.budget is None else options.budget * (index + 1) / len(options.models)
-        contest = _Contest(name, options, None if share is None else start + share, saved)
-        results += contest.run()
-        saved(())
+        contest = Contest(name, options, None if share is None else start + share, saved)
+        contest.run()
+        results += contest.records.values()
+        measures += contest.measured
+        saved((), ())
         del contest
         torch_mux.reset()
         torch.compiler.reset()
@@ -94,166 +78,25 @@ def _plain(options: Options) -> dict[str, Any]:
     return {**vars(options), "device": str(options.device), "dtype": str(options.dtype)}
 
 
-class _Contest:
-    """All contenders over one architecture.
-
-    Args:
-        name: of the workload.
-        deadline: on ``time.monotonic``, after which no further repetition starts.
-        saved: gets the records as they are, again and again.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        options: Options,
-        deadline: float | None,
-        saved: Callable[[Sequence[dict[str, Any]]], None],
-    ) -> None:
-        self.options, self.deadline, self.saved = options, deadline, saved
-        keys = options.contenders or default_contenders(options.device)
-        self.contenders: dict[str, Contender] = {key: CONTENDERS[key]() for key in keys}
-        self.records = {
-            (key, count): {"model": name, "contender": contender.name, "tenants": count}
-            for key, contender in self.contenders.items()
-            for count in options.tenants
-        }
-        self.name = name
-
-    def run(self) -> list[dict[str, Any]]:
-        """Prepares the contenders one after another, checks their answers, then times them taking turns."""
-        options = self.options
-        with torch.no_grad():
-            tenants = build(
-                WORKLOADS[self.name],
-                max(options.tenants),
-                options.device,
-                options.dtype,
-                channels_last=options.channels_last,
-            )
-            exact = measure.references(tenants)
-        with torch.inference_mode():
-            for key in list(self.contenders):
-                self._attempt(key, functools.partial(self._prepare, key, tenants, exact))
-                self.saved(list(self.records.values()))
-            self._time(tenants)
-            for key in list(self.contenders):
-                self._attempt(key, self.contenders[key].release)
-        return list(self.records.values())
-
-    def _attempt(self, key: str, step: Callable[[], object]) -> None:
-        """One step of one contender; an error takes it out of the contest and into the record."""
-        try:
-            step()
-        except Exception as error:
-            traceback.print_exc()
-            for count in self.options.tenants:
-                words = f"{type(error).__name__}: {str(error).strip()}"
-                self.records[key, count]["failed"] = words[:500]
-            self.contenders.pop(key)
-
-    def _prepare(self, key: str, tenants: Tenants, exact: list[list[Tensor]]) -> None:
-        contender = self.contenders[key]
-        counts = tuple(sorted(self.options.tenants, reverse=True))
-        start = time.perf_counter()
-        prepare = functools.partial(contender.prepare, tenants, counts)
-        extra = measure.memory_of(prepare, self.options.device)
-        seconds = time.perf_counter() - start
-        for count in self.options.tenants:
-            record = self.records[key, count]
-            record["notes"] = contender.notes()
-            record["prepare_seconds"] = round(seconds, 2)
-            record["error"] = measure.errors(contender, tenants, exact, count)
-            record["launches"] = measure.launches(contender, tenants, count)
-            record["memory"] = {
-                "weights": tenants.weight_bytes(),
-                "tenants": len(tenants.models),
-                "extra": extra,
-            }
-            if isinstance(contender, Mux):
-                record["host_us"] = gather_parts(contender, tenants, count)
-
-    def _time(self, tenants: Tenants) -> None:
-        """Fill in the times, the contenders taking turns; a short first turn warms up and is dropped."""
-        options = self.options
-        piped: dict[tuple[str, int], list[float]] = {place: [] for place in self.records}
-        waited: dict[tuple[str, int], list[float]] = {place: [] for place in self.records}
-
-        def turn(place: tuple[str, int], rounds: int) -> None:
-            contender, (_, count) = self.contenders[place[0]], place
-            piped[place].append(measure.pipelined(contender, tenants, count, rounds))
-            waited[place].append(measure.synchronised(contender, tenants, count, max(1, rounds // 4)))
-
-        for repetition in range(options.repetitions + 1):
-            late = self.deadline is not None and time.monotonic() > self.deadline
-            if late and repetition > 1:
-                break
-            for place, record in self.records.items():
-                if place[0] not in self.contenders:
-                    continue
-                rounds = options.rounds if repetition else max(1, options.rounds // 20)
-                self._attempt(place[0], functools.partial(turn, place, rounds))
-                if not repetition:
-                    piped[place].clear()
-                    waited[place].clear()
-                elif place[0] in self.contenders:
-                    record["pipelined_us"] = measure.Spread.of(piped[place]).data()
-                    record["synchronised_us"] = measure.Spread.of(waited[place]).data()
-                    record["repetitions"] = repetition
-            self.saved(list(self.records.values()))
-
-
-HEADER = (
-    *("model", "tenants", "contender", "pipelined µs", "(min-max)", "synchronised µs", "(min-max)"),
-    *("l2 error", "kernels", "extra MiB/tenant"),
-)
-
-
-def table(report: dict[str, Any]) -> str:
-    """The results as plain text, one line a model, tenant count and contender; one that failed says why."""
-    lines = sorted(report["results"], key=lambda record: (record["model"], record["tenants"]))
-    rows = [HEADER, *map(_cells, lines)]
-    facts = report["environment"]
-    title = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}"
-    failed = dict.fromkeys(
-        f"{record['model']}: {record['contender']} failed: {record['failed']}"
-        for record in lines
-        if "failed" in record
-    )
-    return "\n".join([title, *measure.aligned(rows), *failed])
-
-
-def _cells(record: dict[str, Any]) -> tuple[str, ...]:
-    name = (record["model"], str(record["tenants"]), record["contender"])
-    if "failed" in record:
-        return (*name, "failed", *["-"] * (len(HEADER) - len(name) - 1))
-    launched = record["launches"]
-    extra = record["memory"]["extra"]["allocated"] / record["memory"]["tenants"] / 2**20
-    times = (_spread(record.get(kind)) for kind in ("pipelined_us", "synchronised_us"))
-    return (
-        *name,
-        *(cell for pair in times for cell in pair),
-        f"{record['error']['mean']:.2e}",
-        "-" if launched is None else str(launched["kernels"]),
-        f"{extra:.1f}",
-    )
-
-
-def _spread(found: dict[str, float] | None) -> tuple[str, str]:
-    if found is None:  # not timed yet
-        return "-", "-"
-    return f"{found['median']:.0f}", f"({found['low']:.0f}-{found['high']:.0f})"
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     cuda = torch.cuda.is_available()
-    result = argparse.ArgumentParser(prog="python -m torch_mux.bench.models", description=__doc__)
-    result.add_argument("--models", default=None, help=f"comma-separated: {', '.join(WORKLOADS)}")
+    result = argparse.ArgumentParser(prog="torch-mux bench models", description=__doc__)
+    result.add_argument(
+        "--models",
+        default=None,
+        help=f"comma-separated: {', '.join(WORKLOADS)}; NAME@1/4/16 for numbers of tenants of its own; "
+        "'table' for those of the kept record, or for small ones without a GPU",
+    )
     result.add_argument(
         "--tenants", default=None, help="comma-separated numbers of tenants a round; 16, or 4 without a GPU"
     )
-    result.add_argument("--contenders", default="", help=f"comma-separated: {', '.join(CONTENDERS)}")
+    result.add_argument("--contenders", default="", help=f"comma-separated, or all: {', '.join(CONTENDERS)}")
+    result.add_argument(
+        "--measures",
+        default=ROUNDS,
+        help=f"comma-separated, or all: {ROUNDS} of every contender; of torch-mux {', '.join(MEASURES)}",
+    )
     result.add_argument("--device", default="cuda" if cuda else "cpu")
     result.add_argument("--dtype", default=None, choices=sorted(DTYPES))
     result.add_argument("--repetitions", type=int, default=5)
@@ -261,6 +104,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--channels-last", action="store_true")
     result.add_argument("--tiny", action="store_true", help="small models, to try the harness itself")
     result.add_argument("--budget", type=float, default=None, help="seconds; repetitions are shed to keep it")
+    result.add_argument(
+        "--limit", type=float, default=600.0, help="seconds to prepare a contender, or for a measure; 600"
+    )
+    result.add_argument(
+        "--preparing", type=float, default=None, help="seconds to prepare all contenders of a model"
+    )
     result.add_argument("--json", type=Path, default=None, help="write the record here")
     return result
 
@@ -269,23 +118,45 @@ def options_from(arguments: argparse.Namespace) -> Options:
     """Options from the command line.
 
     ``--tiny``, or no GPU and no models named, picks the small models; these and a CPU run in float32.
+
+    Raises:
+        ValueError: a number of tenants that is none.
     """
     device = torch.device(arguments.device)
     cpu = device.type == "cpu"
-    small = arguments.tiny or (cpu and arguments.models is None)
-    models = arguments.models or ("tiny-cnn,tiny-encoder" if small else "resnet50,bert,vit")
-    tenants = arguments.tenants or ("4" if cpu else "16")
+    small = arguments.tiny or (cpu and arguments.models in (None, "table"))
+    given = arguments.models or ("tiny-cnn,tiny-encoder" if small else "resnet50,bert,vit")
+    counts: dict[str, tuple[int, ...]] = {}
+    if given == "table":
+        counts = dict(CPU_TABLE if small else TABLE)
+        models = tuple(counts)
+    else:
+        named = [name.partition("@") for name in given.split(",")]
+        models = tuple(dict.fromkeys(name for name, _, _ in named))
+        counts = {name: _numbers(own, "/") for name, at, own in named if at}
     return Options(
-        models=tuple(models.split(",")),
-        tenants=tuple(int(count) for count in tenants.split(",")),
-        contenders=tuple(name for name in arguments.contenders.split(",") if name),
+        models=models,
+        tenants=_numbers(arguments.tenants or ("4" if cpu else "16"), ","),
+        counts=counts,
+        contenders=_names(arguments.contenders, tuple(CONTENDERS)),
+        measures=_names(arguments.measures, (ROUNDS, *MEASURES)),
         device=device,
         dtype=DTYPES[arguments.dtype or ("float32" if small or cpu else "float16")],
         repetitions=arguments.repetitions,
         rounds=arguments.rounds,
         channels_last=arguments.channels_last,
         budget=arguments.budget,
+        limit=arguments.limit,
+        preparing=arguments.preparing,
     )
+
+
+def _numbers(text: str, separator: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(int(count) for count in text.split(separator)))
+
+
+def _names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    return known if text == ALL else tuple(dict.fromkeys(name for name in text.split(",") if name))
 
 
 def checked(flags: argparse.ArgumentParser, arguments: argparse.Namespace) -> Options:
@@ -294,31 +165,42 @@ def checked(flags: argparse.ArgumentParser, arguments: argparse.Namespace) -> Op
     try:
         options = options_from(arguments)
     except ValueError:
-        flags.error(f"--tenants {arguments.tenants!r} is not a list of whole numbers such as 1,4,16")
+        words = f"--tenants {arguments.tenants!r} or --models {arguments.models!r}"
+        flags.error(f"{words} is not a list of whole numbers such as 1,4,16 and bert@1/4/16")
     for kind, given, known in (
-        ("model", options.models, WORKLOADS),
-        ("contender", options.contenders, CONTENDERS),
+        ("model", options.models, [*WORKLOADS, "table"]),
+        ("contender", options.contenders, [*CONTENDERS, ALL]),
+        ("measure", options.measures, [ROUNDS, *MEASURES, ALL]),
     ):
-        unknown = [name for name in given if name not in known]
+        unknown = [name for name in given if name not in known or name in ("table", ALL)]
         if unknown:
             flags.error(f"unknown {kind} {', '.join(unknown)}; choose from {', '.join(known)}")
-    if min(options.tenants) < 1 or options.repetitions < 1 or options.rounds < 1:
+    if not options.measures:
+        flags.error("--measures names nothing to measure")
+    counts = [count for name in options.models for count in options.counts_of(name)]
+    if min(*counts, options.repetitions, options.rounds) < 1:
         flags.error("--tenants, --repetitions and --rounds must be at least 1")
+    for flag, seconds in (("--limit", options.limit), ("--preparing", options.preparing)):
+        if seconds is not None and seconds <= 0:
+            flags.error(f"{flag} must be more than 0 seconds")
+    besides = [name for name in options.measures if name != ROUNDS]
+    if besides and not {"mux", "mux-raw"} & set(options.names()):
+        flags.error(f"--measures {', '.join(besides)} measure torch-mux: add mux to --contenders")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the record, and print the table last; 1 where a contender failed."""
+    """Measure, write the record, and print the table last; 1 where a contender or a measure failed."""
     flags = parser()
     arguments = flags.parse_args(argv)
     options = checked(flags, arguments)
     if options.device.type == "cpu":
-        sizes = f"{', '.join(options.models)}; {', '.join(map(str, options.tenants))} tenants"
-        print(f"no GPU is used: measuring on the CPU ({sizes})", file=sys.stderr)
+        sizes = [f"{name} at {', '.join(map(str, options.counts_of(name)))}" for name in options.models]
+        print(f"no GPU is used: measuring on the CPU ({'; '.join(sizes)} tenants)", file=sys.stderr)
     measure.announce(options.device)
     report = run(options, lambda found: measure.write(found, arguments.json))
     print(table(report))
-    return int(any("failed" in record for record in report["results"]))
+    return int(any("failed" in record for record in [*report["results"], *report["measures"]]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The figure and the table of a record: ``python -m torch_mux.bench.plot docs/benchmarks/models-h100.json``.
 
-Reads what ``python -m torch_mux.bench.models --json`` wrote, draws the figure beside it and, with
-``--readme``, writes figure and table between the two marks that the file must hold. No plotting package
-is needed.
+Reads what ``python -m torch_mux.bench.models --json`` wrote, draws the figure beside it, and another one of
+lines where there is something to draw (:mod:`torch_mux.bench.plot_lines`). With ``--readme`` it writes figure
+and table between the two marks that the file must hold. No plotting package is needed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from torch_mux.bench.plot_lines import charts
+from torch_mux.bench.plot_paper import drawing
+
 __all__ = ["BEGIN", "END", "fill", "main", "markdown", "svg"]
 
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
-_OURS = "torch-mux"
-_WIDTH, _LABELS, _VALUES = 920, 320, 160
+OURS = "torch-mux"
+#: Contenders that answer something else, and are no peers.
+REFERENCE = "for reference: "
+_WIDTH, _LABELS, _VALUES = 1040, 440, 160
 _BAR, _GAP, _PANEL = 18, 6, 34
+_WORDS = 84  # of an error, so that they fit beside the names
 
 
 def _throughput(record: dict[str, Any], which: str = "median") -> float:
@@ -36,7 +42,7 @@ def _timed(record: dict[str, Any]) -> bool:
 def _untimed(record: dict[str, Any]) -> str:
     """Why a contender has no times: it failed, or the run ended before its turn."""
     failed = record.get("failed")
-    return f"failed: {failed.splitlines()[0]}" if failed else "not timed"
+    return f"failed: {failed.splitlines()[0]}"[:_WORDS] if failed else "not timed"
 
 
 def _panels(report: dict[str, Any]) -> list[list[dict[str, Any]]]:
@@ -53,7 +59,7 @@ def _text(x: float, y: float, content: str, style: str = "") -> str:
 
 def _bar(record: dict[str, Any], y: float, scale: float) -> list[str]:
     """One contender: its name, its bar with the spread of the repetitions, its number, or why not."""
-    ours = record["contender"].startswith(_OURS)
+    ours = record["contender"].startswith(OURS)
     middle = y + _BAR / 2
     if not _timed(record):
         name = _text(_LABELS - 10, middle + 4, record["contender"], ' text-anchor="end"')
@@ -106,13 +112,16 @@ def _facts(report: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table, one line a model, number of tenants and contender; times are medians over repetitions."""
+    """The best peer and ours for each model and number of tenants; times are medians over repetitions.
+
+    Where no peer was timed, all of them say why.
+    """
     lines = [
         "| model | tenants | contender | pipelined round, µs | synchronised round, µs | error (l2) |",
         "|---|---|---|---|---|---|",
     ]
     for records in _panels(report):
-        for record in records:
+        for record in _best(records):
             times = [
                 _spread(record[kind]) if _timed(record) else _untimed(record)
                 for kind in ("pipelined_us", "synchronised_us")
@@ -127,6 +136,14 @@ def markdown(report: dict[str, Any]) -> str:
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _best(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ours = [record for record in records if record["contender"].startswith(OURS)]
+    peers = [record for record in records if record not in ours]
+    timed = [each for each in peers if _timed(each) and not each["contender"].startswith(REFERENCE)]
+    best = min(timed, key=lambda each: float(each["pipelined_us"]["median"]), default=None)
+    return [*(peers if best is None else [best]), *ours]
 
 
 def _spread(times: dict[str, float]) -> str:
@@ -156,6 +173,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure = arguments.record.with_suffix(".svg")
     figure.write_text(svg(report))
     print(figure)
+    lines = charts(report)
+    if lines:
+        further = figure.with_name(f"{figure.stem}-lines.svg")
+        further.write_text(drawing(lines, report["environment"]))
+        print(further)
     if arguments.readme is not None:
         folder = arguments.readme.resolve().parent
         links = [Path(os.path.relpath(path.resolve(), folder)) for path in (figure, arguments.record)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,20 @@ from torch import Tensor, nn
 
 from torch_mux.bench.vision import import_torchvision
 
-__all__ = ["DTYPES", "WORKLOADS", "TensorOnly", "Workload", "build", "images", "tokens", "varied"]
+__all__ = [
+    "CPU_TABLE",
+    "DTYPES",
+    "TABLE",
+    "WORKLOADS",
+    "Tenants",
+    "TensorOnly",
+    "Workload",
+    "build",
+    "images",
+    "more",
+    "tokens",
+    "varied",
+]
 
 #: By the names of the command line.
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -115,10 +129,20 @@ class Encoder(nn.Module):
 
 
 def _bert() -> nn.Module:
+    with contextlib.suppress(ModuleNotFoundError):
+        import_torchvision()  # transformers imports it where it is installed
     from transformers import BertConfig, BertModel
 
     make: Callable[..., nn.Module] = BertModel
     return make(BertConfig(), add_pooling_layer=False).eval()
+
+
+def _mlp(width: int = 1024, layers: int = 3) -> nn.Module:
+    """Linear layers of equal width with ReLU between them: nothing but weights to read."""
+    parts: list[nn.Module] = []
+    for _ in range(layers):
+        parts += [nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*parts[:-1]).eval()
 
 
 class TinyCNN(nn.Module):
@@ -202,6 +226,7 @@ WORKLOADS: dict[str, Workload] = {
     "vit": Workload("vit", _torchvision("vit_b_16"), images(224), as_is),
     "bert": Workload("bert", lambda: Encoder(_bert()).eval(), tokens(128, 30522), as_is),
     "bert-hf": Workload("bert-hf", _bert, tokens(128, 30522), _last_hidden_state),
+    "mlp": Workload("mlp", _mlp, features(1, 1024), as_is),
     "tiny-cnn": Workload("tiny-cnn", lambda: varied(TinyCNN().eval()), images(16), as_is),
     "tiny-encoder": Workload(
         "tiny-encoder", lambda: TinyEncoder().eval(), tokens(12, 50), _last_hidden_state
@@ -209,6 +234,16 @@ WORKLOADS: dict[str, Workload] = {
     "tiny-mlp": Workload("tiny-mlp", lambda: TinyMLP().eval(), features(1, 32), as_is),
     "tiny-mixer": Workload("tiny-mixer", lambda: TinyMixer().eval(), features(1, 8, 24), as_is),
 }
+
+#: Models and numbers of tenants that the record of an H100 is made of; and those for a CPU.
+TABLE: dict[str, tuple[int, ...]] = {
+    "resnet50": (1, 4, 16),
+    "mobilenet": (16,),
+    "vit": (16,),
+    "bert": (16,),
+    "mlp": (64,),
+}
+CPU_TABLE: dict[str, tuple[int, ...]] = {"tiny-cnn": (1, 4), "tiny-encoder": (4,), "tiny-mlp": (4,)}
 
 
 @dataclass(frozen=True)
@@ -218,13 +253,20 @@ class Tenants:
     Attributes:
         models: one a tenant, on the device, in eval mode.
         requests: ``requests[variant][tenant]``, the arguments of one request.
-        compiled: the models under Inductor once a peer has compiled them: the peers share them.
+        compiled: the models under Inductor once a peer has compiled them, by its options: peers share them.
+        channels_last: weights and images are in that order.
     """
 
     workload: Workload
     models: list[nn.Module]
     requests: list[list[tuple[Tensor, ...]]]
-    compiled: list[Callable[..., Tensor]] = field(default_factory=list)
+    compiled: dict[str, list[Callable[..., Tensor]]] = field(default_factory=dict)
+    channels_last: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Of models and requests."""
+        return self.requests[0][0][0].device
 
     def tensor_only(self) -> list[nn.Module]:
         """The models, each wrapped to return the compared tensor."""
@@ -243,26 +285,39 @@ def build(
     dtype: torch.dtype,
     variants: int = 4,
     channels_last: bool = False,
+    first: int = 0,
 ) -> Tenants:
     """``count`` tenants with weights and requests of their own, reproducible from their numbers.
 
-    The first is made by the workload; the others have its weights in orders of their own, which takes the
+    Number 0 is made by the workload; the others have its weights in orders of their own, which takes the
     device milliseconds where drawing them again would take seconds.
+
+    Args:
+        first: the number of the first of them.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(0)
-    first = workload.model().to(device=device, dtype=dtype)
-    models = [first, *(_rotated(copy.deepcopy(first), 997 * tenant) for tenant in range(1, count))]
+    origin = workload.model().to(device=device, dtype=dtype)
+    numbers = range(first, first + count)
+    models = [_rotated(copy.deepcopy(origin), 997 * number) if number else origin for number in numbers]
     if channels_last:
         models = [model.to(memory_format=torch.channels_last) for model in models]  # type: ignore[call-overload]
     requests = []
     for variant in range(variants):
         row = []
-        for tenant in range(count):
-            generator = torch.Generator().manual_seed(1000 * variant + tenant)
+        for number in numbers:
+            generator = torch.Generator().manual_seed(1000 * variant + number)
             row.append(tuple(_place(x, device, dtype, layout) for x in workload.inputs(generator)))
         requests.append(row)
-    return Tenants(workload, models, requests)
+    return Tenants(workload, models, requests, channels_last=channels_last)
+
+
+def more(tenants: Tenants, count: int) -> Tenants:
+    """``count`` tenants after those, of the same architecture, dtype and layout."""
+    first = len(tenants.models)
+    models = [_rotated(copy.deepcopy(tenants.models[0]), 997 * (first + index)) for index in range(count)]
+    requests = [[row[index % first] for index in range(count)] for row in tenants.requests]
+    return Tenants(tenants.workload, models, requests, channels_last=tenants.channels_last)
 
 
 def _rotated(model: nn.Module, places: int) -> nn.Module:

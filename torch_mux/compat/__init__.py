@@ -53,6 +53,7 @@ from .inductor import (
     trace_graph,
     unset_fake_temporarily,
 )
+from .inductor_settings import compile_counter, inductor_settings
 from .profiling import ranges
 from .saved_code import (
     inductor_key,
@@ -79,6 +80,7 @@ __all__ = [
     "caller_files",
     "captured",
     "capturing",
+    "compile_counter",
     "compile_lock",
     "compile_whole",
     "compiled_backend",
@@ -97,6 +99,7 @@ __all__ = [
     "inductor_compile",
     "inductor_key",
     "inductor_load",
+    "inductor_settings",
     "install_first_call_guard",
     "install_tracing_check",
     "is_current",
