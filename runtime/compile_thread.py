@@ -8,12 +8,15 @@ import heapq
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable
 from enum import IntEnum
 
 __all__ = ["CompileThread", "Rank"]
 
 logger = logging.getLogger(__name__)
+
+_QUIET = 1.0
 
 
 class Rank(IntEnum):
@@ -25,9 +28,20 @@ class Rank(IntEnum):
 
 
 class CompileThread:
-    """Runs jobs one by one on a daemon thread that the first one starts; by rank, then in order."""
+    """Runs jobs one by one on a daemon thread that the first one starts; by rank, then in order.
 
-    def __init__(self) -> None:
+    What nobody asked for yet starts in a quiet moment: a process that is just making its models is short of
+    the interpreter's lock.
+
+    Args:
+        quiet: seconds after the last other job or :meth:`stir`; whoever waits in :meth:`quiesce` for jobs of
+            the lowest rank ends the wait.
+    """
+
+    def __init__(self, quiet: float = _QUIET) -> None:
+        self._quiet = quiet
+        self._stirred = float("-inf")
+        self._hurried = 0
         self._jobs: list[tuple[Rank, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
         self._changed = threading.Condition()
@@ -45,6 +59,8 @@ class CompileThread:
             if self._closed:
                 return
             heapq.heappush(self._jobs, (rank, next(self._numbers), run))
+            if rank < Rank.AHEAD:
+                self.stir()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="torch_mux-compile", daemon=True)
                 self._thread.start()
@@ -55,11 +71,28 @@ class CompileThread:
         if threading.current_thread() is self._thread:
             return False
         with self._changed:
-            return self._changed.wait_for(lambda: not self._busy(rank), timeout)
+            self._hurried += rank is Rank.AHEAD
+            self._changed.notify_all()
+            try:
+                return self._changed.wait_for(lambda: not self._busy(rank), timeout)
+            finally:
+                self._hurried -= rank is Rank.AHEAD
+
+    def stir(self) -> None:
+        """Something new is under way: puts off what nobody asked for yet."""
+        self._stirred = time.monotonic()
 
     def _busy(self, rank: Rank) -> bool:
         waiting = bool(self._jobs) and self._jobs[0][0] <= rank
         return waiting or (self._running is not None and self._running <= rank)
+
+    def _pause(self) -> float | None:
+        """Seconds before the first job may start; None: there is none."""
+        if not self._jobs:
+            return None
+        if self._jobs[0][0] < Rank.AHEAD or self._hurried:
+            return 0.0
+        return max(0.0, self._stirred + self._quiet - time.monotonic())
 
     def close(self, timeout: float) -> None:
         """Drops what is queued and waits at most ``timeout`` seconds for what is running."""
@@ -76,7 +109,8 @@ class CompileThread:
             with self._changed:
                 self._running = None
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._jobs or self._closed)
+                while not self._closed and (wait := self._pause()) != 0.0:
+                    self._changed.wait(wait)
                 if self._closed:
                     return
                 self._running, _, job = heapq.heappop(self._jobs)

@@ -188,6 +188,7 @@ class Engine:
             if found is None:
                 found = Instance(served, parameters, dispatcher.died)
                 served.instances.add(found)
+                self.compile_thread.stir()
                 outdate(self._served.values(), served, parameters)
                 if parameters:
                     dispatcher.service.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,28 @@ def test_ranks_order_the_jobs_and_what_nobody_asked_for_is_not_awaited() -> None
     ahead.set()
     assert thread.quiesce(10, Rank.AHEAD)
     assert order == ["plan", "capture", "ahead"]
+    thread.close(10)
+
+
+def test_what_nobody_asked_for_waits_for_a_quiet_moment() -> None:
+    thread, done = CompileThread(quiet=0.4), threading.Event()
+    began = time.monotonic()
+    thread.submit(done.set, Rank.AHEAD)
+    assert done.wait(5) and time.monotonic() - began < 0.4  # nothing was under way before
+    done.clear()
+    for _ in range(4):
+        thread.stir()
+        thread.submit(done.set, Rank.AHEAD)
+        assert not done.wait(0.15)
+    asked = threading.Event()
+    thread.submit(asked.set)
+    assert asked.wait(5) and not done.is_set()
+    began = time.monotonic()
+    assert done.wait(5) and time.monotonic() - began > 0.2
+    done.clear()
+    thread.stir()
+    thread.submit(done.set, Rank.AHEAD)
+    assert thread.quiesce(0.3, Rank.AHEAD) and done.is_set()  # somebody waits for it
     thread.close(10)
 
 
