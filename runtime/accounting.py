@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch_mux.errors import ExecutionFailed
 from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.quarantine import Quarantine
+from torch_mux.runtime.rates import Rates
 from torch_mux.runtime.request import Request, RequestState
 from torch_mux.runtime.shares import PICOSECONDS, divided
 from torch_mux.runtime.tally import TenantStats, TenantTally
@@ -51,6 +52,7 @@ class Accounting:
     def __init__(self, memory: MemoryLedger | None = None, quarantine: Callable[[], int] = lambda: 0) -> None:
         self.memory = memory
         self.quarantine = Quarantine(quarantine)
+        self.rates = Rates()
         self._lock = threading.Lock()
         self._tenants: dict[str, TenantTally] = {}
         self._bundles = 0
@@ -113,6 +115,11 @@ class Accounting:
                     failed = True
         if failed or self.quarantine.watching:
             self._watch(requests, now)
+        if failed:
+            for request in requests:
+                # It was cancelled before its token was there.
+                if request.state is _CANCELLED and request.eligible > now and request.quota.rate is not None:
+                    self.rates.put_back(request.quota)
         if self.memory is not None:
             self.memory.release(requests)
 
@@ -164,17 +171,3 @@ class Accounting:
             device_seconds=time / PICOSECONDS,
             sizes=sizes,
         )
-
-    def abandon_after_fork(self) -> None:
-        """In a forked child, where the lock may be held for ever."""
-        self._lock = threading.Lock()
-        self.clear()
-        self.quarantine.clear()
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        with self._lock:
-            self.quarantine.clear()
-            self._tenants.clear()
-            self._sizes.clear()
-            self._bundles = self._requests = self._device_time = 0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch_mux.errors import DeadlineUnattainable, InvalidQuota, Overloaded, RateExceeded
 from torch_mux.runtime.accounting import Accounting
-from torch_mux.runtime.scheduler.bucket import TokenBucket
+from torch_mux.runtime.rates import burst_of
 from torch_mux.types import Quota
 
 __all__ = ["Admission"]
@@ -21,23 +21,30 @@ Outlook = Callable[[int, int], "float | None"]
 class Admission:
     """Checks requests before they cost anything; safe from any thread.
 
-    Quotas without limits are only counted. A tenant's reserve is the one of its last request; it stands until
-    a request brings another one.
+    Quotas without limits are only counted. A tenant's reserve is the one of its last request, or what an
+    update of its quota has lowered it to. It stands as long as the tenant has requests under way or a model:
+    then the next tenant who needs the room gets it.
+
+    Args:
+        owns: whether a tenant has used a model that is still there.
 
     Attributes:
         quarantine: who is held off from which model.
     """
 
-    def __init__(self, accounting: Accounting) -> None:
+    def __init__(self, accounting: Accounting, owns: Callable[[str], bool] = lambda tenant: True) -> None:
         self._accounting = accounting
+        self._rates = accounting.rates
+        self._owns = owns
         self.quarantine = accounting.quarantine
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets everything; also in a forked child, where the lock may be held for ever."""
         self._lock = threading.Lock()
-        self._buckets: dict[str, TokenBucket] = {}
         self._reserves: dict[str, float] = {}
+
+    def lower(self, tenant: str, reserve: float) -> None:
+        """A tenant's quota grants it no more than ``reserve`` from now on."""
+        with self._lock:
+            if reserve < self._reserves.get(tenant, 0.0):
+                self._reserves = self._reserves | {tenant: reserve}
 
     def admit(self, quotas: Sequence[Quota], now: float, outlook: Outlook) -> Sequence[float] | None:
         """Accepts requests under these quotas, all or none.
@@ -72,7 +79,7 @@ class Admission:
             self._reserves = reserves
             for quota in quotas:
                 if quota.rate is not None:
-                    self._bucket(quota).take(now, quota.rate, burst_of(quota))
+                    self._rates.take(quota, now)
             self._accounting.accepted(quotas)
         return waits if any(waits) else None
 
@@ -85,6 +92,13 @@ class Admission:
                 reserves[quota.tenant] = quota.reserve
             else:
                 reserves.pop(quota.tenant, None)
+        if sum(reserves.values()) > 1 + _ROUNDING:
+            asking = {quota.tenant for quota in quotas}
+            reserves = {
+                tenant: reserve
+                for tenant, reserve in reserves.items()
+                if tenant in asking or self._accounting.pending(tenant) or self._owns(tenant)
+            }
         total = sum(reserves.values())
         if total > 1 + _ROUNDING:
             names = ", ".join(f"{name!r} {part:g}" for name, part in sorted(reserves.items()))
@@ -108,10 +122,10 @@ class Admission:
         for quota in quotas:
             wait = 0.0
             if quota.rate is not None:
-                burst = burst_of(quota)
-                wait = self._bucket(quota).wait(now, quota.rate, burst, before[quota.tenant])
+                wait = self._rates.wait(quota, now, before[quota.tenant])
                 before[quota.tenant] += 1
                 if wait > 0.0 and quota.excess == "refuse":
+                    burst = burst_of(quota)
                     raise RateExceeded(tenant=quota.tenant, rate=quota.rate, burst=burst, wait=wait)
             waits.append(wait)
         return waits
@@ -132,20 +146,9 @@ class Admission:
                 detail = f"what is under way, its tenant's other requests and itself take {end - now:.3g} s"
                 raise DeadlineUnattainable(tenant=quota.tenant, deadline=quota.deadline, detail=detail)
 
-    def _bucket(self, quota: Quota) -> TokenBucket:
-        return self._buckets.setdefault(quota.tenant, TokenBucket())
-
     def withdraw(self, quotas: Iterable[Quota]) -> None:
         """Takes back :meth:`admit` for requests that were not queued after all."""
         for quota in quotas:
             self._accounting.withdrawn(quota)
             if quota.rate is not None:
-                with self._lock:
-                    self._bucket(quota).put_back()
-
-
-def burst_of(quota: Quota) -> int:
-    """Requests that may come at once: those of one second where the quota does not say."""
-    if quota.burst is not None:
-        return quota.burst
-    return max(1, int(quota.rate or 0.0))
+                self._rates.put_back(quota)

@@ -21,6 +21,7 @@ class Alarms:
         self._heap: list[tuple[float, int, weakref.ref[Request]]] = []
         self._numbers = count()
         self._prune_at = _KEPT
+        self._seen = -_NEVER
 
     def __bool__(self) -> bool:
         return bool(self._heap)
@@ -50,13 +51,24 @@ class Alarms:
         return self._heap[0][0] if self._heap else _NEVER
 
     def ring(self, now: float) -> list[Request]:
-        """The requests whose moment has come, in order."""
+        """The requests whose moment has come, in order. A clock that was put back moves all of them."""
+        if now < self._seen:
+            self._move(now - self._seen)
+        self._seen = now
         rung: list[Request] = []
         while self.next() <= now:
             request = heapq.heappop(self._heap)[2]()
             if request is not None:
                 rung.append(request)
         return rung
+
+    def _move(self, by: float) -> None:
+        self._heap = [(moment + by, number, reference) for moment, number, reference in self._heap]
+        for request in {_pending(reference) for _, _, reference in self._heap}:
+            if request is not None:
+                request.eligible += by
+                request.expires += by
+                request.due += by
 
 
 def _pending(reference: weakref.ref[Request]) -> Request | None:

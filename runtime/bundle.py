@@ -22,6 +22,8 @@ class Bundle:
         issue: the decision that sent it out.
         again: it found no memory once and is run again.
         seconds: device seconds it took, once known.
+        coalesced: it runs on a coalesced plan.
+        measured: its time is the device's own.
     """
 
     served: ServedProgram
@@ -29,6 +31,8 @@ class Bundle:
     issue: Issue
     again: bool = False
     seconds: float = field(default=0.0)
+    coalesced: bool = False
+    measured: bool = False
 
     @property
     def share(self) -> float:

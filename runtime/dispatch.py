@@ -19,7 +19,7 @@ from torch_mux.runtime.driver import Driver
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.health import DeviceHealth
 from torch_mux.runtime.instance import Instance
-from torch_mux.runtime.line import Line, line_up
+from torch_mux.runtime.line import Line
 from torch_mux.runtime.request import Request, RequestState, Waiter
 from torch_mux.runtime.runner import Runner
 from torch_mux.runtime.scheduler.base import Policy
@@ -60,6 +60,7 @@ class Dispatcher:
         self._line = Line()
         self._runner = Runner(executor, policy, clock, accounting, self._mutex, self._line)
         self._driver = Driver(executor, policy, clock, settings, self._line, self._runner)
+        self._runner.retirement.factor = settings.straggler
         self._holder: threading.Thread | None = None
         self._closed = False
         self._released = float("-inf")
@@ -116,7 +117,7 @@ class Dispatcher:
                     if drive:
                         self._holder = me
                     else:
-                        waiter = line_up(waiter, left)
+                        waiter = self._line.line_up(waiter, left)
                 if drive:
                     self._drive_as_holder(left, nested)
                 elif waiter is not None and not waiter.block(_LIVENESS):
@@ -133,6 +134,7 @@ class Dispatcher:
             for request in requests:
                 if request.waiters:
                     request.waiters = tuple(other for other in request.waiters if other is not waiter)
+                    self._line.awaited(request)
             if self._holder is None and waiter.signalled:
                 self._hand_on(poke=True)
 
@@ -158,6 +160,7 @@ class Dispatcher:
         with self._mutex:
             self.executor.configure(settings)
             self._driver.configure(settings)
+            self._runner.retirement.factor = settings.straggler
             self._line.rouse()
 
     def catch_up(self) -> None:
@@ -181,10 +184,7 @@ class Dispatcher:
                 self._line.take_out(failed)
                 for request in failed:
                     request.error = failure(served, served.error)
-            pending = [request for queue in served.queues for request in queue.requests]
-            waiter = next((request.waiters[0] for request in pending if request.waiters), None)
-            if waiter is not None:
-                waiter.signal()
+            self._line.wake(served)
             if not self._line.rouse() and self._holder is None:
                 self._hand_on(poke=True)
         if failed:
@@ -239,7 +239,7 @@ class Dispatcher:
             with self._mutex:
                 now = self._clock()
                 urgent = self._runner.watched or self._runner.dead or self._line.alarms.next() <= now
-                if now - self._released < _QUIET and not (urgent or self._line.orphaned()):
+                if 0.0 <= now - self._released < _QUIET and not (urgent or self._line.orphaned()):
                     return
                 if self._holder is not None:
                     return
@@ -303,8 +303,6 @@ class Dispatcher:
             waiter.signal()
         elif poke and self._line.orphaned():
             self.service.poke()
-
-    # Ends and accidents.
 
     def _check_holder(self) -> None:
         """A holder whose thread ended without a release: its bundle fails, and the role is free again."""

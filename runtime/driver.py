@@ -10,7 +10,7 @@ from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.line import Line
 from torch_mux.runtime.request import Request, Waiter
 from torch_mux.runtime.runner import Runner
-from torch_mux.runtime.scheduler.base import Busy, Decision, Issue, Later, Policy, View
+from torch_mux.runtime.scheduler.base import Busy, Decision, Issue, Later, Policy
 from torch_mux.settings import Settings
 
 __all__ = ["Driver"]
@@ -59,8 +59,9 @@ class Driver:
             bundle: Bundle | None = None
             nap: Waiter | None = None
             with self._runner.mutex:
-                now, view = self._clock(), View(self._line.ordered(), self._executor.loads())
+                now, view = self._clock(), self._line.view(self._executor.loads())
                 decision = self.policy.form(view, now, self._settings)
+                self._line.seen()
                 if isinstance(decision, Issue):
                     bundle = self._runner.pop(decision, now)
                 elif landed and decision is not None and decision.wake is not None:

@@ -10,19 +10,19 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torch_mux.errors import ClosedError, MemoryQuotaExceeded, ModelRemoved, Refused
-from torch_mux.lowering.kernels.ahead import builder
 from torch_mux.lowering.program import Program
 from torch_mux.runtime import leaving
 from torch_mux.runtime.accounting import Accounting, StatsSnapshot
 from torch_mux.runtime.admission import Admission
 from torch_mux.runtime.compile_thread import CompileThread, Rank
+from torch_mux.runtime.compiling import CompilePlan, Compiler
 from torch_mux.runtime.dispatch import Dispatcher
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.executors.make import make_executor
@@ -36,21 +36,17 @@ from torch_mux.runtime.scheduler.base import Policy
 from torch_mux.runtime.scheduler.isolation import IsolatingPolicy
 from torch_mux.runtime.scheduler.predictor import Predictor
 from torch_mux.runtime.served import ServedProgram, outdate
+from torch_mux.runtime.stopping import Remains
 from torch_mux.runtime.submission import Call, Submission
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
-
-if TYPE_CHECKING:
-    from torch_mux.lowering.plan import CompiledPlan
 
 __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
 
-CompilePlan = Callable[[Program, Settings], "CompiledPlan"]
 MakeExecutor = Callable[["Engine", torch.device], Executor]
 
-_JOIN = 5.0
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
@@ -81,20 +77,22 @@ class Engine:
         self.settings = settings
         self.clock = clock
         self.compile_lock = threading.RLock() if compile_lock is None else compile_lock
-        self._compile_plan = compile_plan
+        self._compiler = Compiler(compile_plan, self.compile_lock, lambda: self.settings, clock)
         self._policy = policy
-        self._forecasts = Forecasts(forecasts)
+        self._folder = forecasts
         self._make_executor = make_executor if executor is None else executor
         self._lock = threading.RLock()
-        self._memory = MemoryLedger(self._instances, self._pools)
-        self._accounting = Accounting(self._memory, lambda: self.settings.quarantine)
-        self._admission = gate = Admission(self._accounting)
-        self._submission = Submission(gate, self._memory, clock, lambda: self.settings, self._catch_up)
         self._closed = False
         self._start()
         _engines.add(self)
 
     def _start(self) -> None:
+        """Begins anew with nothing: what was there before goes on without knowing, until it is stopped."""
+        self._memory = MemoryLedger(self._instances, self._pools)
+        self._accounting = Accounting(self._memory, lambda: self.settings.quarantine)
+        self._admission = gate = Admission(self._accounting, self._memory.owns)
+        self._submission = Submission(gate, self._memory, self.clock, lambda: self.settings, self._catch_up)
+        self._forecasts = Forecasts(self._folder)
         self.compile_thread = CompileThread()
         self._dispatchers: dict[torch.device, Dispatcher] = {}
         self._served: dict[str, ServedProgram] = {}
@@ -127,8 +125,9 @@ class Engine:
             if served is None:
                 served = ServedProgram(program, self._dispatcher(program.device), self._memory)
                 self._served[program.fingerprint] = served
-                entered = served
-                self.compile_thread.submit(lambda: self._compile(entered), Rank.URGENT)
+                detour = partial(self._compiler.detour, served)
+                served.make_detour = lambda reason: self.compile_thread.submit(partial(detour, reason))
+                self.compile_thread.submit(partial(self._compiler.first, served), Rank.URGENT)
             return served
 
     def _dispatcher(self, device: torch.device) -> Dispatcher:
@@ -139,32 +138,6 @@ class Engine:
             dispatcher = Dispatcher(executor, policy, self.clock, self.settings, self._accounting)
             self._dispatchers[device] = dispatcher
         return dispatcher
-
-    def _compile(self, served: ServedProgram) -> None:
-        program, executor = served.program, served.dispatcher.executor
-        started = self.clock()
-        try:
-            with self.compile_lock:
-                if self._compile_plan is None:
-                    from torch_mux.lowering.plan import compile_plan as lower
-
-                    self._compile_plan = lower
-                plan = served.plan = self._compile_plan(program, self.settings)
-                if program.device.type == "cuda":
-                    # Tables and constants were written on this thread's stream; lanes do not wait for it.
-                    torch.cuda.current_stream(program.device).synchronize()
-            if plan.coalesced:
-                executor.rehearse(served)
-            served.slots = min(executor.slots(program), plan.max_slots) if plan.coalesced else 1
-            served.work = plan.work
-            served.coalesced = plan.coalesced
-        except BaseException as error:
-            # Whatever it was, callers wait for the outcome.
-            logger.exception("%s did not compile", program.name)
-            served.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
-        else:
-            logger.debug("%s is ready, %s", program.name, "coalesced" if plan.coalesced else "per instance")
-        served.finished(self.clock() - started)
 
     def instance(self, program: Program, parameters: Sequence[Tensor]) -> Instance:
         """The instance whose parameters and buffers are these very tensors; a new one if they are unknown.
@@ -252,17 +225,21 @@ class Engine:
             InvalidQuota: the reserves of all tenants add up to more than 1; nothing was queued then.
             ExecutionFailed: there was no memory for the outputs of a request; nothing was queued then.
         """
-        live: list[Call] = []
-        for instance, inputs, quota in calls:
-            if instance.removed or instance.dropped or not instance.alive:
-                instance = self._live(instance)
-            instance.served.check(inputs)
-            live.append((instance, inputs, quota))
-        try:
-            return self._submission.queue(live)
-        except ClosedError:
-            leaving.wait_if_leaving()
-            raise
+        while True:
+            submission = self._submission  # first: instances of an earlier one are marked before it changes
+            live: list[Call] = []
+            for instance, inputs, quota in calls:
+                if instance.removed or instance.dropped or not instance.alive:
+                    instance = self._live(instance)
+                instance.served.check(inputs)
+                live.append((instance, inputs, quota))
+            try:
+                return submission.queue(live)
+            except ClosedError:
+                if submission is not self._submission:
+                    continue  # the engine was reset meanwhile
+                leaving.wait_if_leaving()
+                raise
 
     def _live(self, instance: Instance) -> Instance:
         """The instance to use instead of one that was handed out before a reset."""
@@ -337,35 +314,31 @@ class Engine:
         """Drains, drops every program, instance and counter, and serves again, also after :meth:`close`."""
         for dispatcher in list(self._dispatchers.values()):
             dispatcher.drain()
-        self._stop()
         with self._lock:
+            remains = self._leave()
             self._start()
-            for part in (self._accounting, self._admission, self._memory):
-                part.clear()
             self._closed = False
+        remains.stop()
 
     def close(self) -> None:
         """Drains what can run and refuses everything from now on, until :meth:`reset`."""
         with self._lock:
             self._closed = True
-        self._stop()
+            remains = self._leave()
+        remains.stop()
 
-    def _stop(self) -> None:
-        with self._lock:
-            dispatchers, served = list(self._dispatchers.values()), list(self._served.values())
-            self._dispatchers, self._served = {}, {}
-        self.compile_thread.close(0.0)
-        builder.close(0.0)  # the compile thread may wait for it
-        for dispatcher in dispatchers:
-            dispatcher.close(_JOIN)
-        self._forecasts.close()
-        for one in served:
-            one.dispatcher.executor.forget(one)
+    def _leave(self) -> Remains:
+        """Lets go of every program at one moment; the lock is held."""
+        dispatchers, programs = list(self._dispatchers.values()), list(self._served.values())
+        self._dispatchers, self._served = {}, {}
+        for one in programs:
             for instance in one.instances:
                 instance.dropped = True
-                instance.free()
-        self.compile_thread.close(_JOIN)
-        builder.close(_JOIN)
+        return Remains(self.compile_thread, dispatchers, programs, self._forecasts)
+
+    def lower_reserve(self, tenant: str, reserve: float) -> None:
+        """A tenant's quota grants it no more than ``reserve`` from now on, whether it asks again or not."""
+        self._admission.lower(tenant, reserve)
 
     def _after_fork(self) -> None:
         """In a forked child: threads and pending requests are gone; programs compile again on use."""
@@ -374,10 +347,6 @@ class Engine:
             for instance in served.instances:
                 instance.dropped = True
         self._lock = threading.RLock()
-        self._memory.clear()
-        self._accounting.abandon_after_fork()
-        self._admission.clear()
-        self._forecasts.clear()
         self._start()
         for dispatcher in dispatchers:
             dispatcher.abandon_after_fork()

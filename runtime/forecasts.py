@@ -38,10 +38,6 @@ class Forecasts:
         self._folder = folder
         self._predictors: dict[torch.device, Predictor] = {}
 
-    def clear(self) -> None:
-        """Forgets the predictors, but not the files."""
-        self._predictors = {}
-
     def predictor(self, device: torch.device) -> Predictor:
         """A new predictor of a device, with what earlier processes measured on such a device."""
         path = self._path(device)
@@ -51,7 +47,7 @@ class Forecasts:
     def close(self) -> None:
         """Saves and forgets."""
         self.save()
-        self.clear()
+        self._predictors = {}
 
     def save(self) -> None:
         """Writes what was measured, beside what other processes wrote meanwhile."""

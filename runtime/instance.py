@@ -121,7 +121,7 @@ class Instance:
         with self.served.storage_lock, torch.inference_mode(False), torch.no_grad():
             self.row = storage.bind(parameters)
         self.renew = False
-        self.served.memory_changed()
+        self.served.memory_changed(self)
         return self.row
 
     def rewrite(self, row: int) -> None:

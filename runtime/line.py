@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from torch_mux.runtime.alarms import Alarms
 from torch_mux.runtime.queues import ProgramQueue
 from torch_mux.runtime.request import Request, RequestState, Waiter
-from torch_mux.runtime.scheduler.base import QueueName
+from torch_mux.runtime.scheduler.base import LaneLoad, QueueName, View
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.types import Quota
 
-__all__ = ["Line", "go_out", "line_up"]
+__all__ = ["Line", "go_out"]
 
 _NEVER = float("inf")
 
@@ -31,6 +31,10 @@ class Line:
         self._held: dict[Request, None] = {}
         self._next = 0
         self._kicked = 0
+        self._unkicked: dict[ProgramQueue, None] = {}
+        self._orphans: dict[ProgramQueue, None] = {}
+        self._blocked: dict[ServedProgram, dict[Request, None]] = {}
+        self._news: dict[ProgramQueue, None] = {}
         self._nap: tuple[Waiter, Mapping[QueueName, int]] | None = None
 
     def queue(self, served: ServedProgram, quota: Quota) -> ProgramQueue:
@@ -56,8 +60,22 @@ class Line:
 
     def _append(self, request: Request) -> None:
         queue = self.queue_of(request)
-        queue.requests.append(request)
-        self.active[queue] = None
+        pending = queue.requests
+        pending.append(request)
+        self._unkicked[queue] = None
+        if pending.stirred:
+            pending.stirred = False
+            self.active[queue] = self._news[queue] = None
+        if request.waiters:
+            self.awaited(request)
+
+    def view(self, loads: Sequence[LaneLoad]) -> View:
+        """What a policy sees; :meth:`seen` when it has."""
+        return View(self.active.keys(), loads, None, self._news.keys())
+
+    def seen(self) -> None:
+        """The policy knows of what is new."""
+        self._news.clear()
 
     def extend(self, requests: Sequence[Request]) -> bool:
         """Queues requests behind all others, or holds them; returns whether the next alarm is sooner now."""
@@ -98,9 +116,9 @@ class Line:
         kicked = request.seq < self._kicked
         request.seq = self._next
         self._next += 1
-        if kicked:
-            self._kicked = self._next
         self._append(request)
+        if kicked:
+            self.kick()
 
     def put_back(self, requests: Sequence[Request]) -> None:
         """Requests that had been taken out become the oldest of their queues again."""
@@ -108,7 +126,8 @@ class Line:
             request.state = RequestState.QUEUED
             queue = self.queue_of(request)
             queue.requests.appendleft(request)
-            self.active[queue] = None
+            self.active[queue] = self._news[queue] = self._unkicked[queue] = None
+            self.awaited(request)
             if request.expires < _NEVER:
                 self.alarms.set(request.expires, request)
         self.kick()
@@ -128,6 +147,9 @@ class Line:
         queue.requests.take(requests)
         if not queue.requests:
             self.active.pop(queue, None)
+        if queue.served in self._blocked:
+            for request in requests:
+                self._no_longer(request)
 
     def queued(self, unready_only: bool = False) -> list[Request]:
         """Everything pending, or what waits for its plan."""
@@ -136,30 +158,61 @@ class Line:
 
     def runnable(self) -> bool:
         """Whether a request with a plan is pending."""
-        return True in [queue.ready for queue in self.active]
-
-    def ordered(self) -> list[ProgramQueue]:
-        """The queues, that of the oldest request first."""
-        if len(self.active) < 2:
-            return list(self.active)
-        return sorted(self.active, key=lambda queue: queue.requests.oldest.seq)
+        return any(queue.ready for queue in self.active)
 
     def kick(self) -> None:
         """What is pending now goes out even if nobody waits for it."""
         self._kicked = self._next
+        self._orphans.update(self._unkicked)
+        self._unkicked.clear()
 
     def orphaned(self) -> bool:
         """Whether a kicked request with a plan is pending."""
-        return any(queue.ready and queue.requests.oldest.seq < self._kicked for queue in self.active)
+        for queue in list(self._orphans):
+            if not queue.requests or queue.requests.oldest.seq >= self._kicked:
+                del self._orphans[queue]
+            elif queue.ready:
+                return True
+        return False
+
+    def awaited(self, request: Request) -> None:
+        """A thread is blocked until a request has gone out, or no longer is."""
+        if request.waiters and request in self.queue_of(request).requests:
+            self._blocked.setdefault(request.served, {})[request] = None
+        else:
+            self._no_longer(request)
+
+    def _no_longer(self, request: Request) -> None:
+        blocked = self._blocked.get(request.served)
+        if blocked is not None:
+            blocked.pop(request, None)
+            if not blocked:
+                del self._blocked[request.served]
 
     def waiter(self) -> Waiter | None:
-        """A blocked thread whose request can go out, that of the oldest such request."""
-        for queue in self.ordered():
-            if queue.ready:
-                for request in queue.requests:
-                    if request.waiters:
-                        return request.waiters[0]
+        """A blocked thread whose request can go out; that which blocked first of a program."""
+        for served, blocked in self._blocked.items():
+            if served.ready:
+                return next(iter(blocked)).waiters[0]
         return None
+
+    def wake(self, served: ServedProgram) -> None:
+        """Wakes a thread that is blocked for a program's requests."""
+        blocked = self._blocked.get(served)
+        if blocked:
+            next(iter(blocked)).waiters[0].signal()
+
+    def line_up(self, waiter: Waiter | None, left: Sequence[Request]) -> Waiter:
+        """Registers a thread that is about to block until these have gone out."""
+        if waiter is None:
+            waiter = Waiter()
+            for request in left:
+                request.waiters = (*request.waiters, waiter)
+                self.awaited(request)
+        else:
+            waiter.rearm()
+        waiter.left = len(left)
+        return waiter
 
     def lie_down(self, wake: Mapping[QueueName, int]) -> Waiter:
         """The caller will sleep until a queue outside ``wake`` fills, or one in it has so many requests."""
@@ -185,18 +238,6 @@ class Line:
         assert self._nap is not None
         queue = self.queue_of(request)
         return queue.ready and len(queue.requests) >= self._nap[1].get(queue.name, 1)
-
-
-def line_up(waiter: Waiter | None, left: Sequence[Request]) -> Waiter:
-    """Registers a thread that is about to block until these have gone out; the mutex is held."""
-    if waiter is None:
-        waiter = Waiter()
-        for request in left:
-            request.waiters = (*request.waiters, waiter)
-    else:
-        waiter.rearm()
-    waiter.left = len(left)
-    return waiter
 
 
 def go_out(requests: Sequence[Request]) -> None:

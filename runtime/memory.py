@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from torch_mux.errors import MemoryQuotaExceeded
+from torch_mux.runtime.holdings import Holdings, prepared
 from torch_mux.types import Quota
 
 if TYPE_CHECKING:
@@ -53,17 +54,19 @@ class MemoryLedger:
     ) -> None:
         self._instances = instances
         self._pools = pools
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets everything; also in a forked child, where the lock may be held for ever."""
         self._lock = threading.Lock()
         self._flying: dict[str, int] = {}
-        self._kept: dict[str, float] | None = None
+        self._kept: Holdings | None = None
+        self._fresh = False
+        self._dirty: deque[Instance] = deque()
 
-    def changed(self) -> None:
-        """Instances, their rows or the buffers are not what they were. Takes no lock."""
-        self._kept = None
+    def changed(self, instance: Instance | None = None) -> None:
+        """What is prepared for an instance, or None: any of it, is not what it was. Takes no lock."""
+        if instance is not None and self._kept is not None:
+            self._dirty.append(instance)
+        else:
+            self._fresh = False
+            self._kept = None
 
     def reserve(self, calls: Sequence[tuple[Instance, Quota]]) -> None:
         """Counts the outputs of these requests from now on, all or none.
@@ -81,7 +84,8 @@ class MemoryLedger:
                     if name not in instance.tenants:
                         instance.tenants |= {name}
                         joined.append((instance, name))
-                        self._kept = None
+                        if self._kept is not None:
+                            self._kept.join(instance, name)
                     self._flying[name] = self._flying.get(name, 0) + instance.served.output_bytes
                     done += 1
                     if before is not None:
@@ -132,13 +136,18 @@ class MemoryLedger:
             return None
         try:
             with self._lock:
-                prepared = _prepared(request.instance) / max(1, len(request.instance.tenants))
-                self._check(
-                    request.instance, request.quota, self._held(request.quota.tenant) - round(prepared)
-                )
+                rest = prepared(request.instance) / max(1, len(request.instance.tenants))
+                self._check(request.instance, request.quota, self._held(request.quota.tenant) - round(rest))
         except MemoryQuotaExceeded as error:
             return error
         return None
+
+    def owns(self, tenant: str) -> bool:
+        """Whether a tenant has used a model that is still there."""
+        return any(
+            tenant in instance.tenants and instance.alive and not instance.removed
+            for instance in self._instances()
+        )
 
     def held(self, tenant: str) -> int:
         """Bytes that a tenant holds now."""
@@ -148,50 +157,11 @@ class MemoryLedger:
     def _held(self, tenant: str) -> int:
         kept = self._kept
         if kept is None:
-            self._kept = {}  # what changes meanwhile makes it None again
-            kept = self._count()
-            if self._kept is not None:
-                self._kept = kept
-        return round(kept.get(tenant, 0.0)) + self._flying.get(tenant, 0)
-
-    def _count(self) -> dict[str, float]:
-        """Bytes of weights, prepared copies and buffers, by tenant."""
-        kept: dict[str, float] = {}
-        weights: dict[object, tuple[int, set[str]]] = {}
-        users: dict[torch.device, set[str]] = {}
-        for instance in self._instances():
-            if not instance.tenants or instance.removed or not instance.alive:
-                continue
-            users.setdefault(instance.served.program.device, set()).update(instance.tenants)
-            _divide(kept, instance.tenants, _prepared(instance))
-            for tensor in instance.held:
-                place, nbytes = _storage(tensor)
-                weights.setdefault(place, (nbytes, set()))[1].update(instance.tenants)
-        for nbytes, tenants in weights.values():
-            _divide(kept, tenants, nbytes)
-        for device, nbytes in self._pools():
-            _divide(kept, users.get(device, ()), nbytes)
-        return kept
-
-
-def _divide(kept: dict[str, float], tenants: Iterable[str], nbytes: int) -> None:
-    names = list(tenants)
-    for name in names:
-        kept[name] = kept.get(name, 0.0) + nbytes / len(names)
-
-
-def _storage(tensor: Tensor) -> tuple[object, int]:
-    """(what tells its memory from others', bytes); subclasses and sparse tensors have no storage to ask."""
-    try:
-        storage = tensor.untyped_storage()
-        return (tensor.device, storage.data_ptr()), storage.nbytes()
-    except (RuntimeError, NotImplementedError):
-        return id(tensor), tensor.numel() * tensor.element_size()
-
-
-def _prepared(instance: Instance) -> int:
-    """Bytes prepared for an instance, or that will be once it runs; 0 while its plan compiles."""
-    plan = instance.served.plan
-    if plan is None or not plan.coalesced:
-        return 0
-    return plan.storage.nbytes(instance.row)
+            self._fresh = True  # what changes meanwhile makes it False again
+            self._dirty.clear()
+            kept = Holdings(self._instances(), self._pools())
+            self._kept = kept if self._fresh else None
+        if self._dirty:
+            dirty = [self._dirty.popleft() for _ in range(len(self._dirty))]
+            kept.update(dirty, self._pools())
+        return round(kept.of(tenant)) + self._flying.get(tenant, 0)

@@ -18,6 +18,7 @@ __all__ = ["Quarantine"]
 _FIRST: Final = 0.1
 _MOST: Final = 30.0
 _KEPT: Final = 1024
+_TURN: Final = 1.0  # clocks are read before locks are taken
 #: A tenant and the class of a model.
 Key = tuple[str, str]
 
@@ -28,6 +29,10 @@ class _Record:
     until: float = float("-inf")
     seen: float = 0.0
     cause: str = ""
+
+    def held(self, now: float) -> bool:
+        """Whether it is held off; a clock that was put back ends that."""
+        return self.seen - _TURN <= now < self.until
 
 
 class Quarantine:
@@ -42,10 +47,6 @@ class Quarantine:
 
     def __init__(self, limit: Callable[[], int]) -> None:
         self._limit = limit
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets everything; also in a forked child, where the lock may be held for ever."""
         self._lock = threading.Lock()
         self._records: dict[Key, _Record] = {}
         self.watching = False
@@ -74,7 +75,7 @@ class Quarantine:
         """(seconds left, failures in a row, the last cause) of who is held off, or None."""
         with self._lock:
             record = self._records.get(key)
-            if record is None or now >= record.until:
+            if record is None or not record.held(now):
                 return None
             return record.until - now, record.failures, record.cause
 
@@ -89,4 +90,4 @@ class Quarantine:
     def tenants(self, now: float) -> dict[Key, float]:
         """Seconds left of everybody who is held off."""
         with self._lock:
-            return {key: one.until - now for key, one in self._records.items() if now < one.until}
+            return {key: one.until - now for key, one in self._records.items() if one.held(now)}

@@ -28,6 +28,7 @@ class ProgramReport:
         coalesced: whether one run serves many slots; None while it compiles.
         capturable: whether bundles are replayed from CUDA graphs; None while it compiles.
         reasons: why operations, or all of it, are not coalesced.
+        changes: path changes in order: why its plan was retired, None where it was taken again.
         plan: lowering's own report, or None while it compiles.
         captured: bundle sizes captured as CUDA graphs, by lane.
         capture_failures: why sizes could not be captured.
@@ -46,6 +47,7 @@ class ProgramReport:
     coalesced: bool | None
     capturable: bool | None
     reasons: tuple[FallbackReason, ...]
+    changes: tuple[FallbackReason | None, ...]
     plan: object
     captured: tuple[tuple[int, ...], ...]
     capture_failures: tuple[str, ...]
@@ -68,9 +70,10 @@ def report_of(served: ServedProgram) -> ProgramReport:
         error=f"{type(served.error).__name__}: {served.error}" if failed else None,
         instances=len(rows),
         nbytes=sum(plan.storage.nbytes(row) for row in rows if row is not None) if plan is not None else 0,
-        coalesced=None if plan is None else plan.coalesced,
+        coalesced=None if plan is None else plan.coalesced and served.retired is None,
         capturable=None if plan is None else plan.capturable,
-        reasons=() if plan is None else tuple(plan.reasons),
+        reasons=() if plan is None else tuple(filter(None, (served.retired, *plan.reasons))),
+        changes=tuple(served.changes),
         plan=None if plan is None else plan.report,
         captured=executor.captured,
         capture_failures=executor.failures,

@@ -87,6 +87,7 @@ class Request:
         expires: seconds on the clock from which on it does not go out any more, by ``deadline``.
         client: identity of the submitting thread, by which closed-loop cohorts are recognised.
         inference: whether the caller was in inference mode; its outputs are inference tensors then.
+        alone: whether it ran per instance, so that its outputs were made on the lane's stream.
         out: whether it has gone out: :meth:`result` no longer blocks the host.
         mark: the event recorded on the caller's stream when it was submitted (CUDA), or None.
         flight: the bundle under way on an asynchronous device that carries it, or None.
@@ -94,6 +95,7 @@ class Request:
 
     __slots__ = (
         "__weakref__",
+        "alone",
         "arrival",
         "callbacks",
         "client",
@@ -144,6 +146,7 @@ class Request:
         self.client = client
         self.seq = 0
         self.state = _QUEUED
+        self.alone = False
         self.out = False
         self.error: Exception | None = None
         self.mark: object = None

@@ -19,6 +19,7 @@ from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.line import Line, go_out
 from torch_mux.runtime.memory import make_room, out_of_memory
 from torch_mux.runtime.request import Request, RequestState
+from torch_mux.runtime.retirement import Retirement
 from torch_mux.runtime.scheduler.base import Issue, Policy, share_of
 from torch_mux.runtime.served import failure
 from torch_mux.runtime.shares import PICOSECONDS
@@ -37,6 +38,7 @@ class Runner:
 
     Attributes:
         dead: instances to forget once nothing of them is under way; appended to from anywhere.
+        retirement: which plans rest.
         watched: somebody wants to be told when what is under way ends.
     """
 
@@ -55,6 +57,7 @@ class Runner:
         self._accounting = accounting
         self.mutex = mutex
         self._line = line
+        self.retirement = Retirement(lambda served: policy.forget(served.key))
         self._underway: Bundle | None = None
         self._busy = BusyTime()
         self.dead: deque[Instance] = deque()
@@ -74,6 +77,7 @@ class Runner:
 
     def run(self, bundle: Bundle) -> None:
         """Runs or enqueues a bundle; what it raises becomes errors of its requests."""
+        self.retirement.turn(bundle.served, self._clock())
         self._refuse(bundle)
         if bundle.requests:
             self._launch(bundle)
@@ -82,7 +86,7 @@ class Runner:
     def _refuse(self, bundle: Bundle) -> None:
         """Ends the requests whose tenants may not have their models prepared, before that costs memory."""
         memory = self._accounting.memory
-        if memory is None or not bundle.served.coalesced:
+        if memory is None or not bundle.served.coalesced or bundle.served.retired is not None:
             return
         refused: list[Request] = []
         for request in bundle.requests:
@@ -98,13 +102,14 @@ class Runner:
 
     def _launch(self, bundle: Bundle) -> None:
         started = self._clock()
+        bundle.coalesced = bundle.served.coalesced and bundle.served.retired is None
         raised: Exception | None = None
         try:
             with compat.ranges(lambda: bundle.ranges):
                 flight = self._executor.launch(bundle)
         except Exception as error:
             raised = error
-        if out_of_memory(raised) and not bundle.again and bundle.served.coalesced:
+        if out_of_memory(raised) and not bundle.again and bundle.coalesced:
             bundle.again = True
             make_room(self._executor.device)
             self._launch(bundle)
@@ -118,6 +123,7 @@ class Runner:
             ended = self._clock()
             self._settle(bundle, ended, ended - started, ended - started)
             return
+        bundle.measured = True
         with self.mutex:
             go_out(bundle.requests)
             self.watched = self.watched or any(request.callbacks for request in bundle.requests)
@@ -125,8 +131,11 @@ class Runner:
     def _settle(self, bundle: Bundle, ended: float, seconds: float, charge: float) -> None:
         """A bundle ended that took ``seconds``, of which ``charge`` are its own."""
         bundle.seconds = seconds
+        if bundle.coalesced and not any(request.error is not None for request in bundle.requests):
+            measured = seconds if bundle.measured else None
+            self.retirement.ran(bundle.served, len(bundle.requests), measured, ended)
         self._policy.completed(bundle.issue, ended, seconds)
-        self._accounting.ran(bundle.requests, charge, bundle.served.coalesced)
+        self._accounting.ran(bundle.requests, charge, bundle.coalesced)
         self.end(bundle.requests, ended)
         for timeline in recorders.active:
             timeline.add(bundle, ended)
@@ -134,6 +143,8 @@ class Runner:
     def _isolate(self, bundle: Bundle, error: Exception) -> None:
         """A bundle raised: each request runs again alone, so that only the guilty one fails."""
         self._policy.completed(bundle.issue, self._clock(), 0.0)
+        if bundle.coalesced:
+            self.retirement.failed(bundle.served, error)
         if len(bundle.requests) == 1:
             cause = error if isinstance(error, MuxError) else failure(bundle.served, error)
             bundle.requests[0].error = cause

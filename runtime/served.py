@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from torch_mux.lowering.program import Program
 from torch_mux.runtime.instance import Instance, InstanceTable
 from torch_mux.runtime.memory import MemoryLedger, make_room, out_of_memory
 from torch_mux.runtime.queues import ProgramQueue
+from torch_mux.types import FallbackReason
 
 if TYPE_CHECKING:
     from torch_mux.lowering.plan import CompiledPlan
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ServedProgram", "failure", "outdate"]
 
+_CHANGES = 64
 _RUNTIME = __name__.rpartition(".")[0]
 
 
@@ -33,9 +35,13 @@ class ServedProgram:
     Attributes:
         key: the program's fingerprint.
         plan: None until it is compiled.
+        detour: a per-instance plan for the time in which that one is retired, once it was needed.
+        make_detour: has the detour made, off the request path.
+        retired: why the plan is retired now, or None.
+        changes: the reason of each retirement, and None of each return.
         error: why it did not compile, or None.
         ready: requests may go out.
-        coalesced: one run serves many slots.
+        coalesced: one run serves many slots, unless the plan is retired: outputs are made in advance.
         work: floating-point operations of one request, at least 1.
         slots: most slots of one bundle as far as the plan and the tables are concerned.
         ordered: bundles must keep their order, so they stay on the first lane.
@@ -52,6 +58,11 @@ class ServedProgram:
         self.dispatcher = dispatcher
         self._memory = memory
         self.plan: CompiledPlan | None = None
+        self.detour: CompiledPlan | None = None
+        self.make_detour: Callable[[FallbackReason], object] = lambda reason: None
+        self.retired: FallbackReason | None = None
+        self.changes: deque[FallbackReason | None] = deque(maxlen=_CHANGES)
+        self._most = 1
         self.error: Exception | None = None
         self.ready = False
         self.coalesced = program.fallback is None and not program.mutates
@@ -91,10 +102,10 @@ class ServedProgram:
             if got != device:
                 raise DeviceMismatch(index=index, model=self.program.name, got=str(got), want=str(device))
 
-    def memory_changed(self) -> None:
-        """What is held for the program is not what it was. Takes no lock."""
+    def memory_changed(self, instance: Instance | None = None) -> None:
+        """What is held for the program, or for one instance, is not what it was. Takes no lock."""
         if self._memory is not None:
-            self._memory.changed()
+            self._memory.changed(instance)
 
     def empty_outputs(self, instance: Instance, inputs: Sequence[object]) -> list[object]:
         """Uninitialised outputs, inference tensors in inference mode.
@@ -122,6 +133,19 @@ class ServedProgram:
             return self.empty_outputs(instance, inputs)
         except Exception as error:
             raise failure(self, error) from error
+
+    def take(self, retired: FallbackReason | None) -> None:
+        """Goes to the detour for that reason, or back for None; under the dispatcher's role."""
+        if retired is not None:
+            self._most = self.slots
+        self.retired = retired
+        self.changes.append(retired)
+        self.slots = self._most if retired is None else 1
+
+    @property
+    def active(self) -> CompiledPlan:
+        """The plan that the next bundle of a program that is ready runs on."""
+        return self.detour if self.retired is not None and self.detour is not None else self.compiled
 
     @property
     def compiled(self) -> CompiledPlan:

@@ -266,6 +266,10 @@ def _setting(name: str, value: Any) -> Any:
             compat.green.check(torch.device("cuda"))
         except compat.green.Unavailable as error:
             raise IsolationUnavailable(str(error)) from error
+    if name == "straggler" and (
+        not isinstance(value, (int, float)) or isinstance(value, bool) or not (value == 0 or 2 <= value < 1e9)
+    ):
+        raise InvalidSetting(name=name, value=value, detail="a number from 2, or 0 for never")
     if name == "quarantine" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise InvalidSetting(name=name, value=value, detail="a whole number, or 0 for never")
     if name in _SWITCHES and not isinstance(value, bool):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torch_mux import compat, recording, state, together
+from torch_mux.breaks import continued
 from torch_mux.errors import RefreshNeeded, UnknownOption
 from torch_mux.quotas import current_quota
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
@@ -33,17 +34,21 @@ class Entry:
     Attributes:
         guards: what Dynamo guards in the frame, as source expressions, for the learned path.
         graph_break: whether the graph ends where the frame does not.
+        resumes: whether the frame goes on where another one broke off.
     """
 
     _boxed_call = True
 
-    def __init__(self, program: Program, guards: tuple[str, ...], graph_break: bool) -> None:
+    def __init__(
+        self, program: Program, guards: tuple[str, ...], graph_break: bool, resumes: bool = False
+    ) -> None:
         self._captured = program
         self._engine: Engine | None = None
         self._program = program
         self._reformed: dict[tuple[TensorSpec, ...], Entry] = {}
         self.guards = guards
         self.graph_break = graph_break
+        self.resumes = resumes
 
     @property
     def engine(self) -> Engine:
@@ -70,7 +75,11 @@ class Entry:
             if entry is not self:
                 return entry(args)
         instance = engine.instance(program, parameters)
-        request = engine.submit(instance, inputs, current_quota())
+        quota = current_quota()
+        if quota.rate is not None:
+            graph = self._captured.name, self._captured.fingerprint
+            quota = continued(graph, quota, self.resumes, self.graph_break)
+        request = engine.submit(instance, inputs, quota)
         assembly = together.current()
         if assembly is not None:
             assembly.arrive()
@@ -103,7 +112,7 @@ class Entry:
         except Unspecialisable as cause:
             raise error from cause
         program = capture(module, captured.parameter_positions, captured.name)
-        entry = Entry(program, self.guards, self.graph_break)
+        entry = Entry(program, self.guards, self.graph_break, self.resumes)
         return self._reformed.setdefault(tuple(map(TensorSpec.of, parameters)), entry)
 
 
@@ -112,8 +121,9 @@ class FamilyEntry:
 
     _boxed_call = True
 
-    def __init__(self, family: Family, guards: tuple[str, ...], graph_break: bool) -> None:
+    def __init__(self, family: Family, guards: tuple[str, ...], graph_break: bool, resumes: bool) -> None:
         self._family = family
+        self._resumes = resumes
         self._guards = guards
         self._graph_break = graph_break
         self._entries: dict[Program, Entry] = {}
@@ -123,7 +133,9 @@ class FamilyEntry:
         program, own = self._family.member(args)
         entry = self._entries.get(program)
         if entry is None:
-            entry = self._entries.setdefault(program, Entry(program, self._guards, self._graph_break))
+            entry = self._entries.setdefault(
+                program, Entry(program, self._guards, self._graph_break, self._resumes)
+            )
         outputs = entry(own)
         args.clear()
         return outputs
@@ -206,6 +218,8 @@ def _capture(
     from torch_mux.lowering.capture import capture
     from torch_mux.lowering.family import Family, Unspecialisable
 
+    resumes = compat.frame_resumes()
+
     def compiler(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         if compat.has_effect_tokens():
             raise _Whole(FallbackReason(FallbackKind.EFFECT, name))
@@ -213,10 +227,10 @@ def _capture(
         if compat.is_symbolic([node.meta.get("val") for node in graph.graph.nodes]):
             family = Family(graph, static, name)
             log.info("captured %s as a family of programs by sizes", name)
-            return FamilyEntry(family, guards, graph_break)
+            return FamilyEntry(family, guards, graph_break, resumes)
         program = capture(graph, static, name)
         log.info("captured %s as program %s", name, program.fingerprint[:12])
-        return Entry(program, guards, graph_break)
+        return Entry(program, guards, graph_break, resumes)
 
     try:
         return compat.aot_inference(gm, example_inputs, compiler)
@@ -224,7 +238,7 @@ def _capture(
         reason = FallbackReason(FallbackKind.DYNAMIC_SHAPE, name, str(error))
     except _Whole as error:
         reason = error.reason
-    return _unboxed(Entry(_whole_program(gm, example_inputs, name, reason), guards, graph_break))
+    return _unboxed(Entry(_whole_program(gm, example_inputs, name, reason), guards, graph_break, resumes))
 
 
 class _Whole(Exception):

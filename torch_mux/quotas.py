@@ -16,6 +16,7 @@ from fractions import Fraction
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, ParamSpec, TypeVar, cast
 
+from torch_mux import state
 from torch_mux.errors import InvalidQuota, UnknownOption, UnparsableQuantity
 from torch_mux.types import Quota
 
@@ -341,6 +342,9 @@ class QuotaScope:
                 _resolve(_DEFAULT, merged)
             self._changes = merged
             _epoch += 1
+        engine = state.peek()
+        if "reserve" in changes and "tenant" in merged and engine is not None:
+            engine.lower_reserve(merged["tenant"], merged["reserve"])
 
     def __repr__(self) -> str:
         return f"quota({', '.join(f'{name}={value!r}' for name, value in self._changes.items())})"

@@ -30,6 +30,8 @@ class Settings:
         capture: replay captured CUDA graphs (``TORCH_MUX_CAPTURE``); off launches directly.
         quarantine: requests in a row that raise while they run after which their tenant is refused, for 0.1 s
             and up to 30 s if it goes on; 0: never.
+        straggler: how many times its usual device time a bundle takes that is slow; after eight in a row its
+            program runs per instance for a while. 0: never.
         keep_plans: keep what lowering makes on disk for later processes (``TORCH_MUX_KEEP_PLANS``).
     """
 
@@ -42,4 +44,5 @@ class Settings:
     linger: float = 200e-6
     capture: bool = field(default_factory=lambda: _flag("TORCH_MUX_CAPTURE", True))
     quarantine: int = 16
+    straggler: float = 8.0
     keep_plans: bool = field(default_factory=lambda: _flag("TORCH_MUX_KEEP_PLANS", True))

@@ -61,6 +61,7 @@ class FallbackKind(Enum):
     NOT_REACHED = "no graph of the model reached the backend"
     LIMIT = "Dynamo's recompile limit is reached, so it runs in eager PyTorch"
     GIVEN_UP = "Dynamo gave it up, so it runs in eager PyTorch"
+    RETIRED = "its coalesced plan turned slow or kept raising and rests"
     GUARDED = "calls stay on the guarded path"
 
 

@@ -221,7 +221,8 @@ def run_each_alone(bundle: Bundle) -> None:
 def _run_alone(request: Request) -> Exception | None:
     try:
         with torch.inference_mode(request.inference), torch.no_grad():
-            plan = request.served.compiled
+            plan = request.served.active
+            request.alone = True
             request.outputs = plan.run_alone(request.instance.current(), request.inputs)
     except Exception as error:
         return error

@@ -101,9 +101,10 @@ class CpuExecutor:
 
     def launch(self, bundle: Bundle) -> Flight | None:
         """Runs the bundle to its end."""
-        count = 1 if bundle.served.compiled.small else self._threads
+        plan = bundle.served.active
+        count = 1 if plan.small else self._threads
         with plain_context(self.device.type), threads(count):
-            if bundle.served.compiled.coalesced:
+            if plan.coalesced:
                 rows = bound_rows(bundle, verify=True)
                 with torch.inference_mode():
                     self._run(bundle, rows)

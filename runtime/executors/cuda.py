@@ -123,7 +123,7 @@ class CudaExecutor:
     def _at_once(self, lane: Lane, flight: CudaFlight, marks: Sequence[Mark]) -> bool:
         """Enqueues a captured bundle whose rows are all written; False where there is more to do."""
         native, bundle = compat.native.enqueue(), flight.bundle
-        if native is None or not bundle.served.compiled.coalesced or not compat.is_current(self.device):
+        if native is None or not bundle.served.active.coalesced or not compat.is_current(self.device):
             return False
         rows = written_rows(bundle)
         executable = self._executable(lane, bundle) if rows is not None else None
@@ -148,7 +148,7 @@ class CudaExecutor:
         for mark in marks:
             lane.stream.wait_event(mark.event)
         flight.start.event.record(lane.stream)
-        if bundle.served.compiled.coalesced:
+        if bundle.served.active.coalesced:
             flight.kept = (flight.kept, self._coalesced(lane, flight))
         else:
             run_each_alone(bundle)
@@ -286,7 +286,7 @@ class CudaExecutor:
             if flight is not None and not flight.finished and id(flight) not in waited:
                 waited.add(id(flight))
                 stream.wait_event(flight.end.event)
-            if not request.served.coalesced and request.joined != address:
+            if request.alone and request.joined != address:
                 # These were allocated on the lane's stream, which could use their memory again too early.
                 request.joined = address
                 for output in request.outputs:

@@ -145,15 +145,18 @@ class View(NamedTuple):
     """What is pending and what the lanes carry.
 
     Attributes:
-        queues: everything pending, the queue with the oldest request first.
+        queues: everything pending, in any order.
         lanes: the load of every lane.
         usable: indices of the lanes that bundles may go on; None: all. Those that must keep their order go on
             the first lane whatever this says.
+        fresh: those to which something new came since the last decision: the first request, the first of a
+            flow, or the first that is due at some time. None: all of them.
     """
 
-    queues: Sequence[Queue]
+    queues: Collection[Queue]
     lanes: Sequence[LaneLoad]
     usable: Sequence[int] | None = None
+    fresh: Collection[Queue] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +198,7 @@ class Later:
 
 @dataclass(frozen=True)
 class Busy:
-    """Nothing goes out before a lane finishes a bundle.
+    """Nothing goes out before a lane finishes a bundle, or one is overdue.
 
     With ``wake`` given, ask again sooner as for :class:`Later`; None says that every lane is full.
 

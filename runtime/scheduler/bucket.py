@@ -5,12 +5,14 @@ from __future__ import annotations
 __all__ = ["TokenBucket"]
 
 _ROUNDING = 1e-9
+_TURN = 1.0
 
 
 class TokenBucket:
     """Tokens of one tenant. Rate and burst come with each call, so that they can change while it runs.
 
-    A clock that jumps forward fills the bucket to its burst at most; one that jumps back adds nothing.
+    A clock that jumps forward fills the bucket to its burst at most; one that jumps back adds nothing, and
+    time goes on from there.
     """
 
     def __init__(self) -> None:
@@ -41,8 +43,8 @@ class TokenBucket:
     def _refill(self, now: float, rate: float, burst: int) -> float:
         before = float(burst) if self._tokens is None else self._tokens
         self._tokens = min(float(burst), before + max(0.0, now - self._seen) * rate)
-        # Callers read the clock before they take their turn here.
-        self._seen = max(self._seen, now)
+        # Callers read the clock before they take their turn here; a second is no turn.
+        self._seen = now if now < self._seen - _TURN else max(self._seen, now)
         return self._tokens
 
 

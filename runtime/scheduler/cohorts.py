@@ -43,14 +43,15 @@ class Cohorts:
         if queue.slots == 1:
             return None
         if settings.max_wait > 0.0:
-            moment = next(iter(queue.requests)).arrival + settings.max_wait
-            if now < moment:
+            arrival = next(iter(queue.requests)).arrival
+            moment = arrival + settings.max_wait
+            if arrival <= now < moment:  # a clock that was put back ends the wait
                 return moment, settings.max_bundle
         cohort = self._cohorts.get(queue.key)
         if cohort is None or cohort.skip or len(cohort.clients) < 2 or settings.linger <= 0.0:
             return None
         moment = cohort.ended + min(settings.linger, cohort.seconds)
-        if cohort.under_way == 0 and now >= moment:
+        if cohort.under_way == 0 and not cohort.ended <= now < moment:
             return None
         missing = _missing(cohort, queue.requests)
         if not missing:

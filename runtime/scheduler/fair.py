@@ -37,9 +37,9 @@ class VirtualTime:
     """Start tags of the tenants of one priority class.
 
     The tenant with the least tag is served next, and its tag grows by the device seconds it is charged over
-    its weight. Virtual time is the least tag of those who waited at the last decision. Who was idle starts at
-    virtual time again: nothing was saved up, and what is owed stays owed. When nobody waits any more the busy
-    period is over, and with it everybody's credit and debt.
+    its weight. Virtual time is the least tag of those who waited at the last decision, or were expected back.
+    Who was idle starts at virtual time again: nothing was saved up, and what is owed stays owed. When nobody
+    waits or is expected any more the busy period is over, and with it everybody's credit and debt.
 
     Attributes:
         now: virtual time, never decreasing.
@@ -59,6 +59,10 @@ class VirtualTime:
         if account is None:
             account = self._accounts[tenant] = Account(self.now)
         return account
+
+    def known(self, tenant: str) -> Account | None:
+        """The account of a tenant, if it has one."""
+        return self._accounts.get(tenant)
 
     def arrived(self, tenant: str) -> Account:
         """The account of a tenant who had nothing pending before."""

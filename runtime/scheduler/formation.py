@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import islice
 from types import MappingProxyType
@@ -38,51 +38,42 @@ class Turns:
         self._weight = weight
         self.members: set[Flow] = set()
         self._heaps: dict[int, list[_Entry]] = {}
-        self._new = True
 
-    def least(self, times: Callable[[int], VirtualTime]) -> dict[int, tuple[float, int]]:
-        """(start tag, age) of who is first in each class that has something pending.
+    def stir(self, times: Callable[[int], VirtualTime]) -> Iterable[int]:
+        """Takes in the flows that had nothing pending before; returns the classes.
 
         Args:
             times: the virtual time of a class.
         """
         flows = self.queue.flows()
-        fresh = self.queue.fresh()
-        if self._new:
-            self._new = False
-            self._sort(flows, times)
-        else:
-            for flow in fresh:
-                account, tickets = times(flow[0]).arrived(flow[1]), flows.get(flow)
-                if tickets is not None and flow not in self.members:
-                    self.members.add(flow)
-                    heap = self._heaps.setdefault(flow[0], [])
-                    heappush(heap, (account.tag, next(iter(tickets)).seq, flow[1], account, None, None))
-        found: dict[int, tuple[float, int]] = {}
-        for priority, heap in self._heaps.items():
-            while heap:
-                tag, seq, name, account, _, _ = heap[0]
-                tickets = flows.get((priority, name))
-                if tickets is None:
-                    heappop(heap)
-                    self.members.discard((priority, name))
-                elif tag != account.tag:
-                    heapreplace(heap, (account.tag, next(iter(tickets)).seq, name, account, None, None))
-                else:
-                    found[priority] = (tag, int(seq))
-                    break
-        return found
+        for flow in self.queue.fresh() if self._heaps else flows:
+            account, tickets = times(flow[0]).arrived(flow[1]), flows.get(flow)
+            if tickets is not None and flow not in self.members:
+                self.members.add(flow)
+                heap = self._heaps.setdefault(flow[0], [])
+                heappush(heap, (account.tag, next(iter(tickets)).seq, flow[1], account, None, None))
+        return self._heaps
 
-    def _sort(self, flows: _Flows, times: Callable[[int], VirtualTime]) -> None:
-        self.members = set(flows)
-        for level in {priority for priority, _ in flows}:
-            arrived = times(level).arrived
-            heap = self._heaps[level] = []
-            for (priority, name), tickets in flows.items():
-                if priority == level:
-                    account = arrived(name)
-                    heap.append((account.tag, next(iter(tickets)).seq, name, account, None, None))
-            heapify(heap)
+    @property
+    def single(self) -> bool:
+        """Whether all that is pending is one flow's."""
+        return len(self.queue.flows()) == 1
+
+    def first(self, priority: int) -> tuple[float, int, float] | None:
+        """(start tag, age, weight) of who is first in that class, or None when nothing of it is pending."""
+        heap, flows = self._heaps.get(priority), self.queue.flows()
+        while heap:
+            tag, _, name, account, _, _ = heap[0]
+            tickets = flows.get((priority, name))
+            if tickets is None:
+                heappop(heap)
+                self.members.discard((priority, name))
+                continue
+            head = next(iter(tickets))
+            if tag == account.tag:
+                return tag, head.seq, self._weight(head.quota)
+            heapreplace(heap, (account.tag, head.seq, name, account, None, None))
+        return None
 
     def fill(
         self,
@@ -90,6 +81,7 @@ class Turns:
         each: float,
         ceilings: Mapping[int, float],
         allowance: float,
+        top: int | None = None,
         urgent: Mapping[Flow, float] = _NOBODY,
     ) -> tuple[Ticket, ...]:
         """At most ``limit`` requests in fair order: by class, then by start tag, then by age.
@@ -100,20 +92,20 @@ class Turns:
         Args:
             urgent: flows whose first request goes before all others of its class, with when it is due.
             each: device seconds that a slot is charged.
-            ceilings: by class, the least start tag of those who wait for another bundle; none where nobody
-                does.
+            ceilings: by class, the least start tag of those who wait for another bundle or are expected back
+                to; none where nobody does.
+            top: the highest class that waits for another bundle.
             allowance: device seconds by which a tenant may be served ahead of them.
         """
         requests, flows = self.queue.requests, self.queue.flows()
         if self.queue.ordered:
             return tuple(islice(requests, limit))
         if len(requests) <= limit:
-            if not ceilings or not self._ahead(flows, each, ceilings, allowance):
+            if not ceilings or not self._ahead(flows, each, ceilings, allowance, top):
                 return tuple(requests)
         elif len(flows) == 1 and not ceilings:
             return tuple(islice(requests, limit))
         taken: list[Ticket] = []
-        top = max(ceilings, default=None)
         for priority in sorted(self._heaps, reverse=True):
             if taken and top is not None and priority < top:
                 break
@@ -128,15 +120,16 @@ class Turns:
             self._in_order(heap, priority, taken, limit, each, bar, allowance)
         return tuple(taken)
 
-    def _ahead(self, flows: _Flows, each: float, ceilings: Mapping[int, float], allowance: float) -> bool:
+    def _ahead(
+        self, flows: _Flows, each: float, ceilings: Mapping[int, float], allowance: float, top: int | None
+    ) -> bool:
         """Whether somebody would be served further ahead than the allowance if everything went."""
-        top = max(ceilings)
         for priority, heap in self._heaps.items():
             bar = ceilings.get(priority, _NEVER)
             for _, _, name, account, _, _ in heap:
                 tickets = flows.get((priority, name))
                 if tickets is not None:
-                    if priority < top:
+                    if top is not None and priority < top:
                         return True
                     ahead = (account.tag - bar) * self._weight(next(iter(tickets)).quota)
                     if ahead + (len(tickets) - 1) * each > allowance:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from operator import attrgetter
 
@@ -51,29 +51,47 @@ class IsolatingPolicy:
         self._reserves = Reserves()
         self._flying: set[Issue] = set()
         self._typical = _UNKNOWN
+        self._mine: dict[Queue, None] = {}
 
     def form(self, view: View, now: float, settings: Settings) -> Decision:
         """A bundle of tenants with a reserve if one can go out, else one of the others."""
         lanes = view.lanes
-        mine = [queue for queue in view.queues if queue.reserved]
+        mine, fresh = self._new(view)
         if not mine and not self._reserves:
             usable = None if len(lanes) == 1 else _of(lanes, LaneKind.COMMON)
-            return self.common.form(View(view.queues, lanes, usable), now, settings)
+            return self.common.form(View(view.queues, lanes, usable, fresh), now, settings)
         rest = [queue for queue in view.queues if not queue.reserved]
         active = self._reserves.active(mine, now, self._typical)
         own = others = None
         if mine:
             usable = _of(lanes, LaneKind.RESERVED) or _of(lanes, LaneKind.COMMON)
-            own = self.reserved.form(View(mine, lanes, usable), now, settings)
+            own = self.reserved.form(View(mine, lanes, usable, fresh), now, settings)
             if isinstance(own, Issue):
                 return self._bounded(own, active, mine, _contended(lanes, rest), settings)
         if rest:
             confined = _of(lanes, LaneKind.CONFINED) if active else ()
             usable = confined or _of(lanes, LaneKind.COMMON)
-            others = self.common.form(View(rest, lanes, usable), now, settings)
+            others = self.common.form(View(rest, lanes, usable, fresh), now, settings)
             if isinstance(others, Issue):
                 return self._bounded(others, 1.0 - active, mine, active > 0.0, settings)
         return _both((own, mine), (others, rest))
+
+    def _new(self, view: View) -> tuple[list[Queue], Collection[Queue] | None]:
+        """The queues of tenants with a reserve; and what is still to be told of what is new.
+
+        Each policy is told at once, whether it is asked this time or not.
+        """
+        if view.fresh is None:
+            return [queue for queue in view.queues if queue.reserved], None
+        for queue in view.fresh:
+            if queue.reserved:
+                self._mine[queue] = None
+                self.reserved.note((queue,))
+            else:
+                self.common.note((queue,))
+        if self._mine:
+            self._mine = {queue: None for queue in self._mine if queue.requests}
+        return list(self._mine), ()
 
     def _bounded(
         self, issue: Issue, most: float, mine: Sequence[Queue], contended: bool, settings: Settings

@@ -34,15 +34,17 @@ class Pending(Collection[T], Generic[T]):
 
     Attributes:
         timed: whether a request that is due at some time was queued since it was last empty.
+        stirred: whether something new came: the first request, the first of a flow, or the first that is due
+            at some time. Whoever has seen it sets it back.
     """
 
-    __slots__ = ("_all", "_flows", "_fresh", "timed")
+    __slots__ = ("_all", "_flows", "_fresh", "stirred", "timed")
 
     def __init__(self) -> None:
         self._all: OrderedDict[T, None] = OrderedDict()
         self._flows: dict[Flow, deque[T]] | None = None
         self._fresh: list[Flow] = []
-        self.timed = False
+        self.timed = self.stirred = False
 
     def __len__(self) -> int:
         return len(self._all)
@@ -60,9 +62,11 @@ class Pending(Collection[T], Generic[T]):
 
     def append(self, request: T) -> None:
         """Queues a request behind all others."""
+        if not self._all:
+            self.stirred = True
         self._all[request] = None
-        if request.due < _NEVER:
-            self.timed = True
+        if request.due < _NEVER and not self.timed:
+            self.timed = self.stirred = True
         if self._flows is not None:
             self._flow(request).append(request)
 
@@ -70,6 +74,7 @@ class Pending(Collection[T], Generic[T]):
         """A request that had been taken out becomes the oldest again."""
         self._all[request] = None
         self._all.move_to_end(request, last=False)
+        self.stirred = True
         self.timed = self.timed or request.due < _NEVER
         if self._flows is not None:
             self._flow(request).appendleft(request)
@@ -124,4 +129,5 @@ class Pending(Collection[T], Generic[T]):
         if own is None:
             own = self._flows[flow] = deque()
             self._fresh.append(flow)
+            self.stirred = True
         return own

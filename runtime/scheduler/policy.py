@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from operator import attrgetter
-from typing import Final, NamedTuple
+from typing import Final
 
+from torch_mux.runtime.scheduler.absent import Absent, Bar
 from torch_mux.runtime.scheduler.backlog import Backlog
-from torch_mux.runtime.scheduler.base import (
-    Busy,
-    Decision,
-    Issue,
-    LaneLoad,
-    Later,
-    Queue,
-    QueueName,
-    Ticket,
-    View,
-    share_of,
-)
+from torch_mux.runtime.scheduler.base import Busy, Decision, Issue, Queue, Ticket, View, share_of
 from torch_mux.runtime.scheduler.cohorts import Cohorts
 from torch_mux.runtime.scheduler.deadlines import Urgent, attainable, latest_start, urgent
 from torch_mux.runtime.scheduler.fair import Account, VirtualTime
 from torch_mux.runtime.scheduler.formation import Turns
-from torch_mux.runtime.scheduler.predictor import Context, Forecast, Predictor, context
+from torch_mux.runtime.scheduler.order import Order, Place
+from torch_mux.runtime.scheduler.predictor import UNKNOWN, Context, Forecast, Predictor, context
+from torch_mux.runtime.scheduler.search import Open, Search, first_lane, free_lane
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
@@ -33,15 +26,6 @@ __all__ = ["FairPolicy"]
 _NEVER = float("inf")
 _STALE = 1.0
 _WEIGHT: Final[Callable[[Quota], float]] = attrgetter("weight")
-
-
-class _Open(NamedTuple):
-    """A queue that a bundle may be made of now."""
-
-    queue: Queue
-    lane: int
-    limit: int
-    neighbours: int
 
 
 @dataclass
@@ -55,12 +39,17 @@ class _Charge:
 class FairPolicy:
     """Weighted fair by device seconds, by program.
 
-    While everything that is pending and can run fits one bundle, it goes out at once, in order of arrival,
-    but for the holds of :class:`Cohorts`. Where something has to stay behind, the order is: priority class;
-    earliest deadline among those who would be late behind another bundle and can be in time now; least start
-    tag (:class:`VirtualTime`); age. The first in that order names the program. His companions of the same
-    program go with him in the same order, except who is further ahead than the *allowance* of those who wait
-    for another program: the time of one such bundle. The device is never left idle for the sake of an order.
+    While everything that is pending and can run fits one bundle, and nobody of another program is at work, it
+    goes out at once, in order of arrival, but for the holds of :class:`Cohorts`. Otherwise the order is:
+    priority class; earliest deadline among those who would be late behind another bundle and can be in time
+    now; least start tag (:class:`VirtualTime`); age. The first in that order names the program. His
+    companions of the same program go with him in the same order, except who is further ahead than the
+    *allowance* of those who wait for another program: the time of one such bundle.
+
+    The first waits himself if he is ahead by more than his bundle of somebody who is expected back to another
+    program (:class:`Absent`), or whose program is held for companions. The device is left idle for that no
+    longer than ``linger`` after its last bundle, and a lane beside a bundle under way no longer than that was
+    forecast to take, and the linger.
 
     A hold ends, and a bundle has fewer slots, where it would make somebody late. A deadline takes nobody who
     is ahead of the others by more than the longest bundle.
@@ -69,9 +58,9 @@ class FairPolicy:
     every decision of an interval. Then the device seconds W that they are charged in it satisfy
     ``|W_f / w_f - W_g / w_g| <= B_f + B_g``, where ``B_x = (A + c_x) / w_x + E``: w are the weights, A is the
     longest forecast of a bundle, c_x the most that one slot of x is charged, and E the most by which the
-    forecasts of the bundles under way are off, over the smallest weight. With one program and nobody in a
-    hurry A is 0; where forecasts come true as well, this is the bound of start-time fair queueing,
-    ``c_f / w_f + c_g / w_g``.
+    forecasts of the bundles under way are off, over the smallest weight. If they are pending or expected back
+    at every decision, the same holds with 2 A for A. With one program and nobody in a hurry A is 0; where
+    forecasts come true as well, this is the bound of start-time fair queueing, ``c_f / w_f + c_g / w_g``.
 
     Args:
         weight: the weight of a quota in all of this.
@@ -82,92 +71,160 @@ class FairPolicy:
     ) -> None:
         self.predictor = Predictor() if predictor is None else predictor
         self._weight = weight
+        self.order = Order(weight)
         self._cohorts = Cohorts()
+        self._absent = Absent()
         self._backlog = Backlog()
         self._times: dict[int, VirtualTime] = {}
-        self._turns: dict[str, Turns] = {}
+        self._news: dict[str, Queue] = {}
+        self._timed: dict[str, Queue] = {}
         self._flying: dict[Issue, _Charge] = {}
         self._shares: dict[str, float] = {}
         self._measured: dict[str, float] = {}
+        self._charging = False
+        self._linger = 0.0
 
     def form(self, view: View, now: float, settings: Settings) -> Decision:
         """The bundle of whoever is first, or how long to wait."""
-        until = _NEVER
-        wake: dict[QueueName, int] = {}
-        held = full = timed = False
-        ready: list[Queue] = []
-        choices: list[_Open] = []
-        free, first_lane = _free(view, settings), _first(view, settings)
-        for queue in view.queues:
-            if not queue.ready:
-                continue
-            ready.append(queue)
-            lane = first_lane if queue.ordered else free
-            if lane is None:
-                full = True
-                continue
-            limit, count = max(1, min(settings.max_bundle, queue.slots)), len(queue.requests)
-            choice = _Open(queue, lane, limit, _neighbours(view.lanes, lane))
-            awaited = self._cohorts.awaited(queue, now, settings) if count < limit else None
-            if queue.timed:
-                timed = True
-                awaited = self._hurried(choice, awaited, now)
-            if awaited is None:
-                choices.append(choice)
-                continue
-            moment, missing = awaited
-            wake[queue.key, queue.reserved] = min(limit, count + missing)
-            held = held or moment is None
-            until = until if moment is None else min(until, moment)
-        if choices:
-            return self._chosen(ready, choices, self._urgent(choices, now) if timed else {}, now)
-        if until < _NEVER:
-            return Later(until, wake)
-        if held:
-            return Busy(wake)
-        return Busy(until=self._backlog.next_end()) if full else None
+        self._linger = settings.linger
+        if view.fresh is None:
+            self.order.clear()
+        self.note(view.queues if view.fresh is None else view.fresh)
+        lanes = (free_lane(view, settings), first_lane(view, settings))
+        if lanes == (None, None):
+            ready = any(queue.ready for queue in view.queues)
+            return Busy(until=self._backlog.next_end()) if ready else None
+        search = Search(view, now, settings, lanes, self._backlog.next_end)
+        if len(view.queues) == 1:
+            (queue,) = view.queues
+            if queue.ready and self._free(queue.key, now):
+                choice = search.opened(queue, self._held)
+                if choice is None:
+                    return search.nothing()
+                if self._whole(choice, search):
+                    return _issue(choice, tuple(queue.requests), None)
+        self.order.wake(self._time)
+        if self._news:
+            for queue in self._news.values():
+                self.order.put(queue, self._time)
+            self._news.clear()
+        return self._first(search) or search.nothing()
 
-    def _hurried(
-        self, choice: _Open, awaited: tuple[float | None, int] | None, now: float
-    ) -> tuple[float | None, int] | None:
-        """A hold ends before it makes somebody late."""
-        if awaited is None:
+    def note(self, fresh: Iterable[Queue]) -> None:
+        """Something new is pending in these; see :class:`View`."""
+        for queue in fresh:
+            self._news[queue.key] = queue
+            if queue.timed:
+                self._timed[queue.key] = queue
+
+    def _free(self, key: str, now: float) -> bool:
+        """Whether a bundle of everything that is pending would take nothing from anybody."""
+        if not self._absent.anybody(now, self._linger):
+            return True
+        return not self._charging and not self._absent.anybody(now, self._linger, but=key)
+
+    def _whole(self, choice: Open, search: Search) -> bool:
+        """Whether all that is pending of a program fits one bundle, and makes nobody late."""
+        count = len(choice.queue.requests)
+        if count > choice.limit:
+            return False
+        if not choice.queue.timed:
+            return True
+        longest = self._forecast(choice, count).median
+        return self._smaller(choice, self._entitled(choice, longest, search.now), search.now).limit >= count
+
+    def _held(self, choice: Open, search: Search) -> tuple[float | None, int] | None:
+        """For how long, and for how many, a program is held; see :class:`Cohorts`."""
+        queue = choice.queue
+        if len(queue.requests) >= choice.limit:
             return None
+        awaited = self._cohorts.awaited(queue, search.now, search.settings)
+        if awaited is None or not queue.timed:
+            return awaited
         moment, missing = awaited
-        begin = self._backlog.free_at(choice.lane, now)
-        latest = latest_start(choice.queue, begin, self._forecast(choice, 1).high)
-        if latest <= now:
-            return None
+        begin = self._backlog.free_at(choice.lane, search.now)
+        latest = latest_start(queue, begin, self._forecast(choice, 1).high)
+        if latest <= search.now:
+            return None  # a hold ends before it makes somebody late
         return (moment if moment is None else min(moment, latest)), missing
 
-    def _urgent(self, choices: Sequence[_Open], now: float) -> dict[str, list[Urgent]]:
-        """By program, who cannot wait for another bundle and is not ahead of others by more than that."""
-        slots = [min(choice.limit, len(choice.queue.requests)) for choice in choices]
-        longest = max(self._forecast(*each).median for each in zip(choices, slots, strict=True))
-        found: dict[str, list[Urgent]] = {}
+    def _first(self, search: Search) -> Issue | None:
+        """The bundle of who is first by class, deadline, start tag and age; None where it has to wait."""
+        hurry = self._urgent(search) if self._timed else {}
+        for level in self.order.levels():
+            if level in hurry:
+                choice, urgent = hurry[level]
+                choice = self._smaller(choice, urgent, search.now)
+                return self._bundle(level, choice, urgent, search, self._bars(choice, search))
+            passed = [_NEVER]
+
+            def accept(turns: Turns, tag: float, passed: list[float] = passed) -> bool:
+                if search.opened(turns.queue, self._held) is not None:
+                    return True
+                if (turns.queue.key, turns.queue.reserved) in search.wake:
+                    passed.append(tag)
+                return False
+
+            place = self.order.pick(level, accept)
+            if place is not None:
+                return self._unless_ahead(level, place, min(passed), search)
+        return None
+
+    def _unless_ahead(self, level: int, place: Place, passed: float, search: Search) -> Issue | None:
+        """The bundle of who is first of those that may go, unless too far ahead of others.
+
+        Args:
+            passed: the least start tag of programs that are held for companions.
+        """
+        tag, _, _, turns = place
+        choice = search.opened(turns.queue, self._held)
+        assert choice is not None
+        bars = self._bars(choice, search)
+        bar = bars[0].get(level)
+        least = passed if bar is None else min(passed, bar.tag)
+        if tag > least:
+            first = turns.first(level)
+            if first is not None and (tag - least) * first[2] > self._seconds(choice):
+                if bar is not None and bar.tag == least:
+                    self._absent.awaited(bar, self._time)
+                    search.wait(bar.until, bar.due)
+                return None
+        return self._bundle(level, choice, (), search, bars)
+
+    def _bars(self, choice: Open, search: Search) -> tuple[dict[int, Bar], dict[int, float]]:
+        return self._absent.bars(choice.queue.key, search.now, self._linger, self._time)
+
+    def _urgent(self, search: Search) -> dict[int, tuple[Open, list[Urgent]]]:
+        """By class, the program of who is most urgent, and all who are in it."""
+        choices = []
+        for queue in list(self._timed.values()):
+            if not queue.timed:
+                del self._timed[queue.key]
+            elif queue.ready and (choice := search.opened(queue, self._held)) is not None:
+                choices.append(choice)
+        found: dict[int, tuple[Open, list[Urgent]]] = {}
+        if not choices:
+            return found
+        open_now = [search.opened(queue, self._held) for queue in search.view.queues if queue.ready]
+        longest = max(self._seconds(choice) for choice in open_now if choice is not None)
         for choice in choices:
-            if choice.queue.timed:
-                begin, alone = self._backlog.free_at(choice.lane, now), self._forecast(choice, 1).high
-                entitled = [
-                    one
-                    for one in urgent(choice.queue, begin, alone, longest)
-                    if self._time(one.flow[0]).lead(one.flow[1]) * self._weight(one.head.quota) <= longest
-                ]
-                if entitled:
-                    found[choice.queue.key] = entitled
+            for one in (entitled := self._entitled(choice, longest, search.now)):
+                best = found.get(one.flow[0])
+                if best is None or one < best[1][0]:
+                    same = [other for other in entitled if other.flow[0] == one.flow[0]]
+                    found[one.flow[0]] = choice, same
         return found
 
-    def _chosen(
-        self, ready: Sequence[Queue], choices: Sequence[_Open], urgent: dict[str, list[Urgent]], now: float
-    ) -> Issue:
-        if urgent:
-            choices = [self._smaller(choice, urgent.get(choice.queue.key), now) for choice in choices]
-        first = choices[0]
-        if len(ready) == 1 and len(first.queue.requests) <= first.limit:
-            return _issue(first, tuple(first.queue.requests), None)
-        return self._contended(ready, choices, urgent)
+    def _entitled(self, choice: Open, longest: float, now: float) -> list[Urgent]:
+        """Who of a program cannot wait for another bundle and is not ahead of others by more than that."""
+        begin, alone = self._backlog.free_at(choice.lane, now), self._forecast(choice, 1).high
+        return [
+            one
+            for one in urgent(choice.queue, begin, alone, longest)
+            if self._time(one.flow[0]).lead(one.flow[1]) * self._weight(one.head.quota) <= longest
+        ]
 
-    def _smaller(self, choice: _Open, urgent: Sequence[Urgent] | None, now: float) -> _Open:
+    def _smaller(self, choice: Open, urgent: Sequence[Urgent], now: float) -> Open:
         """A bundle that would make its most urgent tenant late has fewer slots."""
         if not urgent:
             return choice
@@ -176,41 +233,50 @@ class FairPolicy:
         most = attainable(limit, room, lambda slots: self._forecast(choice, slots).high)
         return choice if most == limit else choice._replace(limit=most)
 
-    def _contended(
-        self, ready: Sequence[Queue], choices: Sequence[_Open], urgent: dict[str, list[Urgent]]
+    def _bundle(
+        self,
+        level: int,
+        choice: Open,
+        urgent: Sequence[Urgent],
+        search: Search,
+        absent: tuple[Mapping[int, Bar], Mapping[int, float]],
     ) -> Issue:
-        """Something stays behind: the order says what."""
-        waiting = {queue.key: self._turns_of(queue).least(self._time) for queue in ready}
-        chosen, best = choices[0], (0, 0, _NEVER, 0)
-        for choice in choices:
-            rank = _rank(waiting[choice.queue.key], urgent.get(choice.queue.key))
-            if choice is chosen or rank < best:
-                chosen, best = choice, rank
-        key = chosen.queue.key
+        """The bundle of a program that is first in its class."""
+        queue, (bars, expected) = choice.queue, absent
+        turns = self.order.turns(queue.key)
+        assert turns is not None
         ceilings: dict[int, float] = {}
-        for other, least in waiting.items():
-            if other != key:
-                for level, (tag, _) in least.items():
-                    if tag < ceilings.get(level, _NEVER):
-                        ceilings[level] = tag
-        slots = min(chosen.limit, len(chosen.queue.requests))
-        seconds = self._forecast(chosen, slots).median
-        hurry = {one.flow: one.due for one in urgent.get(key, ())}
-        requests = self._turns[key].fill(chosen.limit, seconds / slots, ceilings, seconds, hurry)
-        priority = max(waiting[key])
-        return _issue(chosen, requests, min(waiting[key][priority][0], ceilings.get(priority, _NEVER)))
+        top: int | None = None
+        for one in self.order.levels():
+            least, bar = self.order.least(one, turns), bars.get(one)
+            if least is not None:
+                ceilings[one] = least
+                top = one if top is None else max(top, one)
+            if bar is not None and (own := turns.first(one)) is not None:
+                # He need not wait for who is absent, so his bundle is not cut for their sake.
+                ceilings[one] = min(ceilings.get(one, _NEVER), max(bar.tag, own[0]))
+        count = len(queue.requests)
+        if top is None and count <= choice.limit and self._free(queue.key, search.now):
+            return _issue(choice, tuple(queue.requests), None)
+        slots, seconds = min(choice.limit, count), self._seconds(choice)
+        hurry = {one.flow: one.due for one in urgent}
+        first = turns.first(level)
+        tag, ceiling = _NEVER if first is None else first[0], ceilings.get(level, _NEVER)
+        if tag <= ceiling and not urgent and turns.single:
+            requests = tuple(islice(queue.requests, choice.limit))
+        else:
+            requests = turns.fill(choice.limit, seconds / slots, ceilings, seconds, top, hurry)
+        return _issue(choice, requests, min(tag, ceiling, expected.get(level, _NEVER)))
 
-    def _forecast(self, choice: _Open, slots: int) -> Forecast:
+    def _seconds(self, choice: Open) -> float:
+        """What the largest bundle that may be made of a program now will probably take."""
+        return self._forecast(choice, min(choice.limit, len(choice.queue.requests))).median
+
+    def _forecast(self, choice: Open, slots: int) -> Forecast:
         """Under the cap that the program last ran under."""
         key = choice.queue.key
         where = context(self._shares.get(key, 1.0), choice.neighbours)
         return self.predictor.forecast(key, slots, where)
-
-    def _turns_of(self, queue: Queue) -> Turns:
-        turns = self._turns.get(queue.key)
-        if turns is None or turns.queue is not queue:
-            turns = self._turns[queue.key] = Turns(queue, self._weight)
-        return turns
 
     def _time(self, priority: int) -> VirtualTime:
         time = self._times.get(priority)
@@ -223,23 +289,35 @@ class FairPolicy:
         self._cohorts.issued(issue.key, issue.requests)
         slots = len(issue.requests)
         self._shares[issue.key] = issue.share
-        seconds = self.predictor.forecast(issue.key, slots, _where(issue)).median
+        forecast = self.predictor.forecast(issue.key, slots, _where(issue))
+        seconds = forecast.median
         self._backlog.issued(issue, now, seconds)
+        self._absent.issued(issue, now, self._backlog.free_at(issue.lane, now), self._linger)
         if issue.start is None:
-            if self._turns:
-                self._turns.clear()
-                for time in self._times.values():
-                    time.rest()
+            self._rest(issue.key)
             return
-        each = seconds / slots
+        self._charging = True
+        # Too much is given back with later charges only: a first run of a minute must not be charged twice.
+        each = (seconds if forecast.known else min(seconds, UNKNOWN * slots)) / slots
         units = self._charge(issue, each)
         self._flying[issue] = _Charge(each, units)
-        priority = max([request.quota.priority for request in issue.requests])
+        levels = {request.quota.priority for request in issue.requests}
+        priority = max(levels)
+        if len(levels) == 1:
+            self._absent.charged(issue, priority, list(units))
         time = self._time(priority)
         time.advance(issue.start)
         if time.crowded:
-            members = [turns.members for turns in self._turns.values()]
-            time.prune({tenant for flows in members for level, tenant in flows if level == priority})
+            time.prune(self.order.members(priority) | self._absent.members(priority))
+
+    def _rest(self, key: str) -> None:
+        """Everything that was pending goes out, and nobody competes: the busy period is over."""
+        self._news.pop(key, None)
+        if self._times:
+            self.order.clear()
+            self._times.clear()
+            self._absent.rest()
+        self._charging = False
 
     def _charge(self, issue: Issue, each: float) -> dict[Account, float]:
         """Charges ``each`` device seconds a slot; returns slots over weight by account."""
@@ -259,6 +337,7 @@ class FairPolicy:
         """Corrects the charge, learns how long such bundles take and starts the linger of its cohort."""
         self._cohorts.completed(issue.key, now, seconds)
         self._backlog.completed(issue, now)
+        self._absent.completed(issue, now, seconds, self._backlog.free_at(issue.lane, now))
         slots = len(issue.requests)
         if seconds > 0.0:
             self.predictor.observe(issue.key, slots, _where(issue), seconds)
@@ -286,53 +365,16 @@ class FairPolicy:
     def forget(self, key: str) -> None:
         """Drops what is known of a program's clients and times."""
         self._cohorts.forget(key)
-        self._turns.pop(key, None)
+        self._absent.forget(key)
         self._shares.pop(key, None)
         self._measured.pop(key, None)
         self.predictor.forget(key)
 
 
-def _rank(
-    least: dict[int, tuple[float, int]], urgent: Sequence[Urgent] | None
-) -> tuple[int, int, float, int]:
-    """Priority class, then earliest deadline of who is in a hurry, then least start tag, then age."""
-    priority = max(least)
-    if urgent:
-        level = max(one.flow[0] for one in urgent)
-        if level == priority:
-            due, seq = min((one.due, one.seq) for one in urgent if one.flow[0] == level)
-            return -priority, 0, due, seq
-    tag, seq = least[priority]
-    return -priority, 1, tag, seq
-
-
-def _issue(choice: _Open, requests: Sequence[Ticket], start: float | None) -> Issue:
+def _issue(choice: Open, requests: Sequence[Ticket], start: float | None) -> Issue:
     queue, share = choice.queue, share_of(requests)
     return Issue(queue.key, requests, share, choice.lane, choice.neighbours, start, queue.reserved)
 
 
 def _where(issue: Issue) -> Context:
     return context(issue.share, issue.neighbours)
-
-
-def _neighbours(lanes: Sequence[LaneLoad], lane: int) -> int:
-    """Bundles under way beside that lane."""
-    if len(lanes) == 1:
-        return 0
-    return sum([load.bundles for load in lanes]) - lanes[lane].bundles
-
-
-def _free(view: View, settings: Settings) -> int | None:
-    """The least loaded usable lane, where it has room."""
-    lanes = view.lanes
-    usable = range(len(lanes)) if view.usable is None else view.usable
-    best = usable[0]
-    for lane in usable:
-        if lanes[lane].bundles < lanes[best].bundles:
-            best = lane
-    return best if lanes[best].bundles < settings.in_flight else None
-
-
-def _first(view: View, settings: Settings) -> int | None:
-    """The first lane, where it has room."""
-    return 0 if view.lanes[0].bundles < settings.in_flight else None

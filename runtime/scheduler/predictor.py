@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Context", "Forecast", "Predictor", "Samples", "context"]
+__all__ = ["UNKNOWN", "Context", "Forecast", "Predictor", "Samples", "context"]
 
 _WINDOW = 32
 _HIGH = 0.9
 _ENOUGH = 3
 #: What a slot is taken to cost before any bundle of its program was measured.
-_UNKNOWN = 1e-3
+UNKNOWN = 1e-3
 _CAPS = 16
 
 #: (cap in sixteenths of the device, bundles under way on other lanes).
@@ -47,24 +47,30 @@ class Forecast:
 class _Size:
     """The last measurements of bundles of one size."""
 
-    __slots__ = ("count", "forecast", "samples")
+    __slots__ = ("_ordered", "count", "forecast", "samples")
 
     def __init__(self, samples: Sequence[float] = ()) -> None:
         self.samples: deque[float] = deque(samples, maxlen=_WINDOW)
         self.count = len(samples)
         self.forecast = Forecast(0.0, 0.0, known=False)
+        self._ordered = sorted(self.samples)
         if samples:
             self._renew()
 
     def observe(self, seconds: float) -> None:
+        ordered, samples = self._ordered, self.samples
         if self.count == 1:
-            self.samples.clear()
+            samples.clear()
+            ordered.clear()
+        elif len(samples) == _WINDOW:
+            del ordered[bisect_left(ordered, samples[0])]
         self.count += 1
-        self.samples.append(seconds)
+        samples.append(seconds)
+        insort(ordered, seconds)
         self._renew()
 
     def _renew(self) -> None:
-        ordered = sorted(self.samples)
+        ordered = self._ordered
         count = len(ordered)
         high = ordered[min(count - 1, int(_HIGH * count))]
         self.forecast = Forecast(ordered[(count - 1) // 2], high, known=count >= _ENOUGH)
@@ -107,26 +113,27 @@ class Predictor:
             if size is None:
                 size = sizes[slots] = _Size()
             size.observe(seconds)
-            program.cache.clear()
+            program.cache = {}
             program.measured = True
 
     def forecast(self, key: str, slots: int, where: Context) -> Forecast:
         """What a bundle will take; a millisecond a slot where nothing is known of the program."""
+        program = self._programs.get(key)
+        if program is None:
+            return Forecast(UNKNOWN * slots, UNKNOWN * slots, known=False)
+        found = program.cache.get((slots, where))
+        if found is not None:
+            return found
         with self._lock:
-            program = self._programs.get(key)
-            if program is None:
-                return Forecast(_UNKNOWN * slots, _UNKNOWN * slots, known=False)
-            found = program.cache.get((slots, where))
-            if found is None:
-                cap, neighbours = where
-                nearest = min(
-                    program.contexts, key=lambda other: (abs(other[1] - neighbours), abs(other[0] - cap))
-                )
-                found = _interpolated(program.contexts[nearest], slots)
-                if cap > nearest[0]:
-                    part = nearest[0] / cap
-                    found = Forecast(found.median * part, found.high * part, found.known)
-                program.cache[slots, where] = found
+            cap, neighbours = where
+            nearest = min(
+                program.contexts, key=lambda other: (abs(other[1] - neighbours), abs(other[0] - cap))
+            )
+            found = _interpolated(program.contexts[nearest], slots)
+            if cap > nearest[0]:
+                part = nearest[0] / cap
+                found = Forecast(found.median * part, found.high * part, found.known)
+            program.cache[slots, where] = found
             return found
 
     def fresh(self) -> Samples:

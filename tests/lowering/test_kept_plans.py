@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 import torch_mux
 from torch_mux.compat import source_keys
@@ -146,7 +147,7 @@ def test_what_calls_by_a_number_of_this_process_is_not_kept() -> None:
     assert kept_plans.name_of(_program(torch.ops.higher_order.cond)) is None
 
 
-@pytest.mark.parametrize("changed", ["torch", "lowering", "device", "precision"])
+@pytest.mark.parametrize("changed", ["torch", "lowering", "device", "precision", "threads", "pass"])
 def test_another_version_or_device_has_another_name(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     program: Any = _program(torch.ops.aten.relu.default)
     before = kept_plans.name_of(program)
@@ -155,6 +156,13 @@ def test_another_version_or_device_has_another_name(changed: str, monkeypatch: p
         monkeypatch.setattr(source_keys, "installed", lambda: "another torch")
     elif changed == "lowering":
         monkeypatch.setattr(kept_plans, "_sources", lambda: "another torch_mux")
+    elif changed == "threads":
+        threads = torch.get_num_threads()
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    elif changed == "pass":
+        with inductor_config.patch(post_grad_custom_pre_pass=lambda graph: None):
+            assert kept_plans.name_of(program) != before
+        return
     elif changed == "device":
         program.device = torch.device("meta")
     else:

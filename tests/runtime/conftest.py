@@ -148,8 +148,11 @@ class Lab:
         if program.name in self.broken:
             raise ValueError(f"no code for {program.name}")
         self.compiled.append(program.name)
-        plan = FakePlan(program, coalesced=program.name not in self.alone)
-        self.plans[program.name] = plan
+        coalesced = program.fallback is None and program.name not in self.alone
+        plan = FakePlan(program, coalesced)
+        reason = program.fallback
+        retired = reason is not None and reason.kind is FallbackKind.RETIRED
+        self.plans[f"{program.name} alone" if retired else program.name] = plan
         return plan
 
     def engine(

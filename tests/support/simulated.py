@@ -93,8 +93,10 @@ class Device:
 
     def view(self) -> View:
         pending = [queue for queue in self.queues.values() if queue.requests]
-        pending.sort(key=lambda queue: queue.requests.oldest.seq)
-        return View(pending, [LaneLoad(bundles) for bundles in self._lanes])
+        fresh = [queue for queue in pending if queue.requests.stirred]
+        for queue in fresh:
+            queue.requests.stirred = False
+        return View(pending, [LaneLoad(bundles) for bundles in self._lanes], None, fresh)
 
     def dispatch(self) -> float:
         """Sends out what may go out now; returns when something will change by itself."""
@@ -107,7 +109,12 @@ class Device:
             if not isinstance(decision, Issue):
                 assert isinstance(decision, (Later, Busy)), "something is pending and nothing happens"
                 assert isinstance(decision, Later) or self._ends, "nothing is under way to wait for"
-                until = decision.until if isinstance(decision, Later) else until
+                if isinstance(decision, Later):
+                    until = decision.until
+                elif decision.until is not None:
+                    # Who is overdue by more than the linger is not waited for.
+                    overdue = decision.until + self.settings.linger
+                    until = overdue if overdue > self.now else until
                 break
             self._issue(decision)
         return min(until, self._ends[0][0] if self._ends else float("inf"))

@@ -16,7 +16,7 @@ from torch_mux.runtime.admission import Admission
 from torch_mux.runtime.line import Line
 from torch_mux.runtime.queues import ProgramQueue
 from torch_mux.runtime.request import Request, RequestState
-from torch_mux.runtime.scheduler.base import Issue, LaneKind, LaneLoad, Later, View, lane_kinds
+from torch_mux.runtime.scheduler.base import Issue, LaneKind, LaneLoad, Later, lane_kinds
 from torch_mux.runtime.scheduler.isolation import IsolatingPolicy
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
@@ -167,8 +167,9 @@ class Day:
                 request.error = DeadlineExceeded(tenant=request.quota.tenant, deadline=1.0)
             self._end(expired)
             lanes = [LaneLoad(load, kind) for load, kind in zip(self._load, self._kinds, strict=True)]
-            view = View(self.line.ordered(), lanes)
+            view = self.line.view(lanes)
             decision = self.policy.form(view, self.clock, self.settings)
+            self.line.seen()
             if not isinstance(decision, Issue):
                 common = [lane.bundles for lane in lanes if lane.kind is LaneKind.COMMON]
                 room = min(common) < self.settings.in_flight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class SlowDevice(CpuExecutor):
         self.lanes: list[list[SlowFlight]] = [[]]
         self.highest = 0
         self.faults: list[Exception] = []
+        self.seconds_of: Callable[[Bundle], float] = lambda bundle: self.seconds
 
     def configure(self, settings: Settings) -> None:
         self.kinds = lane_kinds(settings)
@@ -50,7 +51,8 @@ class SlowDevice(CpuExecutor):
         lane = self.lanes[bundle.lane]
         now = time.perf_counter()
         begin = max([now, *(flight.until for flight in lane)])
-        flight = SlowFlight(bundle, now, began=begin, seconds=self.seconds, until=begin + self.seconds)
+        seconds = self.seconds_of(bundle)
+        flight = SlowFlight(bundle, now, began=begin, seconds=seconds, until=begin + seconds)
         for request in bundle.requests:
             request.flight = flight
         lane.append(flight)

@@ -71,7 +71,7 @@ def test_a_model_without_a_plan_is_degraded(monkeypatch: pytest.MonkeyPatch) -> 
 
     _serve()
     monkeypatch.setattr(plan, "compile_plan", broken)
-    monkeypatch.setattr(state.engine(), "_compile_plan", None)
+    monkeypatch.setattr(state.engine()._compiler, "compile_plan", None)
 
     class Other(Net):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""Has plans made, on the compile thread."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from torch_mux.lowering.program import Program
+from torch_mux.settings import Settings
+from torch_mux.types import FallbackReason
+
+if TYPE_CHECKING:
+    from torch_mux.lowering.plan import CompiledPlan
+    from torch_mux.runtime.served import ServedProgram
+
+__all__ = ["CompilePlan", "Compiler"]
+
+logger = logging.getLogger(__name__)
+
+CompilePlan = Callable[[Program, Settings], "CompiledPlan"]
+
+
+class Compiler:
+    """Compiles the plans of programs.
+
+    Args:
+        compile_plan: lowering's ``compile_plan`` unless given.
+        lock: held while a plan compiles.
+    """
+
+    def __init__(
+        self,
+        compile_plan: CompilePlan | None,
+        lock: contextlib.AbstractContextManager[object],
+        settings: Callable[[], Settings],
+        clock: Callable[[], float],
+    ) -> None:
+        self.compile_plan = compile_plan
+        self._lock = lock
+        self._settings = settings
+        self._clock = clock
+
+    def first(self, served: ServedProgram) -> None:
+        """The plan of a program, or why there is none."""
+        executor, started = served.dispatcher.executor, self._clock()
+        try:
+            plan = served.plan = self._plan(served.program)
+            if plan.coalesced:
+                executor.rehearse(served)
+            served.slots = min(executor.slots(served.program), plan.max_slots) if plan.coalesced else 1
+            served.work = plan.work
+            served.coalesced = plan.coalesced
+        except BaseException as error:
+            # Whatever it was, callers wait for the outcome.
+            logger.exception("%s did not compile", served.program.name)
+            served.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
+        else:
+            kind = "coalesced" if plan.coalesced else "per instance"
+            logger.debug("%s is ready, %s", served.program.name, kind)
+        served.finished(self._clock() - started)
+
+    def detour(self, served: ServedProgram, reason: FallbackReason) -> None:
+        """The per-instance plan of a program whose own plan is to be retired."""
+        served.detour = self._plan(replace(served.program, fallback=reason))
+
+    def _plan(self, program: Program) -> CompiledPlan:
+        with self._lock:
+            if self.compile_plan is None:
+                from torch_mux.lowering.plan import compile_plan
+
+                self.compile_plan = compile_plan
+            plan = self.compile_plan(program, self._settings())
+            if program.device.type == "cuda":
+                # Tables and constants were written on this thread's stream; lanes do not wait for it.
+                torch.cuda.current_stream(program.device).synchronize()
+        return plan
