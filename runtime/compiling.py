@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from weakref import ReferenceType
 
 import torch
 
@@ -64,9 +65,11 @@ class Compiler:
             logger.debug("%s is ready, %s", served.program.name, kind)
         served.finished(self._clock() - started)
 
-    def detour(self, served: ServedProgram, reason: FallbackReason) -> None:
-        """The per-instance plan of a program whose own plan is to be retired."""
-        served.detour = self._plan(replace(served.program, fallback=reason))
+    def detour(self, served: ReferenceType[ServedProgram], reason: FallbackReason) -> None:
+        """The per-instance plan of a program, if it is still there, whose own plan is to be retired."""
+        found = served()
+        if found is not None:
+            found.detour = self._plan(replace(found.program, fallback=reason))
 
     def _plan(self, program: Program) -> CompiledPlan:
         with self._lock:

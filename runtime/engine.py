@@ -125,7 +125,7 @@ class Engine:
             if served is None:
                 served = ServedProgram(program, self._dispatcher(program.device), self._memory)
                 self._served[program.fingerprint] = served
-                detour = partial(self._compiler.detour, served)
+                detour = partial(self._compiler.detour, weakref.ref(served))
                 served.make_detour = lambda reason: self.compile_thread.submit(partial(detour, reason))
                 self.compile_thread.submit(partial(self._compiler.first, served), Rank.URGENT)
             return served

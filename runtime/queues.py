@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,24 +20,35 @@ class ProgramQueue:
     """A queue of one program, as a policy sees it; guarded by the dispatcher's mutex.
 
     Attributes:
-        served: the program.
         reserved: whether it is that of tenants with a reserve.
         requests: oldest first.
         name: what tells it from all other queues.
     """
 
-    __slots__ = ("name", "requests", "reserved", "served")
+    __slots__ = ("_served", "name", "requests", "reserved")
 
     def __init__(self, served: ServedProgram, reserved: bool) -> None:
-        self.served = served
+        self._served = weakref.ref(served)  # which holds this: its tables on the device go when it does
         self.reserved = reserved
         self.requests: Pending[Request] = Pending()
         self.name: QueueName = (served.key, reserved)
 
     @property
+    def served(self) -> ServedProgram:
+        """The program.
+
+        Raises:
+            ReferenceError: it was dropped.
+        """
+        found = self._served()
+        if found is None:
+            raise ReferenceError(f"the program of queue {self.name} was dropped")
+        return found
+
+    @property
     def key(self) -> str:
         """Identity of the program."""
-        return self.served.key
+        return self.name[0]
 
     @property
     def ready(self) -> bool:
