@@ -16,7 +16,7 @@ from torch_mux import compat
 
 from .coalesce import SlotSpace
 from .graphs import call_nodes
-from .kernels import ahead
+from .kernels.interception import recording
 
 if TYPE_CHECKING:
     from .kernels.common import Launch
@@ -74,7 +74,7 @@ class KernelCalls:
         """What a bundle of ``slots`` slots launches."""
         sizes = {self.slots: slots, self.rows: _ROWS}
         made: dict[_Like, Tensor] = {}  # most operators read the same tables
-        with compat.fake_tensors(), torch.no_grad(), ahead.recording() as found:
+        with compat.fake_tensors(), torch.no_grad(), recording() as found:
             for operator, args in self.calls:
                 kernel = compat.device_kernel(operator, device_type)
                 if kernel is None:

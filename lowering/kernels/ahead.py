@@ -7,13 +7,12 @@ quarter of the time. Imports no Triton, so that it can be read where there is no
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Final
 
@@ -24,37 +23,12 @@ from torch_mux import compat
 if TYPE_CHECKING:
     from torch_mux.lowering.kernels.common import Launch
 
-__all__ = ["FIRST_SIZES", "Builder", "builder", "noted", "recording"]
+__all__ = ["FIRST_SIZES", "Builder", "builder"]
 
 log = logging.getLogger(__name__)
 
 #: Bundle sizes that a new plan is made ready for before it serves.
 FIRST_SIZES: Final = (1, 2, 16)
-
-
-class _Recording(threading.local):
-    launches: list[Launch] | None = None
-
-
-_recording: Final = _Recording()
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Launches that this thread runs inside are noted in the list and not launched."""
-    before, _recording.launches = _recording.launches, []
-    try:
-        yield _recording.launches
-    finally:
-        _recording.launches = before
-
-
-def noted(launch: Launch) -> bool:
-    """Whether ``launch`` was noted and must not be launched."""
-    if _recording.launches is None:
-        return False
-    _recording.launches.append(launch)
-    return True
 
 
 def _build(launch: Launch) -> None:

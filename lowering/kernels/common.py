@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_mux.lowering.kernels.ahead import noted
 from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Problems, Tile, Vector
+from torch_mux.lowering.kernels.interception import Turn, handed
+from torch_mux.lowering.kernels.operation import Operation
 
 __all__ = [
     "Activation",
@@ -177,6 +178,8 @@ class Launch:
 
     Attributes:
         arguments: the kernel's, by name, without ``PDL``.
+        operation: what it computes.
+        plain: it has more predecessors than the launch before it on its stream, so it is no dependent launch.
     """
 
     kernel: Any
@@ -184,17 +187,24 @@ class Launch:
     arguments: Mapping[str, Any]
     tile: Tile
     device: torch.device
+    operation: Operation
+    plain: bool = False
+
+    @property
+    def dependent(self) -> bool:
+        """Whether it is a programmatic dependent launch; see :func:`dependent`."""
+        return not self.plain and dependent(self.device)
 
     @property
     def named(self) -> dict[str, Any]:
         """All arguments of the kernel by name."""
-        return {**self.arguments, "PDL": dependent(self.device)}
+        return {**self.arguments, "PDL": self.dependent}
 
     @property
     def options(self) -> dict[str, Any]:
         """What Triton is told besides the arguments."""
         options: dict[str, Any] = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
-        if dependent(self.device):
+        if self.dependent:
             options["launch_pdl"] = True
         return options
 
@@ -221,9 +231,18 @@ class Launch:
         _ = compiled.run  # loads the code and compiles the launcher
 
     def run(self) -> None:
-        """Launches on the current stream; neither synchronises nor allocates, so it may be captured."""
-        if self.grid == 0 or noted(self):
+        """Launches on the current stream, or has whoever intercepts this thread's work see to it.
+
+        It neither synchronises nor allocates, so it may be captured.
+        """
+        if self.grid == 0:
             return
+        launch = handed(self)
+        if launch is not None and not isinstance(launch, Turn):
+            launch.start()
+
+    def start(self) -> None:
+        """Launches on the current stream, whoever intercepts."""
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 self.kernel[(self.grid,)](**self.named, **self.options)

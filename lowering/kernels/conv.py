@@ -20,18 +20,19 @@ from torch_mux.lowering.kernels.conv_kernel import conv_kernel
 from torch_mux.lowering.kernels.data import BitClass, Problems, Tile, Vector
 from torch_mux.lowering.kernels.depthwise import depthwise_launch
 from torch_mux.lowering.kernels.geometry import Pair, conv_problems, geometry, out_size
-from torch_mux.lowering.kernels.linear import linear_launch
+from torch_mux.lowering.kernels.linear import dtype_of, linear_launch
+from torch_mux.lowering.kernels.operation import Operation, conv_form
 
-__all__ = ["conv", "conv_launch", "conv_problems", "out_size"]
+__all__ = ["conv", "conv_launch", "conv_problems", "cut", "loaded_at_once", "out_size"]
 
 
-def _words(named: Mapping[str, Any], bit_class: BitClass) -> int:
+def loaded_at_once(named: Mapping[str, Any], bit_class: BitClass) -> int:
     """Elements, at least, that a load of weights and of pixels that are not gathered may take at once."""
     data = named["DATA_DIV"] if named["RAGGED"] else 16
     return min(16 if bit_class.gather else named["C_DIV"], data)
 
 
-def _cut(tile: Tile, bit_class: BitClass, reduction: Sequence[int]) -> dict[str, Any]:
+def cut(tile: Tile, bit_class: BitClass, reduction: Sequence[int]) -> dict[str, Any]:
     """The kernel arguments of a tile, whose steps run over ``reduction`` elements of every slot's groups."""
     return {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": 8,
@@ -66,6 +67,7 @@ def conv_launch(
 ) -> Launch:
     """What :func:`conv` runs; same arguments and errors."""
     pointwise = kernel == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1
+    steps: dict[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
     common: dict[str, Any] = {
         "scale": scale, "shift": shift, "residual": residual, "activation": activation, "aligned": aligned,
         "tile": tile, "sms": sms,
@@ -74,30 +76,30 @@ def conv_launch(
         common |= {"allow_tf32": allow_tf32, "bit_class": bit_class}
         return linear_launch(x, table, column, rows, control, out, n=out.shape[-1], k=x.shape[-1], **common)
     if 1 < groups == x.shape[-1] and problems is None:
-        return depthwise_launch(
-            x, table, column, rows, control, out, kernel=kernel, stride=stride, padding=padding,
-            dilation=dilation, **common,
-        )  # fmt: skip
+        return depthwise_launch(x, table, column, rows, control, out, **steps, **common)
     check_operands(x, out, residual, table, rows, control)
     named, sizes, channels = geometry(x, out, kernel, stride, padding, dilation, groups, problems)
     sms, taps = multiprocessors(x.device) if sms is None else sms, kernel[0] * kernel[1]
     bit_class = bit_class or choose.conv_class(sizes, channels, taps, x.dtype, allow_tf32)
     if tile is None:
-        wide, known = aligned and _words(named, bit_class) * x.dtype.itemsize >= 16, settled(x.device)
+        wide, known = aligned and loaded_at_once(named, bit_class) * x.dtype.itemsize >= 16, settled(x.device)
         tile = choose.conv_tile(sizes, channels, x.dtype, bit_class, sms, wide=wide, settled=known)
     choose.check(tile, bit_class)
+    name = Activation(activation).value
     arguments = {
         "x": x, "table": table, "rows": rows, "control": control, "out": out, "residual": residual,
         "table_width": table.stride(0), "column": column,
         **named, **vector_arguments("scale", scale), **vector_arguments("shift", shift),
         "KH": kernel[0], "KW": kernel[1], "SH": stride[0], "SW": stride[1],
         "PH": padding[0], "PW": padding[1], "DH": dilation[0], "DW": dilation[1], "GROUPS": groups,
-        **_cut(tile, bit_class, [taps * c for c in channels] if bit_class.gather else channels),
-        "PRECISION": bit_class.precision, "ALIGNED": aligned,
-        "ACTIVATION": Activation(activation).value,
+        **cut(tile, bit_class, [taps * c for c in channels] if bit_class.gather else channels),
+        "PRECISION": bit_class.precision, "ALIGNED": aligned, "ACTIVATION": name,
     }  # fmt: skip
     programs = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
-    return Launch(conv_kernel, programs, arguments, tile, x.device)
+    added: tuple[Any, ...] = (dtype_of(scale), dtype_of(shift), residual, name, aligned, problems is not None)
+    form = conv_form(tuple(steps.values()), channels, groups, *added)
+    operation = Operation("conv", sizes, x.dtype, bit_class, channels, kernel, form, name)
+    return Launch(conv_kernel, programs, arguments, tile, x.device, operation)
 
 
 def conv(

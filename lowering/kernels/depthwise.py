@@ -27,6 +27,7 @@ from torch_mux.lowering.kernels.common import (
 )
 from torch_mux.lowering.kernels.data import Problems, Tile, Vector
 from torch_mux.lowering.kernels.geometry import Pair, geometry
+from torch_mux.lowering.kernels.operation import Operation
 
 __all__ = ["depthwise", "depthwise_launch"]
 
@@ -198,7 +199,10 @@ def depthwise_launch(
         "ACTIVATION": Activation(activation).value,
     }  # fmt: skip
     grid = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
-    return Launch(depthwise_kernel, grid, arguments, tile, x.device)
+    operation = Operation(
+        "depthwise", tuple(sizes), x.dtype, None, tuple(channels), kernel, None, Activation(activation).value
+    )
+    return Launch(depthwise_kernel, grid, arguments, tile, x.device, operation)
 
 
 def depthwise(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torch_mux.lowering.kernels.common import Launch, divisor, multiprocessors, weight_pointer, working_set
 from torch_mux.lowering.kernels.data import Tile
+from torch_mux.lowering.kernels.operation import Operation
 
 __all__ = ["embedding", "embedding_launch"]
 
@@ -74,7 +75,8 @@ def embedding_launch(
         "BLOCK_L": block_l, "BLOCK_D": block_d, "PROGRAMS_PER_SM": PROGRAMS,
         "D_DIV": divisor(depth), "ALIGNED": aligned,
     }  # fmt: skip
-    return Launch(embedding_kernel, min(tiles, sms * PROGRAMS), arguments, tile, out.device)
+    operation = Operation("embedding", ((count, depth, 1),) * slots, out.dtype)
+    return Launch(embedding_kernel, min(tiles, sms * PROGRAMS), arguments, tile, out.device, operation)
 
 
 def embedding(

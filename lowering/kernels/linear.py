@@ -33,8 +33,9 @@ from torch_mux.lowering.kernels.common import (
     working_set,
 )
 from torch_mux.lowering.kernels.data import BitClass, Part, Problems, Tile, Vector
+from torch_mux.lowering.kernels.operation import linear_operation
 
-__all__ = ["linear", "linear_launch", "linear_problems"]
+__all__ = ["dtype_of", "linear", "linear_launch", "linear_problems"]
 
 FIELDS = tl.constexpr(6)  # m, n, k, x offset, out offset, weight stride
 PART_FIELDS = tl.constexpr(6)  # n, first output column, weight column, weight stride, scale and shift offset
@@ -211,10 +212,15 @@ def linear_problems(
     return Problems(torch.tensor(records, dtype=torch.int64).to(device), tuple(sizes), divisors)
 
 
+def part_count(parts: int) -> int:
+    """Records in a list of so many parts: those behind the parts are of no width."""
+    return max(4, 1 << (parts - 1).bit_length())
+
+
 def part_records(parts: tuple[Part, ...], like: Tensor) -> Tensor:
-    """``parts`` as int64 [a power of two, fields] where ``like`` is, and a fake tensor if that is one."""
+    """``parts`` as int64 [:func:`part_count`, fields] where ``like`` is, and a fake tensor if that is one."""
     if compat.is_fake(like):
-        return torch.empty((triton.next_power_of_2(len(parts)), 6), dtype=torch.int64, device=like.device)
+        return torch.empty((part_count(len(parts)), 6), dtype=torch.int64, device=like.device)
     return _records(parts, like.device)
 
 
@@ -226,7 +232,7 @@ def _records(parts: tuple[Part, ...], device: torch.device) -> Tensor:
         (part.n, end - part.n, part.column, part.stride, part.scale_offset, part.shift_offset)
         for part, end in zip(parts, ends, strict=True)
     ]
-    records += [(0,) * 6] * (triton.next_power_of_2(len(parts)) - len(parts))
+    records += [(0,) * 6] * (part_count(len(parts)) - len(parts))
     with torch.inference_mode(False):
         found = torch.tensor(records, dtype=torch.int64).to(device)
     if device.type == "cuda":  # the next stream that reads it is not ordered behind this one
@@ -279,6 +285,11 @@ def _geometry(
     return named, tuple((m, width, k) for width in widths) * slots
 
 
+def dtype_of(vector: Vector | None) -> torch.dtype | None:
+    """Of a vector's elements."""
+    return None if vector is None else vector.arena.dtype
+
+
 def linear_launch(
     x: Tensor,
     table: Tensor,
@@ -321,7 +332,7 @@ def linear_launch(
         wide = aligned and divided * x.dtype.itemsize >= 16
         tile = choose.tile(sizes, x.dtype, bit_class, sms, lean=k_major, wide=wide, settled=settled(x.device))
     choose.check(tile, bit_class)
-    tiles = choose.tiles_of(sizes, tile)
+    programs = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
     arguments = {
         "x": x, "table": table, "rows": rows, "control": control, "out": out, "residual": residual,
         "width": table.stride(0), "column": column,
@@ -333,7 +344,12 @@ def linear_launch(
         "SWAP": bit_class.swap, "PRECISION": bit_class.precision,
         "ACTIVATION": Activation(activation).value,
     }  # fmt: skip
-    return Launch(linear_kernel, min(tiles, sms * tile.programs_per_sm), arguments, tile, x.device)
+    operation = linear_operation(
+        sizes, x.dtype, bit_class, k_major=k_major, aligned=aligned, residual=residual is not None,
+        scale=dtype_of(scale), shift=dtype_of(shift), activation=activation, parts=len(parts),
+        ragged=problems is not None,
+    )  # fmt: skip
+    return Launch(linear_kernel, programs, arguments, tile, x.device, operation)
 
 
 def linear(

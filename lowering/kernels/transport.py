@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_mux.lowering.kernels.common import Launch, multiprocessors, working_set
 from torch_mux.lowering.kernels.data import Tile
+from torch_mux.lowering.kernels.operation import copy_operation
 
 __all__ = ["gather", "gather_launch", "scatter", "scatter_launch"]
 
@@ -160,7 +161,8 @@ def _launch(
             size, here, there = found[axis] if axis < len(found) else (1, 0, 0)
             named |= {f"d{axis}": size, f"b{axis}": here, f"s{axis}": there}
     kernel = dense_kernel if dense else strided_kernel
-    return Launch(kernel, min(tiles, sms * PROGRAMS), named, Tile(BLOCK, 1, 16, 4, 1, PROGRAMS), device)
+    tile, operation = Tile(BLOCK, 1, 16, 4, 1, PROGRAMS), copy_operation(batched, to_batch)
+    return Launch(kernel, min(tiles, sms * PROGRAMS), named, tile, device, operation)
 
 
 def gather_launch(

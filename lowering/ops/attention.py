@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import turns
 from .semantic import LIBRARY
 from .vendor import aligned
 
@@ -103,7 +104,7 @@ def _slots_cuda(
 
 
 LIBRARY.impl("attention", attention, "CompositeExplicitAutograd")
-LIBRARY.impl("slot_attention", _slots_cpu, "CPU")
+LIBRARY.impl("slot_attention", turns.taking_turns(_slots_cpu, turns.attention), "CPU")
 LIBRARY.impl("slot_attention", _slots_cuda, "CUDA")
 torch.library.register_fake("mux::attention", _fake, lib=LIBRARY)
 torch.library.register_fake("mux::slot_attention", _fake, lib=LIBRARY)

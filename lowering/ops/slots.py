@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..kernels.data import Part, Vector
 from ..storage import storage_of
+from . import turns
 from .semantic import LIBRARY, apply_activation
+from .turns import taking_turns
 from .vendor import aligned
 
 __all__ = ["SLOT_CONVOLUTION", "SLOT_EMBEDDING", "SLOT_LINEAR"]
@@ -338,12 +340,12 @@ def _embedding_fake(
     return indices.new_empty((*indices.shape, width), dtype=dtype)
 
 
-for _name, _cpu, _cuda, _fake in (
-    ("slot_linear", _linear_cpu, _linear_cuda, _linear_fake),
-    ("slot_convolution", _convolution_cpu, _convolution_cuda, _convolution_fake),
-    ("slot_embedding", _embedding_cpu, _embedding_cuda, _embedding_fake),
+for _name, _cpu, _cuda, _fake, _describe in (
+    ("slot_linear", _linear_cpu, _linear_cuda, _linear_fake, turns.linear),
+    ("slot_convolution", _convolution_cpu, _convolution_cuda, _convolution_fake, turns.convolution),
+    ("slot_embedding", _embedding_cpu, _embedding_cuda, _embedding_fake, turns.embedding),
 ):
-    LIBRARY.impl(_name, _cpu, "CPU")
+    LIBRARY.impl(_name, taking_turns(_cpu, _describe), "CPU")
     LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"mux::{_name}", _fake, lib=LIBRARY)
 

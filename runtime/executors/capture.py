@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torch_mux import compat
-from torch_mux.lowering.kernels.ahead import FIRST_SIZES, Builder, recording
+from torch_mux.lowering.kernels.ahead import FIRST_SIZES, Builder
+from torch_mux.lowering.kernels.interception import recording
 from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.executors.base import Stack
 from torch_mux.runtime.lanes import Executable, Lane, Side
@@ -23,7 +24,7 @@ from torch_mux.types import TensorSpec
 if TYPE_CHECKING:
     from torch_mux.lowering.kernels.common import Launch
 
-__all__ = ["Capturer", "Move", "Steps"]
+__all__ = ["Capturer", "Move", "Steps", "idle_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -223,20 +224,25 @@ class Capturer:
 
     def _rehearse(self, served: ServedProgram, layout: TableLayout) -> None:
         """Runs the steps once on zeros with no slot active, so that capturing compiles and loads nothing."""
-        program = served.program
-        device = program.device
-
-        def zeros(spec: TensorSpec) -> Tensor:
-            return torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device).zero_()
-
-        inputs = [[zeros(spec)] for spec in program.inputs if spec is not None]
-        outputs = [[zeros(spec)] for spec in program.outputs if spec is not None]
-        entry = RingEntry(layout.words, pinned=False)
-        entry.fill(layout, [0], 1, inputs, outputs)
-        entry.deactivate()
-        table = entry.host.to(device)
+        table, kept = idle_table(served, layout)
         self._steps.run(served, layout, table)
-        torch.cuda.current_stream(device).synchronize()
+        torch.cuda.current_stream(served.program.device).synchronize()
+        del kept
+
+
+def idle_table(served: ServedProgram, layout: TableLayout) -> tuple[Tensor, object]:
+    """A table on the device with no slot active, written on the current stream, and what it points to."""
+    program = served.program
+
+    def zeros(spec: TensorSpec) -> Tensor:
+        return torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device).zero_()
+
+    inputs = [[zeros(spec)] for spec in program.inputs if spec is not None]
+    outputs = [[zeros(spec)] for spec in program.outputs if spec is not None]
+    entry = RingEntry(layout.words, pinned=False)
+    entry.fill(layout, [0], 1, inputs, outputs)
+    entry.deactivate()
+    return entry.host.to(program.device), (inputs, outputs)
 
 
 def _likely_first(most: int) -> list[int]:

@@ -13,9 +13,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from torch_mux import compat
-from torch_mux.lowering.kernels.ahead import Builder, recording
+from torch_mux.lowering.kernels.ahead import Builder
 from torch_mux.lowering.kernels.common import Launch
 from torch_mux.lowering.kernels.data import Part
+from torch_mux.lowering.kernels.interception import recording
 from torch_mux.lowering.kernels.linear import linear_launch, part_records
 from torch_mux.lowering.kernels.transport import gather, scatter
 
@@ -154,4 +155,4 @@ def test_records_of_fake_tensors_are_not_kept() -> None:
         assert compat.is_fake(part_records(parts, torch.empty(1)))
     real = part_records(parts, torch.empty(1))
     assert not compat.is_fake(real)
-    assert real[:, 0].tolist() == [32, 48]
+    assert real[:, 0].tolist() == [32, 48, 0, 0]

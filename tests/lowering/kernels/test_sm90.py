@@ -16,6 +16,8 @@ from torch_mux.lowering.kernels.data import BitClass, Family, Part, Tile, Vector
 from torch_mux.lowering.kernels.depthwise import depthwise_launch
 from torch_mux.lowering.kernels.embedding import embedding_launch
 from torch_mux.lowering.kernels.inspection import compile_launch
+from torch_mux.lowering.kernels.joint_conv import joint_conv_launch
+from torch_mux.lowering.kernels.joint_linear import joint_linear_launch
 from torch_mux.lowering.kernels.linear import linear_launch, linear_problems
 from torch_mux.lowering.kernels.transport import gather_launch, scatter_launch
 
@@ -74,7 +76,28 @@ def ragged_conv(tile: Tile = BIG) -> Launch:
     )  # fmt: skip
 
 
+def joint(*layers: Launch) -> Launch:
+    make = joint_linear_launch if layers[0].operation.kind == "linear" else joint_conv_launch
+    return make(layers, sms=132)
+
+
+THREE = [Part(column, 768, 768) for column in range(3)]
 WGMMA = {
+    "linears of two programs": lambda: joint(
+        linear_of(8, 197, 3072, 768, HALF), linear_of(8, 128, 3072, 768, HALF)
+    ),
+    "linears of four programs": lambda: joint(
+        *(linear_of(4, m, 768, 3072, HALF) for m in (197, 128, 128, 49)),
+    ),
+    "convs 3x3 of two programs": lambda: joint(
+        conv_of(4, 64, 56, 64, 3, 1, HALF), conv_of(4, 64, 28, 128, 3, 1, HALF)
+    ),
+    "convs 3x3 of 16 channels, of three programs": lambda: joint(
+        *(conv_of(4, 16, size, 32, 3, 1, HALF) for size in (32, 28, 14))
+    ),
+    "joined linears beside a single one": lambda: joint(
+        linear_of(8, 197, 2304, 768, HALF), linear_of(8, 128, 2304, 768, HALF, parts=THREE)
+    ),
     "linear 197x768x768, largest tile": lambda: linear_of(16, 197, 768, 768, HALF, tile=BIG),
     "linear 197x768x768, chosen": lambda: linear_of(16, 197, 768, 768, HALF),
     "addmm bf16": lambda: linear_of(16, 197, 768, 768, BRAIN, weight_strides=(1, 768), tile=BIG),
@@ -107,7 +130,7 @@ def test_tensor_cores_fed_asynchronously(name: str) -> None:
     assert found.wgmma > 0
     assert found.cp_async >= 2 * launch.tile.stages
     narrowest = launch.tile.block_k * min(launch.tile.block_m, launch.tile.block_n)
-    itemsize = launch.arguments["out"].dtype.itemsize
+    itemsize = launch.operation.dtype.itemsize
     assert found.cp_async_bytes == min(16, narrowest * itemsize // (32 * launch.tile.warps))
     assert found.programs_per_sm >= launch.tile.programs_per_sm
 
