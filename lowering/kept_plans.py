@@ -1,22 +1,16 @@
 """Plans on disk: a later process with the same program, sources, versions and device skips lowering.
 
-A file is a SHA-256 digest and the pickled recipe with the names of Inductor's code. It is written beside its
-place and renamed, so readers never see a part of it; what does not match its digest counts as absent.
+What is kept is the pickled recipe with the names of Inductor's code.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib
 import io
 import logging
 import operator
-import os
 import pickle
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -25,6 +19,7 @@ from torch.fx import GraphModule
 
 from torch_mux import compat
 
+from . import kept
 from .graphs import call_nodes
 from .program import Program
 from .recipe import PlanRecipe
@@ -33,18 +28,7 @@ __all__ = ["load", "name_of", "save"]
 
 log = logging.getLogger(__name__)
 
-_DIGEST = hashlib.sha256().digest_size
-_SOURCES = ("*.py", "*.json", "*.cpp", "*.h")
-
-
-@functools.cache
-def _sources() -> str:
-    """Digest of lowering's own sources and of ``torch_mux.compat``."""
-    found = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(compat.__file__).parent):
-        for path in sorted(path for pattern in _SOURCES for path in folder.rglob(pattern)):
-            found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()
+_FOLDER = "plans"
 
 
 def name_of(program: Program) -> str | None:
@@ -62,8 +46,7 @@ def name_of(program: Program) -> str | None:
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         gpu = (found.name, found.major, found.minor, found.multi_processor_count)
-    parts = (program.fingerprint, str(device), gpu, compat.tf32_allowed(), compat.surroundings(), _sources())
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return kept.digest_of(program.fingerprint, str(device), gpu, compat.tf32_allowed(), compat.surroundings())
 
 
 def _operator(name: str, overload: str) -> Any:
@@ -115,12 +98,7 @@ def save(name: str, recipe: PlanRecipe, keys: tuple[str, ...]) -> None:
     try:
         buffer = io.BytesIO()
         _Pickler(buffer, protocol=5).dump((recipe, keys))
-        payload = buffer.getvalue()
-        folder = compat.cache_folder("plans")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(hashlib.sha256(payload).digest() + payload)
-        os.replace(file.name, folder / name)
+        kept.write(_FOLDER, name, buffer.getvalue())
     except Exception as error:  # a full disk, a folder of somebody else, a value that does not pickle
         log.info("the plan was not kept on disk: %s", repr(error))
 
@@ -128,15 +106,13 @@ def save(name: str, recipe: PlanRecipe, keys: tuple[str, ...]) -> None:
 def load(name: str) -> tuple[PlanRecipe, tuple[str, ...]] | None:
     """The recipe of that name and the names of its steps' code, or None."""
     try:
-        whole = (compat.cache_folder("plans") / name).read_bytes()
-    except OSError:
-        return None
-    digest, payload = whole[:_DIGEST], whole[_DIGEST:]
-    if hashlib.sha256(payload).digest() != digest:
+        payload = kept.read(_FOLDER, name)
+        if payload is None:
+            return None
+        found: tuple[PlanRecipe, tuple[str, ...]] = pickle.loads(payload)
+    except kept.Damaged:
         log.info("a plan on disk is damaged and is made again")
         return None
-    try:
-        found: tuple[PlanRecipe, tuple[str, ...]] = pickle.loads(payload)
     except Exception as error:  # written by sources that this process knows nothing of
         log.info("a plan on disk cannot be read and is made again: %s", repr(error))
         return None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 
-__all__ = ["FallbackKind", "FallbackReason", "Quota", "TensorSpec"]
+__all__ = ["CostModel", "FallbackKind", "FallbackReason", "Quota", "TensorSpec"]
 
 
 @dataclass(frozen=True)
@@ -120,3 +122,11 @@ class Quota:
         """Whether something is to be checked before a request is accepted."""
         limits = (self.rate, self.max_pending, self.deadline)
         return self.reserve > 0.0 or any(limit is not None for limit in limits)
+
+
+class CostModel(Protocol):
+    """What the runtime knows of the time that launches take; lowering decides by it what to pack."""
+
+    def seconds(self, operations: Sequence[Any], sms: int) -> float:
+        """Of one launch that does all of these operations on at most ``sms`` multiprocessors."""
+        ...

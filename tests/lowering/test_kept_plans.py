@@ -155,7 +155,7 @@ def test_another_version_or_device_has_another_name(changed: str, monkeypatch: p
     if changed == "torch":
         monkeypatch.setattr(source_keys, "installed", lambda: "another torch")
     elif changed == "lowering":
-        monkeypatch.setattr(kept_plans, "_sources", lambda: "another torch_mux")
+        monkeypatch.setattr(kept_plans.kept, "sources", lambda: "another torch_mux")
     elif changed == "threads":
         threads = torch.get_num_threads()
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
