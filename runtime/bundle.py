@@ -21,7 +21,11 @@ class Bundle:
         requests: one a slot, in slot order.
         issue: the decision that sent it out.
         again: it found no memory once and is run again.
-        seconds: device seconds it took, once known.
+        mix: what it went out as one with, itself included; "" where it went out by itself.
+        part: its part of the work of that.
+        leads: whether it stands for all of that in a picture of the device.
+        whole: device seconds that took, once known.
+        seconds: its own part of them.
         coalesced: it runs on a coalesced plan.
         measured: its time is the device's own.
     """
@@ -30,9 +34,18 @@ class Bundle:
     requests: list[Request]
     issue: Issue
     again: bool = False
+    mix: str = field(default="")
+    part: float = field(default=1.0)
+    leads: bool = field(default=True)
+    whole: float = field(default=0.0)
     seconds: float = field(default=0.0)
     coalesced: bool = False
     measured: bool = False
+
+    @property
+    def work(self) -> int:
+        """Floating-point operations of all its requests."""
+        return sum([request.work for request in self.requests])
 
     @property
     def share(self) -> float:

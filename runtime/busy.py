@@ -20,7 +20,8 @@ class BusyTime:
     """Divides the time in which a device is busy among the bundles on it.
 
     A device is busy while a bundle is at work on any lane. Each moment is divided among the bundles that are
-    at work then, in proportion to their caps, so that the sum over bundles is the busy time and not that of
+    at work then, in proportion to their caps; bundles that are one have one cap, and their parts by
+    their work. So the sum over bundles is the busy time and not that of
     every lane. One that is alone on the device is charged what it took.
     """
 
@@ -42,7 +43,7 @@ class BusyTime:
             return
         # Bundles of one lane follow each other: nothing is divided.
         for flight in landed:
-            flight.charge = round(flight.seconds * PICOSECONDS)
+            flight.charge = round(flight.seconds * flight.bundle.part * PICOSECONDS)
             self._until = max(self._until, flight.ended)
 
     def _sweep(self, landed: Sequence[Flight], at_work: Iterable[Flight]) -> None:
@@ -59,6 +60,7 @@ class BusyTime:
 
 
 def _charge(flights: Sequence[Flight], time: int) -> None:
-    parts = divided(time, [max(1, round(flight.bundle.share * _PARTS)) for flight in flights])
+    weights = [flight.bundle.share * flight.bundle.part for flight in flights]
+    parts = divided(time, [max(1, round(weight * _PARTS)) for weight in weights])
     for flight, part in zip(flights, parts, strict=True):
         flight.charge += part

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch_mux.runtime.bundle import Bundle
+from torch_mux.runtime.companions import with_companions
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.line import Line
 from torch_mux.runtime.request import Request, Waiter
@@ -56,19 +58,18 @@ class Driver:
         self._ring()
         landed = False  # ends are counted while the next bundle runs, or when they may let one go out
         while self._line.active and not (left is not None and all(request.out for request in left)):
-            bundle: Bundle | None = None
+            bundles: list[Bundle] = []
             nap: Waiter | None = None
             with self._runner.mutex:
-                now, view = self._clock(), self._line.view(self._executor.loads())
-                decision = self.policy.form(view, now, self._settings)
-                self._line.seen()
+                now = self._clock()
+                decision = self._decide(now)
                 if isinstance(decision, Issue):
-                    bundle = self._runner.pop(decision, now)
+                    bundles = self._taken(decision, now)
                 elif landed and decision is not None and decision.wake is not None:
                     nap = self._line.lie_down(decision.wake)
                     until = min(self._until(decision, now), self._line.alarms.next())
-            if bundle is not None:
-                self._runner.run(bundle)
+            if bundles:
+                self._runner.run(bundles)
             elif not landed:
                 self._runner.land()
             elif decision is None:
@@ -77,9 +78,22 @@ class Driver:
                 self._sleep(nap, until - now)
             elif isinstance(decision, Busy):
                 self._executor.await_end()
-            landed = bundle is None and not landed
+            landed = not bundles and not landed
             self._ring()
         self._runner.land()
+
+    def _decide(self, now: float) -> Decision:
+        decision = self.policy.form(self._line.view(self._executor.loads()), now, self._settings)
+        self._line.seen()
+        return decision
+
+    def _taken(self, issue: Issue, now: float) -> list[Bundle]:
+        """The bundle of an issue and those that go out with it, out of the line."""
+        take, decide = partial(self._runner.pop, now=now), partial(self._decide, now)
+        bundle = take(issue)
+        if not self._line.active:
+            return [bundle]
+        return with_companions(bundle, decide, take, self._executor, self.policy, now)
 
     def _until(self, decision: Decision, now: float) -> float:
         """How long to sleep at most; where the end of a bundle is waited for, half the time until then."""

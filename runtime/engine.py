@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
-import os
 import threading
 import time
 import weakref
@@ -30,6 +28,7 @@ from torch_mux.runtime.forecasts import Forecasts
 from torch_mux.runtime.health import EngineHealth
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import MemoryLedger
+from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.report import ProgramReport, report_of
 from torch_mux.runtime.request import Request, by_dispatcher
 from torch_mux.runtime.scheduler.base import Policy
@@ -46,8 +45,6 @@ __all__ = ["Engine"]
 logger = logging.getLogger(__name__)
 
 MakeExecutor = Callable[["Engine", torch.device], Executor]
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 class Engine:
@@ -84,7 +81,7 @@ class Engine:
         self._lock = threading.RLock()
         self._closed = False
         self._start()
-        _engines.add(self)
+        leaving.watch(self)
 
     def _start(self) -> None:
         """Begins anew with nothing: what was there before goes on without knowing, until it is stopped."""
@@ -304,6 +301,10 @@ class Engine:
         """What is known of every program, in the order they were registered."""
         return tuple(report_of(served) for served in list(self._served.values()))
 
+    def mixes(self) -> tuple[MixReport, ...]:
+        """The mixes of programs that went out, device by device."""
+        return tuple(mix for one in list(self._dispatchers.values()) for mix in one.executor.mixes())
+
     def health(self) -> EngineHealth:
         """Whether it can serve; see :class:`EngineHealth`."""
         devices = tuple(dispatcher.health() for dispatcher in list(self._dispatchers.values()))
@@ -340,7 +341,7 @@ class Engine:
         """A tenant's quota grants it no more than ``reserve`` from now on, whether it asks again or not."""
         self._admission.lower(tenant, reserve)
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: threads and pending requests are gone; programs compile again on use."""
         dispatchers = list(self._dispatchers.values())
         for served in self._served.values():
@@ -350,19 +351,3 @@ class Engine:
         self._start()
         for dispatcher in dispatchers:
             dispatcher.abandon_after_fork()
-
-
-def _close_all() -> None:
-    leaving.begin()
-    for engine in list(_engines):
-        engine.close()
-
-
-def _forked() -> None:
-    for engine in list(_engines):
-        engine._after_fork()
-
-
-atexit.register(_close_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -154,11 +156,13 @@ class CudaFlight(Flight):
     Attributes:
         start, end: timing events around its work on the lane's stream.
         kept: what the device still reads or writes.
+        follows: it is one with the flight before it on its lane, bundles of several programs.
     """
 
     start: Mark = field(kw_only=True)
     end: Mark = field(kw_only=True)
     kept: tuple[object, ...] = field(default=())
+    follows: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,6 +241,16 @@ class Lane:
             return self.flights[0]
         except IndexError:
             return None
+
+    def load(self) -> int:
+        """Bundles under way; those that are one count once."""
+        return sum([not flight.follows for flight in self.flights])
+
+    @property
+    def heads(self) -> list[CudaFlight]:
+        """:attr:`head` and the flights that are one with it."""
+        flights = list(self.flights)
+        return flights[:1] + list(takewhile(attrgetter("follows"), flights[1:]))
 
     def flight(self, bundle: Bundle, now: float) -> CudaFlight:
         """A flight for ``bundle`` that is about to be enqueued at ``now``."""

@@ -1,17 +1,29 @@
-"""The end of the process, at which nobody is left to read an error."""
+"""The end of the process, at which nobody is left to read an error; and forks, which no thread survives."""
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
+import weakref
+from typing import Final, Protocol
 
-__all__ = ["begin", "wait_if_leaving"]
-
-_begun = threading.Event()
+__all__ = ["wait_if_leaving", "watch"]
 
 
-def begin() -> None:
-    """The interpreter is about to end: only daemon threads are left besides the main thread."""
-    _begun.set()
+class _Engine(Protocol):
+    def close(self) -> None: ...
+
+    def after_fork(self) -> None: ...
+
+
+_begun: Final = threading.Event()
+_engines: Final[weakref.WeakSet[_Engine]] = weakref.WeakSet()
+
+
+def watch(engine: _Engine) -> None:
+    """Has ``engine`` closed at the end of the process, and told in the child of a fork."""
+    _engines.add(engine)
 
 
 def wait_if_leaving() -> None:
@@ -22,3 +34,20 @@ def wait_if_leaving() -> None:
     """
     if _begun.is_set() and threading.current_thread().daemon:
         threading.Event().wait()
+
+
+def _close_all() -> None:
+    """The interpreter is about to end: only daemon threads are left besides the main thread."""
+    _begun.set()
+    for engine in list(_engines):
+        engine.close()
+
+
+def _forked() -> None:
+    for engine in list(_engines):
+        engine.after_fork()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

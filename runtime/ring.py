@@ -53,9 +53,13 @@ class TableLayout:
         """Bytes of the whole table."""
         return 8 * self.words
 
-    def section(self, number: int) -> slice:
-        """The words of section ``number``: 0 is the rows, then the inputs, then the outputs."""
-        start = _CONTROL_WORDS + self.stride * number
+    def section(self, number: int, before: int = 0) -> slice:
+        """The words of section ``number``: 0 is the rows, then the inputs, then the outputs.
+
+        Args:
+            before: words in front of the table.
+        """
+        start = before + _CONTROL_WORDS + self.stride * number
         return slice(start, start + self.slots)
 
     def control(self, table: Tensor) -> Tensor:
@@ -105,10 +109,12 @@ class RingEntry:
         cap: int,
         inputs: Sequence[Sequence[Tensor]],
         outputs: Sequence[Sequence[Tensor]],
+        start: int = 0,
     ) -> None:
         """Writes one bundle's table.
 
         Args:
+            start: words before it, an even number; other programs' tables.
             rows: one a request; slots beyond them are padded with the first request's row and addresses.
             cap: in multiprocessors.
             inputs: the tensors of each input, one a request.
@@ -116,12 +122,12 @@ class RingEntry:
         """
         active = len(rows)
         padding = layout.slots - active
-        self._halves[0:4] = [active, cap, layout.slots, cap]
+        self._halves[2 * start : 2 * start + 4] = [active, cap, layout.slots, cap]
         words = self._words
-        words[layout.section(0)] = [*rows, *[rows[0]] * padding]
+        words[layout.section(0, start)] = [*rows, *[rows[0]] * padding]
         for number, column in enumerate((*inputs, *outputs), 1):
             addresses: list[Any] = list(map(_address, column))
-            words[layout.section(number)] = addresses + addresses[:1] * padding
+            words[layout.section(number, start)] = addresses + addresses[:1] * padding
 
     def deactivate(self) -> None:
         """No slot is active any more: kernels do nothing for this table."""

@@ -18,6 +18,7 @@ from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.line import Line, go_out
 from torch_mux.runtime.memory import make_room, out_of_memory
+from torch_mux.runtime.mixes import label_of
 from torch_mux.runtime.request import Request, RequestState
 from torch_mux.runtime.retirement import Retirement
 from torch_mux.runtime.scheduler.base import Issue, Policy, share_of
@@ -58,7 +59,7 @@ class Runner:
         self.mutex = mutex
         self._line = line
         self.retirement = Retirement(lambda served: policy.forget(served.key))
-        self._underway: Bundle | None = None
+        self._underway: list[Bundle] = []
         self._busy = BusyTime()
         self.dead: deque[Instance] = deque()
         self.watched = False
@@ -71,17 +72,55 @@ class Runner:
         for request in requests:
             request.state = _RUNNING
             request.started = now
-        bundle = self._underway = Bundle(served, requests, issue)
+        bundle = Bundle(served, requests, issue)
+        self._underway.append(bundle)
         self._policy.issued(issue, now)
         return bundle
 
-    def run(self, bundle: Bundle) -> None:
-        """Runs or enqueues a bundle; what it raises becomes errors of its requests."""
-        self.retirement.turn(bundle.served, self._clock())
-        self._refuse(bundle)
-        if bundle.requests:
-            self._launch(bundle)
-        self._underway = None
+    def run(self, bundles: Sequence[Bundle]) -> None:
+        """Runs or enqueues bundles, several as one if that can be; what they raise becomes their errors."""
+        for bundle in bundles:
+            self.retirement.turn(bundle.served, self._clock())
+            self._refuse(bundle)
+        left = [bundle for bundle in bundles if bundle.requests]
+        whole = len(left) > 1 and all(bundle.served.retired is None for bundle in left)
+        if not whole or not self._launch_together(left):
+            for bundle in left:
+                self._launch(bundle)
+        self._underway = []
+
+    def _launch_together(self, bundles: Sequence[Bundle]) -> bool:
+        """Whether they went out as one. If that raised, each goes by itself: that tells whose fault it is."""
+        started = self._clock()
+        label = label_of(bundles)
+        try:
+            with compat.ranges(lambda: [f"mux::mix {label}"]):
+                flights = self._executor.launch_together(bundles)
+        except Exception as error:
+            logger.warning("%s raised %r as one; each program goes out by itself", label, error)
+            if out_of_memory(error):
+                make_room(self._executor.device)
+            return False
+        if flights is None:
+            return False
+        work = sum(bundle.work for bundle in bundles)
+        for bundle in bundles:
+            bundle.served.sizes[len(bundle.requests)] += 1
+            bundle.mix, bundle.part = label, bundle.work / work
+            bundle.leads, bundle.coalesced = bundle is bundles[0], True
+        if not flights:
+            ended = self._clock()
+            for bundle in bundles:
+                self._settle(bundle, ended, ended - started, (ended - started) * bundle.part)
+            return True
+        self._gone(bundles)
+        return True
+
+    def _gone(self, bundles: Sequence[Bundle]) -> None:
+        with self.mutex:
+            for bundle in bundles:
+                go_out(bundle.requests)
+                self.watched = self.watched or any(request.callbacks for request in bundle.requests)
 
     def _refuse(self, bundle: Bundle) -> None:
         """Ends the requests whose tenants may not have their models prepared, before that costs memory."""
@@ -124,13 +163,15 @@ class Runner:
             self._settle(bundle, ended, ended - started, ended - started)
             return
         bundle.measured = True
-        with self.mutex:
-            go_out(bundle.requests)
-            self.watched = self.watched or any(request.callbacks for request in bundle.requests)
+        self._gone([bundle])
 
     def _settle(self, bundle: Bundle, ended: float, seconds: float, charge: float) -> None:
-        """A bundle ended that took ``seconds``, of which ``charge`` are its own."""
-        bundle.seconds = seconds
+        """A bundle ended, by itself or with others, after ``seconds``, of which ``charge`` are its own.
+
+        Those that were one are charged by their work.
+        """
+        bundle.whole = seconds
+        bundle.seconds = seconds = seconds * bundle.part
         if bundle.coalesced and not any(request.error is not None for request in bundle.requests):
             measured = seconds if bundle.measured else None
             self.retirement.ran(bundle.served, len(bundle.requests), measured, ended)
@@ -246,21 +287,23 @@ class Runner:
     def rescue(self, error: BaseException) -> None:
         """Dispatching was interrupted: what was under way goes out later, or fails if it may not."""
         stranded = self.stranded()
-        if not stranded:
-            return
-        served = stranded[0].served
-        if isinstance(error, Exception) or not served.coalesced:
-            self.fail(stranded, error)
-            return
-        with self.mutex:
-            self._line.put_back(stranded)
+        for served in dict.fromkeys(request.served for request in stranded):
+            own = [request for request in stranded if request.served is served]
+            if isinstance(error, Exception) or not served.coalesced:
+                self.fail(own, error)
+                continue
+            with self.mutex:
+                self._line.put_back(own)
 
     def stranded(self) -> list[Request]:
         """What was taken out of the line last and has not gone out; it is nobody's then."""
-        bundle, self._underway = self._underway, None
-        stranded = [] if bundle is None else [request for request in bundle.requests if not request.out]
-        if bundle is not None and stranded:
-            self._policy.completed(bundle.issue, self._clock(), 0.0)
+        bundles, self._underway = self._underway, []
+        stranded: list[Request] = []
+        for bundle in bundles:
+            left = [request for request in bundle.requests if not request.out]
+            if left:
+                self._policy.completed(bundle.issue, self._clock(), 0.0)
+            stranded += left
         return stranded
 
     def abandon_after_fork(self, mutex: threading.Lock) -> None:

@@ -47,6 +47,9 @@ class BundleSpan:
         seconds: device seconds it took, at the end of that time.
         requests: in slot order.
         reserved: whether its tenants have a reserve.
+        mix: the programs that went out as one, of which this is one; "" where it went out by itself.
+        leads: whether it stands for all of them in a picture of the lane.
+        whole: device seconds of all of them.
     """
 
     program: str
@@ -59,6 +62,9 @@ class BundleSpan:
     seconds: float
     requests: tuple[RequestSpan, ...]
     reserved: bool = False
+    mix: str = ""
+    leads: bool = True
+    whole: float = 0.0
 
 
 class Timeline:
@@ -88,6 +94,9 @@ class Timeline:
             bundle.seconds,
             spans,
             bundle.issue.reserved,
+            bundle.mix,
+            bundle.leads,
+            bundle.whole,
         )
         with self._lock:
             self._spans.append(span)

@@ -44,8 +44,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _DURATIONS = ("max_wait", "linger")
-_COUNTS = ("max_bundle", "lanes", "in_flight")
-_SWITCHES = ("enabled", "capture", "keep_plans")
+_COUNTS = ("max_bundle", "lanes", "in_flight", "pack")
+_SWITCHES = ("enabled", "capture", "keep_plans", "match")
 _ISOLATION = ("off", "priority", "caps", "green")
 
 

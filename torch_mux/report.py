@@ -14,6 +14,7 @@ from torch_mux.types import FallbackReason
 
 if TYPE_CHECKING:
     from torch_mux.runtime.accounting import TenantStats
+    from torch_mux.runtime.mixes import MixReport
     from torch_mux.runtime.report import ProgramReport
 
 __all__ = ["Explanation", "Note", "ProgramExplanation", "Stats", "explanation", "statistics"]
@@ -182,6 +183,7 @@ class Explanation:
         device: what requests run on.
         settings: in force.
         programs: every program seen so far.
+        mixes: the mixes of programs that went out as one, or could.
         notes: models and calls that no program tells about: not reached, training, guarded.
     """
 
@@ -189,6 +191,7 @@ class Explanation:
     settings: Settings
     programs: tuple[ProgramExplanation, ...] = ()
     notes: tuple[Note, ...] = ()
+    mixes: tuple[MixReport, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"torch-mux on {self.device}"]
@@ -196,6 +199,7 @@ class Explanation:
             lines.append("disabled: new graphs go to Inductor whole; configure(enabled=True) turns it on")
         lines.append(_isolation(self.settings))
         lines += [str(program) for program in self.programs] or ["no program was captured yet"]
+        lines += [line for mix in self.mixes for line in _mix_lines(mix)]
         if self.notes:
             lines.append("notes:")
             lines += [f"  {note}" for note in self.notes]
@@ -220,7 +224,21 @@ def explanation() -> Explanation:
         state.settings(),
         tuple(_program(plan) for plan in plans),
         tuple(Note(reason, count) for reason, count in state.notes()),
+        engine.mixes() if engine is not None else (),
     )
+
+
+def _mix_lines(mix: MixReport) -> list[str]:
+    """A mix with its words: strands side by side, what is one launch in brackets."""
+    members = " + ".join(f"{name} x{slots}" for name, slots in mix.members)
+    lines = [f"mix {members}: {mix.state}; {_count(mix.seen, 'bundle')}, {mix.joint} as one"]
+    if mix.reason:
+        lines.append(f"  {mix.reason}")
+    if mix.words:
+        counts = f"{mix.launches} super-kernels, {mix.matched} launches for several programs"
+        expected = f"{mix.seconds * 1e6:.0f} of {mix.serial * 1e6:.0f} us one after another"
+        lines += [f"  {counts}; expected {expected}", *(f"    {line}" for line in mix.words.split("\n"))]
+    return lines
 
 
 def _device() -> str:

@@ -13,6 +13,11 @@ def _flag(name: str, default: bool) -> bool:
     return default if value is None else value.strip().lower() not in ("", "0", "false", "no", "off")
 
 
+def _count(name: str) -> int | None:
+    value = os.environ.get(name, "").strip()
+    return int(value) if value.isdigit() and int(value) > 0 else None
+
+
 @dataclass(frozen=True)
 class Settings:
     """What ``torch_mux.configure`` changes.
@@ -32,6 +37,10 @@ class Settings:
             and up to 30 s if it goes on; 0: never.
         straggler: how many times its usual device time a bundle takes that is slow; after eight in a row its
             program runs per instance for a while. 0: never.
+        pack: most programs whose bundles go out as one (``TORCH_MUX_PACK``); 1: every program by itself;
+            None: 8 on a GPU, and 1 on the CPU, where it saves nothing.
+        match: launches of programs that go out as one are made one where they match; off: they only run
+            beside each other (``TORCH_MUX_MATCH``).
         keep_plans: keep what lowering makes on disk for later processes (``TORCH_MUX_KEEP_PLANS``).
     """
 
@@ -45,4 +54,6 @@ class Settings:
     capture: bool = field(default_factory=lambda: _flag("TORCH_MUX_CAPTURE", True))
     quarantine: int = 16
     straggler: float = 8.0
+    pack: int | None = field(default_factory=lambda: _count("TORCH_MUX_PACK"))
+    match: bool = field(default_factory=lambda: _flag("TORCH_MUX_MATCH", True))
     keep_plans: bool = field(default_factory=lambda: _flag("TORCH_MUX_KEEP_PLANS", True))

@@ -66,12 +66,14 @@ def events(spans: Iterable[BundleSpan]) -> list[dict[str, Any]]:
     places = _Places(found)
     number = 0
     for bundle, span in enumerate(spans):
-        began = span.ended - span.seconds
+        took = span.whole if span.mix else span.seconds
+        began = span.ended - took
         where = places.lane(span.device, span.lane, span.reserved)
         tenants = sorted({request.tenant for request in span.requests})
         about = {"bundle": bundle, "share": span.share, "tenants": tenants, "program": span.fingerprint[:12]}
-        name = f"{span.program} x{len(span.requests)}"
-        found.append(_slice(where, name, began, span.seconds) | {"args": about})
+        name = span.mix or f"{span.program} x{len(span.requests)}"
+        if span.leads:
+            found.append(_slice(where, name, began, took) | {"args": about})
         for request in span.requests:
             number += 1
             track = places.tenant(request.tenant)
@@ -79,7 +81,7 @@ def events(spans: Iterable[BundleSpan]) -> list[dict[str, Any]]:
             told = {"bundle": bundle, "outcome": outcome, "queued ms": (began - request.arrival) * 1e3}
             for label, start, seconds in (
                 (span.program, request.arrival, span.ended - request.arrival),
-                ("in its bundle", began, span.seconds),
+                ("in its bundle", began, took),
             ):
                 both = {"cat": "request", "id": number, "name": label, **track}
                 found.append({**both, "ph": "b", "ts": start * 1e6, "args": told})

@@ -13,6 +13,7 @@ from torch_mux.lowering.program import Program
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import make_room, out_of_memory
+from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.scheduler.base import LaneLoad
 from torch_mux.runtime.served import ServedProgram, failure
@@ -83,11 +84,13 @@ class Executor(Protocol):
 
     Attributes:
         fault: what the device reported that only a new process ends, or None.
+        together: most programs whose bundles :meth:`launch_together` takes; 1 where it takes none.
     """
 
     device: torch.device
     sms: int
     fault: Exception | None
+    together: int
 
     def configure(self, settings: Settings) -> None:
         """Takes over new settings before the next bundle."""
@@ -111,6 +114,26 @@ class Executor(Protocol):
 
     def launch(self, bundle: Bundle) -> Flight | None:
         """Runs a bundle, or enqueues it and returns its flight. Errors of single requests are set on them."""
+        ...
+
+    def packs(self, served: ServedProgram) -> bool:
+        """Whether bundles of a program may go out as one with others'."""
+        ...
+
+    def launch_together(self, bundles: Sequence[Bundle]) -> Sequence[Flight] | None:
+        """Runs bundles of several programs as one.
+
+        Returns:
+            Their flights, in order; none where they were run to their end; None where nothing was done,
+            because this mix is not built yet, and each is to go out by itself.
+
+        Raises:
+            Exception: what went wrong; nothing of it is under way then, and each may go out by itself.
+        """
+        ...
+
+    def mixes(self) -> Sequence[MixReport]:
+        """What is known of the mixes of programs that went out."""
         ...
 
     def reap(self) -> Sequence[Flight]:

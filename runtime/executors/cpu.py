@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,6 +21,8 @@ from torch_mux.runtime.executors.base import (
     plain_context,
     run_each_alone,
 )
+from torch_mux.runtime.executors.cpu_mixes import Background, CpuMixes, at_once
+from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.scheduler.base import LaneLoad, lane_kinds
 from torch_mux.runtime.served import ServedProgram
@@ -66,9 +70,10 @@ class CpuExecutor:
 
     Args:
         stack: ``stack_buffer`` of lowering.
+        background: has a job done off the request path.
     """
 
-    def __init__(self, device: torch.device, stack: Stack) -> None:
+    def __init__(self, device: torch.device, stack: Stack, background: Background = at_once) -> None:
         self.device = device
         self._stack = stack
         self.sms = 1
@@ -77,11 +82,15 @@ class CpuExecutor:
         self._stacks: dict[ServedProgram, _Stacks] = {}
         self._controls: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[tuple[int, ...], Tensor] = {}
+        self.together = 1
+        self._mixes = CpuMixes(background)
         self._loads: Sequence[LaneLoad] = (LaneLoad(),)
 
     def configure(self, settings: Settings) -> None:
         """Takes over torch's present number of threads; see :class:`CpuExecutor`."""
         self._threads = torch.get_num_threads()
+        self.together = settings.pack or 1
+        self._mixes.configure(settings)
         self._loads = [LaneLoad(kind=kind) for kind in lane_kinds(settings)]
 
     def slots(self, program: Program) -> int:
@@ -101,16 +110,40 @@ class CpuExecutor:
 
     def launch(self, bundle: Bundle) -> Flight | None:
         """Runs the bundle to its end."""
-        plan = bundle.served.active
-        count = 1 if plan.small else self._threads
-        with plain_context(self.device.type), threads(count):
-            if plan.coalesced:
+        with self._context(bundle):
+            if bundle.served.active.coalesced:
                 rows = bound_rows(bundle, verify=True)
                 with torch.inference_mode():
                     self._run(bundle, rows)
             else:
                 run_each_alone(bundle)
         return None
+
+    @contextmanager
+    def _context(self, bundle: Bundle) -> Iterator[None]:
+        count = 1 if bundle.served.active.small else self._threads
+        with plain_context(self.device.type), threads(count):
+            yield
+
+    def packs(self, served: ServedProgram) -> bool:
+        """Programs without per-instance segments, as on a GPU."""
+        return served.compiled.capturable
+
+    def launch_together(self, bundles: Sequence[Bundle]) -> Sequence[Flight] | None:
+        """Runs the bundles to their end, operation by operation in turn."""
+        bodies = []
+        for bundle in bundles:
+            with self._context(bundle):
+                bodies.append(partial(self._member, bundle, bound_rows(bundle, verify=True)))
+        return () if self._mixes.run(bundles, bodies) else None
+
+    def _member(self, bundle: Bundle, rows: list[int]) -> None:
+        with self._context(bundle), torch.inference_mode():
+            self._run(bundle, rows)
+
+    def mixes(self) -> Sequence[MixReport]:
+        """The mixes that went out."""
+        return self._mixes.book.reports()
 
     def _run(self, bundle: Bundle, rows: list[int]) -> None:
         served, requests = bundle.served, bundle.requests
@@ -165,8 +198,9 @@ class CpuExecutor:
         """What has gone out is computed."""
 
     def forget(self, served: ServedProgram) -> None:
-        """Drops the input buffers of a program."""
+        """Drops the input buffers and the mixes of a program."""
         self._stacks.pop(served, None)
+        self._mixes.book.forget(served.key)
 
     def pool_bytes(self) -> int:
         """The programs' input buffers."""

@@ -24,9 +24,11 @@ from torch_mux.runtime.executors.base import (
     written_rows,
 )
 from torch_mux.runtime.executors.capture import Capturer, Steps
+from torch_mux.runtime.executors.joint import JointLauncher
 from torch_mux.runtime.executors.lane_set import LaneSet
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, Mark, Marks, passed
+from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.ring import RingEntry, TableLayout
 from torch_mux.runtime.scheduler.base import LaneLoad
@@ -55,6 +57,7 @@ class CudaExecutor:
         device: torch.device,
         steps: Steps,
         capturer: Capturer,
+        joint: Callable[[int], JointLauncher],
         clock: Callable[[], float],
     ) -> None:
         self.device = device
@@ -62,6 +65,8 @@ class CudaExecutor:
         self.fault: Exception | None = None
         self._steps = steps
         self._capturer = capturer
+        self._joint = joint(self.sms)
+        self.together = 1
         self._clock = clock
         self._lanes = LaneSet(device)
         self._marks = Marks()
@@ -74,6 +79,8 @@ class CudaExecutor:
         self._lanes.configure(settings)
         self._capture = settings.capture
         self._most = settings.max_bundle
+        self.together = 8 if settings.pack is None else settings.pack
+        self._joint.configure(settings)
 
     def slots(self, program: Program) -> int:
         """As many as a lane's table has room for."""
@@ -119,6 +126,41 @@ class CudaExecutor:
             request.flight = flight
         lane.flights.append(flight)
         return flight
+
+    def packs(self, served: ServedProgram) -> bool:
+        """Whether bundles of a program may be part of a mix: those that are captured."""
+        return self._capture and served.compiled.capturable
+
+    def launch_together(self, bundles: Sequence[Bundle]) -> Sequence[Flight] | None:
+        """Enqueues bundles of several programs on their lane as one, where the graph of the mix is there."""
+        lane = self._lanes.take(bundles[0].issue)
+        try:
+            flights = self._joint.launch(lane, bundles, self._clock())
+            if flights is not None:
+                self._again_if_stale(lane, flights)
+        except BaseException as error:
+            self._examine(error)
+            if self.fault is None:
+                lane.stream.synchronize()
+            raise
+        for flight in flights or ():
+            for request in flight.bundle.requests:
+                request.flight = flight
+            lane.flights.append(flight)
+        return flights
+
+    def _again_if_stale(self, lane: Lane, flights: Sequence[CudaFlight]) -> None:
+        """Members that read an old row are enqueued again, by themselves, before anybody is told."""
+        old = [flight for flight in flights if _announce(stale(flight.bundle))]
+        if old:
+            with compat.on_stream(lane.stream), plain_context("cuda"):
+                for flight in old:
+                    flight.kept = (flight.kept, self._coalesced(lane, flight))
+                old[0].end.event.record(lane.stream)
+
+    def mixes(self) -> Sequence[MixReport]:
+        """The mixes that went out."""
+        return self._joint.reports()
 
     def _at_once(self, lane: Lane, flight: CudaFlight, marks: Sequence[Mark]) -> bool:
         """Enqueues a captured bundle whose rows are all written; False where there is more to do."""
@@ -237,8 +279,9 @@ class CudaExecutor:
             self._examine(error)
             flight.error = failure(flight.bundle.served, error)
         # It started when it was enqueued or when its predecessor ended; seen later, it still ended then.
-        flight.ended = min(now, max(flight.launched, lane.free_at) + flight.seconds)
-        lane.free_at = flight.ended
+        if not flight.follows:
+            lane.free_at = min(now, max(flight.launched, lane.free_at) + flight.seconds)
+        flight.ended = lane.free_at
         flight.finished = True
         flight.kept = ()
         return True
@@ -257,11 +300,10 @@ class CudaExecutor:
         return any(lane.flights for lane in self._lanes)
 
     def at_work(self) -> Sequence[Flight]:
-        """The first flight of each lane, at work since its predecessor ended."""
+        """The first flight of each lane and those that are one with it, since its predecessor ended."""
         found: list[Flight] = []
         for lane in self._lanes:
-            head = lane.head
-            if head is not None:
+            for head in lane.heads:
                 head.began = max(head.launched, lane.free_at)
                 found.append(head)
         return found
@@ -298,6 +340,7 @@ class CudaExecutor:
         for lane in self._lanes:
             lane.forget(served.key)
         self._capturer.forget(served)
+        self._joint.forget(served)
 
     def pool_bytes(self) -> int:
         """The pools of the lanes' graphs."""

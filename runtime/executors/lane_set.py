@@ -57,9 +57,7 @@ class LaneSet:
         """Bundles under way on each lane; :meth:`take` goes by the indices that this showed last."""
         made = self._made
         self._shown = self._places
-        return [
-            LaneLoad(len(made[place].flights) if place in made else 0, place[0]) for place in self._places
-        ]
+        return [LaneLoad(made[place].load() if place in made else 0, place[0]) for place in self._places]
 
     def take(self, issue: Issue) -> Lane:
         """The lane that an issue names.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from torch_mux.lowering.kernels.ahead import builder
 from torch_mux.runtime.executors.base import Executor
+from torch_mux.runtime.mixes import MixBook
 
 if TYPE_CHECKING:
     from torch_mux.runtime.engine import Engine
@@ -29,13 +31,18 @@ def make_executor(engine: Engine, device: torch.device) -> Executor:
         from torch_mux.runtime.executors.cpu import CpuExecutor
 
         _tell_once(device)
-        return CpuExecutor(device, stack_buffer)
+        return CpuExecutor(device, stack_buffer, engine.compile_thread.submit)
     from torch_mux.runtime.executors.capture import Capturer, Steps
     from torch_mux.runtime.executors.cuda import CudaExecutor
+    from torch_mux.runtime.executors.joint import JointLauncher
+    from torch_mux.runtime.executors.joint_capture import JointCapturer
 
     steps = Steps(stack_buffer, *_moves())
     capturer = Capturer(engine.compile_thread, steps, engine.compile_lock, builder)
-    return CudaExecutor(device, steps, capturer, engine.clock)
+    book = MixBook()
+    joint = JointCapturer(engine.compile_thread, steps, engine.compile_lock, builder, book)
+    launcher = partial(JointLauncher, joint, book)
+    return CudaExecutor(device, steps, capturer, launcher, engine.clock)
 
 
 def _moves() -> tuple[Move, Move]:

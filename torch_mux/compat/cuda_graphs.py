@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -69,8 +69,11 @@ class Graph:
         _call("cuGraphLaunch", ctypes.c_void_p(self.address), ctypes.c_void_p(stream.cuda_stream))
 
 
-def captured(run: Callable[[], object], pool: Pool) -> Graph:
+def captured(run: Callable[[], object], pool: Pool, *, allocating: bool = True) -> Graph:
     """Captures what ``run`` enqueues from this thread on the current stream, which is not the default one.
+
+    Streams that are made to wait for that one, and that it waits for in the end, are captured too, whoever
+    enqueues on them.
 
     ``torch.cuda.CUDAGraph`` registers the device's default generator with every capture, and until that ends
     the generator refuses to draw, in every thread of the process. With the generator swapped for a copy
@@ -79,12 +82,14 @@ def captured(run: Callable[[], object], pool: Pool) -> Graph:
 
     Args:
         pool: of the current device.
+        allocating: what this thread allocates meanwhile comes from the pool. If not, ``run`` sees to it, for
+            one thread at a time.
 
     Raises:
         RuntimeError: what CUDA says; also where another thread's use of the device ended the capture.
     """
     stream = current_stream(torch.device("cuda", pool.device)).cuda_stream
-    with pool.allocating():
+    with pool.allocating() if allocating else nullcontext():
         recorded = _recorded(run, ctypes.c_void_p(stream))
     return Graph(_instantiated(recorded), pool)
 
