@@ -75,6 +75,7 @@ def top(
 
 _BENCHES = {
     "models": "Whole models for several tenants next to their peers.",
+    "mix": "Several architectures at once: own plans, packed, and the peers.",
     "kernels": "Every tile of every super-kernel layer shape, on a GPU.",
     "table": "The chooser's measured table, from what `kernels` measured.",
     "paper": "The papers' experiments: coalescing, blocks, constrained kernels together; on a GPU.",

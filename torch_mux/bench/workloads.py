@@ -21,6 +21,7 @@ __all__ = [
     "Tenants",
     "TensorOnly",
     "Workload",
+    "as_is",
     "build",
     "images",
     "more",
