@@ -15,8 +15,8 @@ from torch_mux.runtime.executors.base import Flight
 from torch_mux.runtime.shares import PICOSECONDS
 
 
-def flight(lane: int, began: float, ended: float, share: float = 1.0) -> Flight:
-    bundle: Any = SimpleNamespace(lane=lane, share=share)
+def flight(lane: int, began: float, ended: float, share: float = 1.0, part: float = 1.0) -> Flight:
+    bundle: Any = SimpleNamespace(lane=lane, share=share, part=part)
     return Flight(bundle, began, began=began, ended=ended, seconds=ended - began)
 
 
@@ -38,6 +38,16 @@ def test_what_overlaps_is_divided_by_caps() -> None:
     assert seconds([small, large]) == [0.25, 1.75]
     busy.divide([large], [])
     assert seconds([small, large]) == [0.25, 3.75]
+
+
+def test_bundles_that_are_one_are_charged_by_their_parts() -> None:
+    busy, pair = BusyTime(), [flight(0, 0.0, 2.0, part=0.25), flight(0, 0.0, 2.0, part=0.75)]
+    busy.divide(pair, [])
+    assert seconds(pair) == [0.5, 1.5]
+    pair = [flight(0, 2.0, 4.0, part=0.25), flight(0, 2.0, 4.0, part=0.75)]
+    beside = flight(1, 2.0, 4.0)
+    busy.divide([*pair, beside], [])
+    assert seconds([*pair, beside]) == [0.25, 0.75, 1.0], "as one they weigh as much as the other lane's"
 
 
 @given(

@@ -92,7 +92,8 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
 def run(options: Options, save: Callable[[dict[str, Any]], object] | None = None) -> dict[str, Any]:
     """Measures everything; plain data, one entry of ``results`` a row and contender.
 
-    A contender that fails has its error in its entry; the others go on.
+    ``save`` gets the report after every contender and every repetition. A contender that fails has its error
+    in its entry; the others go on.
     """
     started = time.monotonic()
     report: dict[str, Any] = {
@@ -107,15 +108,18 @@ def run(options: Options, save: Callable[[dict[str, Any]], object] | None = None
         for number, row in enumerate(rows):
             share = None if options.budget is None else options.budget * (number + 1) / len(rows)
             deadline = None if share is None else started + share
-            _row(row, options, pool, deadline, report["results"])
-            if save is not None:
-                save(report)
+            _row(row, options, pool, deadline, report["results"], lambda: save(report) if save else None)
             gc.collect()
     return report
 
 
 def _row(
-    row: Row, options: Options, pool: Pool, deadline: float | None, results: list[dict[str, Any]]
+    row: Row,
+    options: Options,
+    pool: Pool,
+    deadline: float | None,
+    results: list[dict[str, Any]],
+    save: Callable[[], object],
 ) -> None:
     contenders: dict[str, Contender] = {}
     records: dict[str, dict[str, Any]] = {}
@@ -136,7 +140,8 @@ def _row(
             traceback.print_exc()
             record["failed"] = f"{type(error).__name__}: {error}"[:500]
         record["prepare_seconds"] = round(time.perf_counter() - begun, 1)
-    _timed(contenders, records, tenants, options, deadline)
+        save()
+    _timed(contenders, records, tenants, options, deadline, save)
     for contender in contenders.values():
         contender.release()
 
@@ -147,6 +152,7 @@ def _timed(
     tenants: Tenants,
     options: Options,
     deadline: float | None,
+    save: Callable[[], object],
 ) -> None:
     """The contenders take turns; the first turn warms up and is dropped."""
     piped: dict[str, list[float]] = {key: [] for key in contenders}
@@ -165,6 +171,7 @@ def _timed(
                 records[key]["pipelined_us"] = measure.Spread.of(piped[key]).data()
                 records[key]["synchronised_us"] = measure.Spread.of(waited[key]).data()
                 records[key]["repetitions"] = repetition
+        save()
 
 
 def settle(contender: Contender, tenants: Tenants) -> None:
