@@ -133,8 +133,9 @@ def test_what_may_not_be_packed_goes_by_itself(lab: Any) -> None:
     place.check(place.submit(("a", capped), ("b", capped)), ["a", "b"])
     place.check(place.submit(("a", None), ("b", capped)), ["a", "b"])
     assert place.executor.joint == []
-    place.check(place.submit(("a", capped), ("a", None), ("b", None)), ["a", "a", "b"])
-    assert place.executor.joint == [[("a", 2), ("b", 1)]]
+    fresh = Place(lab, "abc")
+    fresh.check(fresh.submit(("a", capped), ("a", None), ("b", None)), ["a", "a", "b"])
+    assert fresh.executor.joint == [[("a", 2), ("b", 1)]], "a bundle whose tenants may take all of the device"
 
 
 def test_no_more_programs_than_the_setting_says(lab: Any) -> None:
