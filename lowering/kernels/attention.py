@@ -30,6 +30,25 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def queries(query, row, depth, m, d, q_row, EVEN_D: tl.constexpr):
+    """[queries, channels] of one head, 0 past the ends."""
+    inside = (row < m)[:, None] if EVEN_D else (row < m)[:, None] & (depth < d)[None, :]
+    return tl.load(query + row[:, None] * q_row + depth[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def values(value, column, channel, n, dv, v_row, EVEN_N: tl.constexpr, EVEN_V: tl.constexpr):
+    """[keys, channels] of one head, 0 past the ends."""
+    at = value + column[:, None] * v_row + channel[None, :]
+    if EVEN_N and EVEN_V:
+        return tl.load(at)
+    elif EVEN_V:
+        return tl.load(at, mask=(column < n)[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=(column < n)[:, None] & (channel < dv)[None, :], other=0.0)
+
+
+@triton.jit
 def attend(query, key, value, mask, row, m, n, d, dv, scale, q_row, k_row, v_row, mask_row,
            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
            STEP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
@@ -37,16 +56,12 @@ def attend(query, key, value, mask, row, m, n, d, dv, scale, q_row, k_row, v_row
            PRECISION: tl.constexpr):  # fmt: skip
     """One fp32 [BLOCK_M, BLOCK_V] tile of one head; keys in steps of BLOCK_N, always in the same order."""
     inner, channel = tl.arange(0, STEP), tl.arange(0, BLOCK_V)
-    here = (row < m)[:, None]
     if STEP == BLOCK_D:
-        q = tl.load(query + row[:, None] * q_row + inner[None, :],
-                    mask=here if EVEN_D else here & (inner < d)[None, :], other=0.0)  # fmt: skip
+        q = queries(query, row, inner, m, d, q_row, EVEN_D)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     weight = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    end = n
-    if CAUSAL:
-        end = tl.minimum(n, tl.max(row, 0) + 1)
+    end = tl.minimum(n, tl.max(row, 0) + 1) if CAUSAL else n
     for start in range(0, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         known = column < n
@@ -61,8 +76,7 @@ def attend(query, key, value, mask, row, m, n, d, dv, scale, q_row, k_row, v_row
         for part in tl.static_range(BLOCK_D // STEP):
             depth = part * STEP + inner
             if STEP != BLOCK_D:
-                q = tl.load(query + row[:, None] * q_row + depth[None, :],
-                            mask=here if EVEN_D else here & (depth < d)[None, :], other=0.0)  # fmt: skip
+                q = queries(query, row, depth, m, d, q_row, EVEN_D)
             if EVEN_N and EVEN_D:
                 k = tl.load(k_at + part * STEP)
             elif EVEN_D:
@@ -80,9 +94,8 @@ def attend(query, key, value, mask, row, m, n, d, dv, scale, q_row, k_row, v_row
         elif not EVEN_N:
             score = tl.where(known[None, :], score, float("-inf"))
         highest = tl.maximum(peak, tl.max(score, 1))
-        level = highest
-        if mask is not None:  # a row that may see nothing so far
-            level = tl.where(highest == float("-inf"), 0.0, highest)
+        # With a mask a row may see nothing so far.
+        level = highest if mask is None else tl.where(highest == float("-inf"), 0.0, highest)
         if LATE:  # the largest score is the largest scaled one: one multiply-add scales and shifts
             shift = tl.broadcast_to((-level * factor)[:, None], score.shape)
             share = tl.math.exp2(tl.math.fma(score, tl.full(score.shape, 1.0, tl.float32) * factor, shift))
@@ -91,13 +104,7 @@ def attend(query, key, value, mask, row, m, n, d, dv, scale, q_row, k_row, v_row
             share = tl.math.exp2(score - level[:, None])
             shrink = tl.math.exp2(peak - level)
         weight = weight * shrink + tl.sum(share, 1)
-        v_at = value + column[:, None] * v_row + channel[None, :]
-        if EVEN_N and EVEN_V:
-            v = tl.load(v_at)
-        elif EVEN_V:
-            v = tl.load(v_at, mask=known[:, None], other=0.0)
-        else:
-            v = tl.load(v_at, mask=known[:, None] & (channel < dv)[None, :], other=0.0)
+        v = values(value, column, channel, n, dv, v_row, EVEN_N, EVEN_V)
         acc = tl.dot(share.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         peak = highest
     return acc / tl.where(weight == 0.0, 1.0, weight)[:, None]
