@@ -60,7 +60,7 @@ def test_a_bundle_runs_while_a_long_one_of_others_is_under_way(lab: Any) -> None
         lab.submit(engine, program, model, quota=quota).result()
     torch.cuda.synchronize()
     flights = watched(engine)
-    lab.plans["long"].before = lambda inputs: spin(200.0)
+    lab.plans["long"].before = lambda inputs: spin(600.0)
     engine.wait([lab.submit(engine, long, models[0], 1.0, OTHERS)])
     request = lab.submit(engine, short, models[1], 2.0, LATENT)
     engine.wait([request])
@@ -208,6 +208,7 @@ def ids(stream: torch.cuda.Stream, recorder: torch.cuda.Stream | None = None) ->
     if recorder is None:
         with torch.cuda.stream(stream):
             places(found)
+        stream.synchronize()  # the device's own synchronisation does not reach streams of green contexts
     else:
         with torch.cuda.stream(recorder):
             places(found)
@@ -220,7 +221,7 @@ def ids(stream: torch.cuda.Stream, recorder: torch.cuda.Stream | None = None) ->
         recorder.synchronize()
         with torch.cuda.stream(stream):
             graph.replay()
-    torch.cuda.synchronize()
+        stream.synchronize()
     return set(found.tolist())
 
 
