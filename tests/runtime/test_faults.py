@@ -296,10 +296,10 @@ def test_pinned_memory_that_runs_out_for_a_mark_queues_nothing(lab: Any) -> None
 def test_pinned_memory_that_runs_out_is_an_error_and_no_hang(lab: Any) -> None:
     """A lane that cannot have its pinned tables is not there; the others serve on."""
     engine = lab.gpu_engine()
-    program = lab.program(device="cuda")
+    program = lab.program(device="cuda:0")
     engine.register(program)
     assert engine.quiesce(60)
-    model = lab.Affine(2.0, "cuda")
+    model = lab.Affine(2.0, "cuda:0")
     assert lab.call(engine, program, model, 3.0)[0].item() == 6.0
     error = RuntimeError("cudaHostAlloc: out of memory")
     two = replace(engine.settings, lanes=2)
@@ -314,10 +314,10 @@ def test_pinned_memory_that_runs_out_is_an_error_and_no_hang(lab: Any) -> None:
 @pytest.mark.gpu
 def test_a_plan_retired_on_a_gpu_serves_on(lab: Any) -> None:
     engine = lab.gpu_engine(capture=False)
-    program = lab.program(device="cuda")
+    program = lab.program(device="cuda:0")
     engine.register(program)
     assert engine.quiesce(60)
-    model = lab.Affine(2.0, "cuda")
+    model = lab.Affine(2.0, "cuda:0")
 
     def call() -> float:
         result: float = lab.call(engine, program, model, 3.0)[0].item()

@@ -62,8 +62,10 @@ def test_a_bundle_runs_while_a_long_one_of_others_is_under_way(lab: Any) -> None
     flights = watched(engine)
     lab.plans["long"].before = lambda inputs: spin(600.0)
     engine.wait([lab.submit(engine, long, models[0], 1.0, OTHERS)])
-    request = lab.submit(engine, short, models[1], 2.0, LATENT)
-    engine.wait([request])
+    own = torch.cuda.Stream()  # the other client's waits for the long bundle from here on
+    with torch.cuda.stream(own):
+        request = lab.submit(engine, short, models[1], 2.0, LATENT)
+        engine.wait([request])
     slow, quick = flights
     quick.end.wait()
     assert not slow.end.event.query(), "it waited for the bundle of others"

@@ -295,9 +295,9 @@ def test_threads_before_a_gpu_share_it_by_weight(lab: Any) -> None:
     engine = lab.gpu_engine(capture=False, linger=2e-3)
     cycles = {"one": 5_000_000, "two": 3_000_000, "four": 4_000_000, "eight": 3_500_000}
     own = threading.local()
-    models = {name: lab.Affine(2.0, "cuda") for name in WEIGHTS}
+    models = {name: lab.Affine(2.0, "cuda:0") for name in WEIGHTS}
     for name in WEIGHTS:
-        engine.register(lab.program(name, device="cuda"))
+        engine.register(lab.program(name, device="cuda:0"))
     assert engine.quiesce(60)
     for name, plan in lab.plans.items():
         plan.before = lambda inputs, name=name: torch.cuda._sleep(cycles[name])
@@ -305,7 +305,7 @@ def test_threads_before_a_gpu_share_it_by_weight(lab: Any) -> None:
     def ask(name: str, weight: float) -> None:
         if not hasattr(own, "stream"):
             own.stream = torch.cuda.Stream()  # on a common one everybody would wait for everybody
-        program, quota = lab.program(name, device="cuda"), Quota(name, weight=weight)
+        program, quota = lab.program(name, device="cuda:0"), Quota(name, weight=weight)
         with torch.cuda.stream(own.stream):
             lab.submit(engine, program, models[name], quota=quota).result()[0].sum().item()
 
