@@ -163,7 +163,11 @@ class Capturer:
             with self._lock:
                 if served not in self._rehearsed:
                     return
-            self._build(served, sizes[:1])
+            with self._compile_lock:
+                launches = self._steps.launches(served, sizes[0])
+            # One after another: many compiling threads would take the interpreter from those who serve.
+            for launch in launches:
+                self._builder.finish([launch])
             self._build_later(served, sizes[1:])
 
         if sizes:

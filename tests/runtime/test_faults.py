@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -301,14 +300,14 @@ def test_pinned_memory_that_runs_out_is_an_error_and_no_hang(lab: Any) -> None:
     assert engine.quiesce(60)
     model = lab.Affine(2.0, "cuda:0")
     assert lab.call(engine, program, model, 3.0)[0].item() == 6.0
-    error = RuntimeError("cudaHostAlloc: out of memory")
-    two = replace(engine.settings, lanes=2)
-    with (
-        mock.patch.object(ring.torch, "zeros", side_effect=error),
-        pytest.raises(RuntimeError, match="cudaHostAlloc"),
-    ):
-        engine.configure(two)
-    assert lab.call(engine, program, model, 3.0)[0].item() == 6.0
+    error, reserved = RuntimeError("cudaHostAlloc: out of memory"), Quota("latent", reserve=0.25)
+    with mock.patch.object(ring.torch, "zeros", side_effect=error):
+        request = lab.submit(engine, program, model, 3.0, reserved)
+        with pytest.raises(ExecutionFailed) as caught:
+            request.result()
+        assert caught.value.__cause__ is error
+        assert lab.call(engine, program, model, 3.0)[0].item() == 6.0
+    assert lab.submit(engine, program, model, 3.0, reserved).result()[0][0].item() == 6.0
 
 
 @pytest.mark.gpu
