@@ -85,7 +85,8 @@ class Pool:
         for name, count in row.members:
             own = self._built.get(name)
             if own is None:
-                own = build(workload_of(name), self._most[name], self._device, self._dtype)
+                with torch.inference_mode(False):  # writes to weights made under it cannot be noticed
+                    own = build(workload_of(name), self._most[name], self._device, self._dtype)
                 self._built[name] = own
             models += own.models[:count]
             requests = requests or [[] for _ in own.requests]
