@@ -11,6 +11,7 @@ from weakref import ReferenceType
 
 import torch
 
+from torch_mux import compat
 from torch_mux.lowering.program import Program
 from torch_mux.settings import Settings
 from torch_mux.types import FallbackReason
@@ -72,7 +73,7 @@ class Compiler:
             found.detour = self._plan(replace(found.program, fallback=reason))
 
     def _plan(self, program: Program) -> CompiledPlan:
-        with self._lock:
+        with self._lock, compat.paused_collector():
             if self.compile_plan is None:
                 from torch_mux.lowering.plan import compile_plan
 

@@ -8,6 +8,7 @@ from .captures import (
     capturing,
     guard_synchronize,
 )
+from .collector import paused_collector
 from .cuda_graphs import Graph, Pool, captured
 from .dispatch import (
     device_kernel,
@@ -111,6 +112,7 @@ __all__ = [
     "native",
     "on_stream",
     "original_module",
+    "paused_collector",
     "plain_tracing",
     "precision_state",
     "raise_recompile_limits",

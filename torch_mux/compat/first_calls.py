@@ -15,6 +15,7 @@ from torch._dynamo import convert_frame as _convert_frame
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_code
 
+from .collector import paused_collector
 from .dynamo import innermost
 
 __all__ = [
@@ -71,7 +72,7 @@ def install_first_call_guard(backend: Callable[..., Any], eager: Eager | None = 
                 if found is not None:
                     return _run_entry(frame.f_code, found)
                 # By default Dynamo reuses code across modules that differ in their submodules' hooks.
-                with _dynamo_config.patch(skip_nnmodule_hook_guards=False):
+                with paused_collector(), _dynamo_config.patch(skip_nnmodule_hook_guards=False):
                     answer: ConvertFrameReturn = original(
                         self, frame, _first_entry(frame.f_code, cache_entry), frame_state
                     )
