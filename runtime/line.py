@@ -59,6 +59,8 @@ class Line:
         self._apart = apart
         for request in pending:
             self._append(request)
+            if request.seq < self._kicked:
+                self._orphans[self.queue_of(request)] = None
 
     def _append(self, request: Request) -> None:
         queue = self.queue_of(request)

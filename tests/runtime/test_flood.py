@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.slow_device import SlowDevice, slow
+from slow_device import SlowDevice, slow
 
 CPU = torch.device("cpu")
 

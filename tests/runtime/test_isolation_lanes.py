@@ -140,3 +140,35 @@ def test_a_cpu_records_the_lane(lab: Any) -> None:
         for quota in (LATENT, Quota("others"), LATENT):
             assert lab.submit(engine, program, model, 3.0, quota=quota).result()[0][0].item() == 6.0
     assert [span.lane for span in timeline.spans] == [1, 0, 1]
+
+
+def test_what_was_sent_off_before_isolation_changed_is_served(lab: Any) -> None:
+    """Nobody waits for it, its plan is not there yet, and it moves to another queue meanwhile."""
+    lab.slow["late"] = threading.Event()
+    engine, model = lab.engine(), lab.Affine(2.0)
+    program = lab.program("late")
+    engine.register(program)
+    requests = [lab.submit(engine, program, model, float(n), quota=LATENT) for n in range(3)]
+    engine.kick()
+    engine.configure(replace(engine.settings, isolation="off"))
+    lab.slow["late"].set()
+    lab.until(lambda: all(request.done() for request in requests))
+    assert [request.result()[0][0].item() for request in requests] == [0.0, 2.0, 4.0]
+
+
+def test_what_runs_again_alone_keeps_the_cap_of_its_bundle(lab: Any) -> None:
+    engine, device = slow(lab)
+    device.seconds = 0.05
+    program, model = lab.program(), lab.Affine(2.0)
+
+    def broken(inputs: list[Any]) -> None:
+        if len(inputs[0]) > 1:
+            raise ValueError("not two at once")
+
+    lab.plans["affine"].before = broken
+    with recorders.record(Timeline()) as timeline:
+        lab.submit(engine, program, model, quota=LATENT).result()
+        others = [lab.submit(engine, program, model, quota=Quota("others", sms=0.9)) for _ in range(2)]
+        assert [request.result()[0][0].item() for request in others] == [2.0, 2.0]
+        lab.until(lambda: len(timeline.spans) == 3)
+    assert [span.share for span in timeline.spans if not span.reserved] == [0.75, 0.75]
