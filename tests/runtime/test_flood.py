@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from slow_device import SlowDevice, slow
 
 CPU = torch.device("cpu")

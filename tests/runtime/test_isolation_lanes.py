@@ -172,3 +172,42 @@ def test_what_runs_again_alone_keeps_the_cap_of_its_bundle(lab: Any) -> None:
         assert [request.result()[0][0].item() for request in others] == [2.0, 2.0]
         lab.until(lambda: len(timeline.spans) == 3)
     assert [span.share for span in timeline.spans if not span.reserved] == [0.75, 0.75]
+
+
+def test_a_reserve_that_comes_and_goes_under_load_loses_nothing(lab: Any) -> None:
+    """Requests of one tenant are pending in both queues, sent off or waited for, while isolation changes too."""
+    engine, program = lab.engine(max_bundle=4), lab.program()
+    models = [lab.Affine(float(scale)) for scale in range(1, 4)]
+    kinds = [Quota("fickle"), Quota("fickle", reserve=0.3), Quota("fickle", reserve=0.1), Quota("other")]
+    wrong: list[object] = []
+    done = threading.Event()
+    served = [0, 0, 0]
+
+    def client(number: int) -> None:
+        turn = number
+        while not done.is_set():
+            requests = []
+            for _ in range(8):
+                turn += 1
+                requests.append(lab.submit(engine, program, models[number], 2.0, quota=kinds[turn % 4]))
+                if turn % 5 == 0:
+                    engine.kick()
+            try:
+                wrong.extend(one for one in requests if one.result()[0][0].item() != 2.0 * (number + 1))
+            except Exception as error:
+                wrong.append(error)
+            served[number] += len(requests)
+
+    threads = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for turn in range(20):
+        time.sleep(0.05)
+        engine.configure(replace(engine.settings, isolation=("off", "caps", "priority")[turn % 3]))
+    done.set()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads) and not wrong
+    tenants = engine.stats().tenants
+    assert sum(got.ok for got in tenants.values()) == sum(served) > 100
+    assert all(got.pending == 0 for got in tenants.values())
