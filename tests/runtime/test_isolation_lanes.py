@@ -175,7 +175,7 @@ def test_what_runs_again_alone_keeps_the_cap_of_its_bundle(lab: Any) -> None:
 
 
 def test_a_reserve_that_comes_and_goes_under_load_loses_nothing(lab: Any) -> None:
-    """Requests of one tenant are pending in both queues, kicked or waited for, while isolation changes too."""
+    """Requests of one tenant are pending in both queues, kicked or waited for; isolation changes too."""
     engine, program = lab.engine(max_bundle=4), lab.program()
     models = [lab.Affine(float(scale)) for scale in range(1, 4)]
     kinds = [Quota("fickle"), Quota("fickle", reserve=0.3), Quota("fickle", reserve=0.1), Quota("other")]
