@@ -31,11 +31,12 @@ def batch_vectors(graph: Graph) -> Graph:
     """
     levels = _levels(graph)
     groups: dict[Hashable, list[Node]] = {}
-    keys: dict[Node, Hashable] = {}
+    keys: dict[Node, int] = {}
+    numbers: dict[Hashable, int] = {}  # a key holds its operands' numbers, not their keys, which would double
     for node in graph.nodes:
         own = _key(node, keys, levels)
         if own is not None:
-            keys[node] = own
+            own = keys[node] = numbers.setdefault(own, len(numbers))
         groups.setdefault(node if own is None else own, []).append(node)
     return _emitted(sorted(groups.values(), key=lambda nodes: levels[nodes[0]]))
 
@@ -49,7 +50,7 @@ def _levels(graph: Graph) -> dict[Node, int]:
     return levels
 
 
-def _key(node: Node, keys: dict[Node, Hashable], levels: dict[Node, int]) -> Hashable | None:
+def _key(node: Node, keys: dict[Node, int], levels: dict[Node, int]) -> Hashable | None:
     """Equal for operations that can be one; what is equal has one level. None for what stays as it is."""
     if not _is_on_vectors(node):
         return None

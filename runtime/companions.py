@@ -27,8 +27,8 @@ def with_companions(
 
     Nothing waits for companions, and what is not taken is decided on again. They must be of other programs
     that can be packed, on the same lane, without a cap (beside each other, capped bundles of one tenant would
-    take more than his cap) and while no reserve is in use. Where somebody has to end by some time, all of
-    them together must be forecast to end before that.
+    take more than his cap), while nobody with a reserve was about for a minute. Where somebody has to end by
+    some time, all of them together must be forecast to end before that.
 
     Args:
         decide: what the policy would do now.

@@ -10,7 +10,9 @@ something runs.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from torch_mux.errors import CancelledRequest, ClosedError
@@ -29,6 +31,8 @@ from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
 __all__ = ["Dispatcher"]
+
+logger = logging.getLogger(__name__)
 
 _LIVENESS = 1.0
 _QUIET = 2e-3
@@ -95,12 +99,40 @@ class Dispatcher:
             self._runner.end(failed, self._clock())
 
     def kick(self) -> None:
-        """Has the service thread send out what is pending, for requests that nobody waits for."""
+        """Has what is pending sent out, for requests that nobody waits for: by the service thread.
+
+        Where that does not keep up, since the caller has the interpreter most of the time, he sends out what
+        can go at once himself, or leaves the interpreter for a moment to who does that. Nobody waits for the
+        device here.
+        """
+        me = threading.current_thread()
         with self._mutex:
             self._line.kick()
             self._line.rouse()
-        if not self._closed:
+            flood = self._line.pending if self._driver.flooded and self._line.runnable() else 0
+            helps = flood > 0 and self._holder is None
+            yields = flood > 0 and self._holder not in (None, me) and not self._driver.resting
+            if helps:
+                self._holder = me
+        if helps:
+            self._help(flood)
+        elif not self._closed:
             self.service.poke()
+        if yields:
+            time.sleep(_PAUSE)
+
+    def _help(self, most: int) -> None:
+        """Dispatches at most so many requests; an error is that of the requests, whose futures have it."""
+        try:
+            self._driver.send(most)
+        except BaseException as error:
+            self._runner.rescue(error)
+            if not isinstance(error, Exception):
+                raise
+            logger.exception("dispatching failed")
+            self.fail_all(error)
+        finally:
+            self._release()
 
     def wait(self, requests: Sequence[Request]) -> None:
         """Returns when all of these have gone out, dispatching for everybody if nobody else does."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +20,7 @@ __all__ = ["Driver"]
 
 _QUIET = 2e-3
 _POLL = 50e-6
+_FLOOD = 2  # bundles
 
 
 class Driver:
@@ -26,6 +28,7 @@ class Driver:
 
     Attributes:
         policy: who goes out together, on which lane.
+        resting: whether who drives sleeps until the device, or somebody, is ready.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Driver:
         runner: Runner,
     ) -> None:
         self.policy = policy
+        self.resting = False
         self._executor = executor
         self._clock = clock
         self._line = line
@@ -48,6 +52,11 @@ class Driver:
         """Takes over new settings from the next decision on; the mutex is held where somebody may drive."""
         self._settings = settings
         self._line.keep_apart(settings.isolation != "off")
+
+    @property
+    def flooded(self) -> bool:
+        """Whether more is pending than the next bundles take: whoever brings more had better help."""
+        return self._line.pending > _FLOOD * self._settings.max_bundle
 
     def hold_nothing(self) -> None:
         """Nobody waits for companions from now on; the mutex is held."""
@@ -77,8 +86,25 @@ class Driver:
             elif nap is not None:
                 self._sleep(nap, until - now)
             elif isinstance(decision, Busy):
-                self._executor.await_end()
+                with self._resting():
+                    self._executor.await_end()
             landed = not bundles and not landed
+            self._ring()
+        self._runner.land()
+
+    def send(self, most: int) -> None:
+        """Sends out what can go at once, until ``most`` requests have gone; waits for nothing."""
+        self._ring()
+        while most > 0:
+            with self._runner.mutex:
+                now = self._clock()
+                decision = self._decide(now) if self._line.active else None
+                bundles = self._taken(decision, now) if isinstance(decision, Issue) else []
+            if not bundles:
+                break
+            most -= sum(len(bundle.requests) for bundle in bundles)
+            self._runner.run(bundles)
+            self._runner.land()
             self._ring()
         self._runner.land()
 
@@ -111,7 +137,16 @@ class Driver:
 
     def _sleep(self, nap: Waiter, seconds: float) -> None:
         try:
-            nap.block(seconds)
+            with self._resting():
+                nap.block(seconds)
         finally:
             with self._runner.mutex:
                 self._line.get_up()
+
+    @contextlib.contextmanager
+    def _resting(self) -> Iterator[None]:
+        self.resting = True
+        try:
+            yield
+        finally:
+            self.resting = False

@@ -21,11 +21,13 @@ class Line:
 
     Attributes:
         active: the queues with pending requests.
+        pending: how many requests these have.
         alarms: when holds end and deadlines pass.
     """
 
     def __init__(self) -> None:
         self.active: dict[ProgramQueue, None] = {}
+        self.pending = 0
         self._apart = True
         self.alarms = Alarms()
         self._held: dict[Request, None] = {}
@@ -57,11 +59,14 @@ class Line:
         self._apart = apart
         for request in pending:
             self._append(request)
+            if request.seq < self._kicked:
+                self._orphans[self.queue_of(request)] = None
 
     def _append(self, request: Request) -> None:
         queue = self.queue_of(request)
         pending = queue.requests
         pending.append(request)
+        self.pending += 1
         self._unkicked[queue] = None
         if pending.stirred:
             pending.stirred = False
@@ -126,6 +131,7 @@ class Line:
             request.state = RequestState.QUEUED
             queue = self.queue_of(request)
             queue.requests.appendleft(request)
+            self.pending += 1
             self.active[queue] = self._news[queue] = self._unkicked[queue] = None
             self.awaited(request)
             if request.expires < _NEVER:
@@ -145,6 +151,7 @@ class Line:
         """Removes pending requests of one queue."""
         queue = self.queue_of(requests[0])
         queue.requests.take(requests)
+        self.pending -= len(requests)
         if not queue.requests:
             self.active.pop(queue, None)
         if queue.served in self._blocked:

@@ -198,7 +198,8 @@ class Runner:
             error,
         )
         for request in bundle.requests:
-            issue = replace(bundle.issue, requests=(request,), share=share_of((request,)))
+            share = min(bundle.share, share_of((request,)))
+            issue = replace(bundle.issue, requests=(request,), share=share)
             self._launch(Bundle(bundle.served, [request], issue))
 
     def land(self) -> None:

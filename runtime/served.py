@@ -142,6 +142,11 @@ class ServedProgram:
         self.changes.append(retired)
         self.slots = self._most if retired is None else 1
 
+    def let_go(self) -> None:
+        """It was dropped and serves nothing more: whoever still knows it keeps no tables of it alive."""
+        self.plan = self.detour = None
+        self.make_detour = lambda reason: None
+
     @property
     def active(self) -> CompiledPlan:
         """The plan that the next bundle of a program that is ready runs on."""

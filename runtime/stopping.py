@@ -38,3 +38,5 @@ class Remains:
                 instance.free()
         self.compile_thread.close(_JOIN)
         builder.close(_JOIN)
+        for one in self.programs:
+            one.let_go()

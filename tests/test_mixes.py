@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import torch_mux
 from torch_mux import state
+from torch_mux.calls import prepare
+from torch_mux.types import Quota
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -169,6 +171,7 @@ def test_a_member_that_raises_fails_alone() -> None:
     calls = calls_of("cpu")
     want = alone(calls)
     together(calls)
+    (mix,) = mixes()
     plan = state.engine()._served[calls_program(calls[2])].compiled
     original = plan.run
 
@@ -176,30 +179,22 @@ def test_a_member_that_raises_fails_alone() -> None:
         raise ValueError("mine")
 
     plan.run = broken  # type: ignore[method-assign]
-    futures = []
     with torch.inference_mode():
-        lock = threading.Barrier(len(calls))
-
-        def ask(call: tuple[Any, Tensor]) -> None:
-            lock.wait(20)
-            with torch.inference_mode():
-                futures.append((call, torch_mux.submit(*call)))
-
-        threads = [threading.Thread(target=ask, args=(call,)) for call in calls]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for call, future in futures:
-        index = [call is one for one in calls].index(True)
+        made = [prepare(model, (x,), {}).request(Quota()) for model, x in calls]
+        requests = state.engine().submit_all(made)
+        state.engine().wait(requests)
+    (again,) = mixes()
+    assert (again.seen, again.joint) == (mix.seen + 1, mix.joint)
+    for index, request in enumerate(requests):
         if index == 2:
             with pytest.raises(torch_mux.ExecutionFailed, match="mine"):
-                future.result(timeout=20)
+                request.result()
         else:
-            assert torch.equal(future.result(timeout=20), want[index])
+            assert torch.equal(cast(Tensor, request.result()[0]), want[index])
     plan.run = original  # type: ignore[method-assign]
     answers = together(calls, rounds=1)
     assert all(torch.equal(answer, expected) for answer, expected in zip(answers, want, strict=True))
+    assert mixes()[0].joint == mix.joint + 1
 
 
 def calls_program(call: tuple[Any, Tensor]) -> str:
@@ -213,20 +208,19 @@ def test_device_time_is_divided_by_work() -> None:
     calls = calls_of("cpu")
     names = ["long", "long", "short", "image"]
     together(calls)
-    torch_mux.stats()
-    before = {name: got.device_seconds for name, got in torch_mux.stats().tenants.items()}
-    assert set(before) == {"default"}
-    engine = state.engine()
+    (mix,) = mixes()
     with torch.inference_mode():
-        futures = []
-        for name, call in zip(names, calls):
-            with torch_mux.quota(name):
-                futures.append(torch_mux.submit(*call))
-        for future in futures:
-            future.result(timeout=60)
-    assert engine.quiesce(60)
+        made = [prepare(call[0], call[1:], {}).request(Quota(name)) for name, call in zip(names, calls)]
+        requests = state.engine().submit_all(made)
+        state.engine().wait(requests)
+    assert mixes()[0].joint == mix.joint + 1
+    work = Counter[str]()
+    for name, request in zip(names, requests, strict=True):
+        work[name] += request.work
     tenants = torch_mux.stats().tenants
-    assert all(tenants[name].device_seconds > 0 for name in set(names))
+    whole = sum(tenants[name].device_seconds for name in work)
+    for name, own in work.items():
+        assert tenants[name].device_seconds == pytest.approx(whole * own / work.total(), rel=1e-6)
 
 
 def test_thirty_programs_at_once() -> None:

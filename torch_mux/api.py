@@ -257,6 +257,8 @@ def configure(**settings: Any) -> Settings:
 def _setting(name: str, value: Any) -> Any:
     if name in _DURATIONS:
         return parse_duration(value)
+    if name == "pack" and value is None:
+        return value
     if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise InvalidSetting(name=name, value=value, detail="a whole number from 1")
     if name == "isolation" and value not in _ISOLATION:

@@ -34,21 +34,17 @@ class Entry:
     Attributes:
         guards: what Dynamo guards in the frame, as source expressions, for the learned path.
         graph_break: whether the graph ends where the frame does not.
-        resumes: whether the frame goes on where another one broke off.
     """
 
     _boxed_call = True
 
-    def __init__(
-        self, program: Program, guards: tuple[str, ...], graph_break: bool, resumes: bool = False
-    ) -> None:
+    def __init__(self, program: Program, guards: tuple[str, ...], graph_break: bool) -> None:
         self._captured = program
         self._engine: Engine | None = None
         self._program = program
         self._reformed: dict[tuple[TensorSpec, ...], Entry] = {}
         self.guards = guards
         self.graph_break = graph_break
-        self.resumes = resumes
 
     @property
     def engine(self) -> Engine:
@@ -77,8 +73,7 @@ class Entry:
         instance = engine.instance(program, parameters)
         quota = current_quota()
         if quota.rate is not None:
-            graph = self._captured.name, self._captured.fingerprint
-            quota = continued(graph, quota, self.resumes, self.graph_break)
+            quota = continued(quota, self.graph_break)
         request = engine.submit(instance, inputs, quota)
         assembly = together.current()
         if assembly is not None:
@@ -112,7 +107,7 @@ class Entry:
         except Unspecialisable as cause:
             raise error from cause
         program = capture(module, captured.parameter_positions, captured.name)
-        entry = Entry(program, self.guards, self.graph_break, self.resumes)
+        entry = Entry(program, self.guards, self.graph_break)
         return self._reformed.setdefault(tuple(map(TensorSpec.of, parameters)), entry)
 
 
@@ -121,9 +116,8 @@ class FamilyEntry:
 
     _boxed_call = True
 
-    def __init__(self, family: Family, guards: tuple[str, ...], graph_break: bool, resumes: bool) -> None:
+    def __init__(self, family: Family, guards: tuple[str, ...], graph_break: bool) -> None:
         self._family = family
-        self._resumes = resumes
         self._guards = guards
         self._graph_break = graph_break
         self._entries: dict[Program, Entry] = {}
@@ -133,9 +127,7 @@ class FamilyEntry:
         program, own = self._family.member(args)
         entry = self._entries.get(program)
         if entry is None:
-            entry = self._entries.setdefault(
-                program, Entry(program, self._guards, self._graph_break, self._resumes)
-            )
+            entry = self._entries.setdefault(program, Entry(program, self._guards, self._graph_break))
         outputs = entry(own)
         args.clear()
         return outputs
@@ -218,8 +210,6 @@ def _capture(
     from torch_mux.lowering.capture import capture
     from torch_mux.lowering.family import Family, Unspecialisable
 
-    resumes = compat.frame_resumes()
-
     def compiler(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         if compat.has_effect_tokens():
             raise _Whole(FallbackReason(FallbackKind.EFFECT, name))
@@ -227,10 +217,10 @@ def _capture(
         if compat.is_symbolic([node.meta.get("val") for node in graph.graph.nodes]):
             family = Family(graph, static, name)
             log.info("captured %s as a family of programs by sizes", name)
-            return FamilyEntry(family, guards, graph_break, resumes)
+            return FamilyEntry(family, guards, graph_break)
         program = capture(graph, static, name)
         log.info("captured %s as program %s", name, program.fingerprint[:12])
-        return Entry(program, guards, graph_break, resumes)
+        return Entry(program, guards, graph_break)
 
     try:
         return compat.aot_inference(gm, example_inputs, compiler)
@@ -238,7 +228,7 @@ def _capture(
         reason = FallbackReason(FallbackKind.DYNAMIC_SHAPE, name, str(error))
     except _Whole as error:
         reason = error.reason
-    return _unboxed(Entry(_whole_program(gm, example_inputs, name, reason), guards, graph_break, resumes))
+    return _unboxed(Entry(_whole_program(gm, example_inputs, name, reason), guards, graph_break))
 
 
 class _Whole(Exception):

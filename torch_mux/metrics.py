@@ -83,9 +83,11 @@ def _granted(active: Mapping[str, TenantStats]) -> dict[str, float]:
     reserves = {name: got.reserve for name, got in active.items() if isolated and got.reserve > 0.0}
     weights = {name: got.weight for name, got in active.items() if name not in reserves}
     kept, whole = sum(reserves.values()), sum(weights.values())
-    scale = 1.0 if weights else 1.0 / kept if kept else 0.0
+    # Tenants that were active one after another may have had more than 1 in sum.
+    scale = 1.0 / kept if kept > 1.0 or (kept and not weights) else 1.0
     parts = {name: reserve * scale for name, reserve in reserves.items()}
-    return parts | {name: (1.0 - kept) * weight / whole for name, weight in weights.items()}
+    left = max(0.0, 1.0 - kept)
+    return parts | {name: left * weight / whole for name, weight in weights.items()}
 
 
 _Rows = Iterable[tuple[list[str], float]]

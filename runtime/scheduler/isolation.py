@@ -111,6 +111,7 @@ class IsolatingPolicy:
             self.reserved.issued(issue, now)
             return
         if self._reserves:
+            self._reserves.forget(now)
             where = context(issue.share, issue.neighbours)
             self._typical = self.predictor.forecast(issue.key, len(issue.requests), where).median
         self.common.issued(issue, now)

@@ -78,7 +78,7 @@ class Reserves:
                 holder.reserve = quota.reserve
                 holder.arrived(request.arrival)
             holder.under_way += 1
-        self._forget(now)
+        self.forget(now)
 
     def completed(self, requests: Sequence[Ticket]) -> None:
         """A bundle that :meth:`issued` was told of ended."""
@@ -87,7 +87,8 @@ class Reserves:
             if holder is not None:
                 holder.under_way = max(0, holder.under_way - 1)
 
-    def _forget(self, now: float) -> None:
+    def forget(self, now: float) -> None:
+        """Drops the tenants that sent nothing for a minute."""
         gone = [
             name
             for name, one in self._holders.items()

@@ -112,3 +112,19 @@ def test_random_graphs_mean_the_same(data: st.DataObject) -> None:
     module = _traced(function, values)
     for result, wanted in zip(_batched(module)(*values), module(*values), strict=True):
         assert torch.equal(result, wanted)
+
+
+def test_a_long_chain_whose_operands_meet_again_takes_no_longer() -> None:
+    """Each operation uses one result twice: keys that held their operands' keys would double every time."""
+
+    def doubled(*values: Tensor) -> list[Tensor]:
+        results = list(values)
+        for _ in range(60):
+            results = [value * value for value in results]
+        return results
+
+    values = [torch.ones(size) for size in (3, 4, 5)]
+    module = _traced(doubled, values)
+    batched = _batched(module)
+    assert _arithmetic(batched.graph) == {"aten.mul.Tensor": 60}
+    assert all(torch.equal(*pair) for pair in zip(batched(*values), module(*values), strict=True))

@@ -140,3 +140,74 @@ def test_a_cpu_records_the_lane(lab: Any) -> None:
         for quota in (LATENT, Quota("others"), LATENT):
             assert lab.submit(engine, program, model, 3.0, quota=quota).result()[0][0].item() == 6.0
     assert [span.lane for span in timeline.spans] == [1, 0, 1]
+
+
+def test_what_was_sent_off_before_isolation_changed_is_served(lab: Any) -> None:
+    """Nobody waits for it, its plan is not there yet, and it moves to another queue meanwhile."""
+    lab.slow["late"] = threading.Event()
+    engine, model = lab.engine(), lab.Affine(2.0)
+    program = lab.program("late")
+    engine.register(program)
+    requests = [lab.submit(engine, program, model, float(n), quota=LATENT) for n in range(3)]
+    engine.kick()
+    engine.configure(replace(engine.settings, isolation="off"))
+    lab.slow["late"].set()
+    lab.until(lambda: all(request.done() for request in requests))
+    assert [request.result()[0][0].item() for request in requests] == [0.0, 2.0, 4.0]
+
+
+def test_what_runs_again_alone_keeps_the_cap_of_its_bundle(lab: Any) -> None:
+    engine, device = slow(lab)
+    device.seconds = 0.05
+    program, model = lab.program(), lab.Affine(2.0)
+
+    def broken(inputs: list[Any]) -> None:
+        if len(inputs[0]) > 1:
+            raise ValueError("not two at once")
+
+    lab.plans["affine"].before = broken
+    with recorders.record(Timeline()) as timeline:
+        lab.submit(engine, program, model, quota=LATENT).result()
+        others = [lab.submit(engine, program, model, quota=Quota("others", sms=0.9)) for _ in range(2)]
+        assert [request.result()[0][0].item() for request in others] == [2.0, 2.0]
+        lab.until(lambda: len(timeline.spans) == 3)
+    assert [span.share for span in timeline.spans if not span.reserved] == [0.75, 0.75]
+
+
+def test_a_reserve_that_comes_and_goes_under_load_loses_nothing(lab: Any) -> None:
+    """Requests of one tenant are pending in both queues, kicked or waited for; isolation changes too."""
+    engine, program = lab.engine(max_bundle=4), lab.program()
+    models = [lab.Affine(float(scale)) for scale in range(1, 4)]
+    kinds = [Quota("fickle"), Quota("fickle", reserve=0.3), Quota("fickle", reserve=0.1), Quota("other")]
+    wrong: list[object] = []
+    done = threading.Event()
+    served = [0, 0, 0]
+
+    def client(number: int) -> None:
+        turn = number
+        while not done.is_set():
+            requests = []
+            for _ in range(8):
+                turn += 1
+                requests.append(lab.submit(engine, program, models[number], 2.0, quota=kinds[turn % 4]))
+                if turn % 5 == 0:
+                    engine.kick()
+            try:
+                wrong.extend(one for one in requests if one.result()[0][0].item() != 2.0 * (number + 1))
+            except Exception as error:
+                wrong.append(error)
+            served[number] += len(requests)
+
+    threads = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for turn in range(20):
+        time.sleep(0.05)
+        engine.configure(replace(engine.settings, isolation=("off", "caps", "priority")[turn % 3]))
+    done.set()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads) and not wrong
+    tenants = engine.stats().tenants
+    assert sum(got.ok for got in tenants.values()) == sum(served) > 100
+    assert all(got.pending == 0 for got in tenants.values())

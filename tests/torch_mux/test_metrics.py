@@ -78,6 +78,20 @@ def test_a_reserve_is_granted_before_the_weights(models: list[Any], url: str) ->
     assert torch_mux.stats().tenants["carol"].reserve == 0.2
 
 
+def test_reserves_that_were_there_one_after_another_grant_no_more_than_all(
+    models: list[Any], url: str
+) -> None:
+    _serve(models, "alice", 2)
+    for name in ("bob", "carol"):
+        scope = torch_mux.quota(name, reserve=0.8)
+        with scope, torch.inference_mode():
+            torch_mux.gather(*[(model, torch.randn(1, 8)) for model in models])
+        scope.update(reserve=0.0)
+    found = observe.read(url)
+    granted = [found.of("granted_share", name) for name in ("alice", "bob", "carol")]
+    assert granted == pytest.approx([0.0, 0.5, 0.5])
+
+
 def test_what_a_tenant_got_is_told_by_model(models: list[Any]) -> None:
     class Other(Net):
         def forward(self, x: Tensor) -> Tensor:

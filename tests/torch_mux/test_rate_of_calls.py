@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -71,29 +72,80 @@ def test_a_call_that_raises_between_its_graphs_leaves_no_free_calls() -> None:
                 served(x)
 
 
+class Trailing(nn.Module):
+    """It breaks off where nothing is left to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.only(x)
+        torch._dynamo.graph_break()
+        return x
+
+
+def test_a_break_at_the_end_pays_for_nobody_else() -> None:
+    models = [torch.compile(model.eval(), backend="mux") for model in (Trailing(), nn.Linear(4, 2), Broken())]
+    x = torch.ones(2, 4)
+    with torch.inference_mode():
+        for model in models:
+            model(x)
+        with torch_mux.quota("alice", rate=1e-3, burst=6, excess="refuse"):
+            for _ in range(2):
+                for model in models:
+                    model(x)
+            for model in models:
+                with pytest.raises(torch_mux.RateExceeded):
+                    model(x)
+
+
+def test_other_sizes_are_another_call() -> None:
+    model = torch.compile(Trailing().eval(), backend="mux", dynamic=True)
+    with torch.inference_mode():
+        for rows in (2, 3, 4):
+            model(torch.ones(rows, 4))
+        with torch_mux.quota("alice", rate=1e-3, burst=2, excess="refuse"):
+            model(torch.ones(2, 4))
+            model(torch.ones(3, 4))
+            with pytest.raises(torch_mux.RateExceeded):
+                model(torch.ones(4, 4))
+
+
 def test_graphs_of_what_a_broken_frame_calls_belong_to_its_call() -> None:
     quota = Quota("carol", rate=1.0)
 
-    def counts(name: str, resumed: bool, breaks: bool) -> bool:
-        return continued(graphs.setdefault(name, object()), quota, resumed, breaks) is quota
+    def resumed(found: list[bool]) -> None:
+        found.append(continued(quota, True) is quota)
+        found.append(continued(quota, False) is quota)
 
-    graphs: dict[str, object] = {}
-    for _ in range(2):
-        assert counts("outer", False, True)
-        assert not counts("inner", False, True)
-        assert not counts("inner resumed", True, False)
-        assert not counts("whole", False, False)
-        assert not counts("outer resumed", True, True)
-        assert not counts("outer resumed", True, True)  # a loop
-        assert not counts("outer end", True, False)
-    assert counts("whole", False, False)
-    assert counts("whole", False, False)
-    assert counts("resumed without a graph before", True, False)
+    def inner(found: list[bool]) -> None:
+        found.append(continued(quota, True) is quota)
+        resumed(found)
+
+    def outer(found: list[bool], fails: bool = False) -> None:
+        found.append(continued(quota, True) is quota)
+        inner(found)
+        inner(found)
+        if fails:
+            raise KeyError("between")
+        resumed(found)
+
+    for fails in (False, True, False):
+        found: list[bool] = []
+        with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+            outer(found, fails)
+        assert found[0] and not any(found[1:])
+        assert continued(quota, False) is continued(quota, False) is quota
     other: list[bool] = []
-    assert counts("outer", False, True)
-    thread = threading.Thread(target=lambda: other.append(counts("outer resumed", True, False)))
-    thread.start()
-    thread.join()
+
+    def elsewhere() -> None:
+        assert continued(quota, True) is quota
+        thread = threading.Thread(target=lambda: other.append(continued(quota, False) is quota))
+        thread.start()
+        thread.join()
+
+    elsewhere()
     assert other == [True]
     plain = Quota("bob")
-    assert continued(object(), plain, True, True) is plain
+    assert continued(plain, True) is plain

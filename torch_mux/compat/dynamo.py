@@ -27,7 +27,6 @@ __all__ = [
     "frame_guards",
     "frame_name",
     "frame_owner",
-    "frame_resumes",
     "has_graph_break",
     "innermost",
     "original_module",
@@ -188,12 +187,6 @@ def frame_name() -> str:
     owner = next(modules, None)
     name = name[len(_RESUMED) :].rpartition("_at_")[0] if owner is None else type(owner).__name__
     return f"{name} after a graph break"
-
-
-def frame_resumes() -> bool:
-    """Whether the outermost function that Dynamo is compiling goes on after a graph break."""
-    root = _root_translator()
-    return root is not None and str(root.f_code.co_name).startswith(_RESUMED)
 
 
 def unwrapped_by_dynamo(error: Exception) -> Exception:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated import Queue, Ticket
 from simulated_lanes import LanedDevice, poisson
 
-from torch_mux.runtime.scheduler.base import LaneKind
+from torch_mux.runtime.scheduler.base import Issue, LaneKind, LaneLoad, View
+from torch_mux.runtime.scheduler.isolation import IsolatingPolicy
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
@@ -213,3 +215,22 @@ def room_is_left(made: LanedDevice) -> Callable[[], None]:
             assert share <= room + 1e-9
 
     return check
+
+
+def test_a_tenant_that_gave_up_its_reserve_is_forgotten_after_a_minute() -> None:
+    """Its neighbours' decisions are as simple as before, and nothing is set aside for it."""
+    policy = IsolatingPolicy()
+    made = Settings()
+
+    def send(quota: Quota, now: float) -> Issue:
+        queue = Queue("small", [Ticket(now, 0, quota)], reserved=quota.reserve > 0.0)
+        decision = policy.form(View([queue], [LaneLoad(), LaneLoad(0, LaneKind.RESERVED)]), now, made)
+        assert isinstance(decision, Issue)
+        policy.issued(decision, now)
+        policy.completed(decision, now + 0.01, 0.01)
+        return decision
+
+    assert send(LATENT, 0.0).reserve == 0.25
+    assert send(Quota("latent"), 1.0).reserve == 0.25
+    send(Quota("other"), 70.0)
+    assert send(Quota("other"), 71.0).reserve == 0.0
