@@ -86,6 +86,11 @@ class CompileThread:
         waiting = bool(self._jobs) and self._jobs[0][0] <= rank
         return waiting or (self._running is not None and self._running <= rank)
 
+    @property
+    def hurried(self) -> bool:
+        """Whether somebody waits for jobs of the lowest rank."""
+        return self._hurried > 0
+
     def _pause(self) -> float | None:
         """Seconds before the first job may start; None: there is none."""
         if not self._jobs:

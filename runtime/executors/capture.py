@@ -166,8 +166,10 @@ class Capturer:
             with self._compile_lock:
                 launches = self._steps.launches(served, sizes[0])
             # One after another: many compiling threads would take the interpreter from those who serve.
-            for launch in launches:
-                self._builder.finish([launch])
+            while launches:
+                count = len(launches) if self._thread.hurried else 1
+                self._builder.finish(launches[:count])
+                launches = launches[count:]
             self._build_later(served, sizes[1:])
 
         if sizes:

@@ -57,6 +57,22 @@ def test_the_first_sizes_now_and_all_others_later() -> None:
     thread.close(10)
 
 
+@pytest.mark.parametrize("awaited", [False, True])
+def test_what_nobody_waits_for_is_compiled_one_after_another(awaited: bool) -> None:
+    thread, builder = CompileThread(quiet=30.0 if awaited else 0.0), Recorded()
+    thread.stir()
+    steps: Any = SimpleNamespace(launches=lambda served, slots: [SimpleNamespace(slots=slots)] * 3)
+    served = _served()
+    Capturer(thread, steps, threading.RLock(), builder).rehearse(served, most=3)
+    if awaited:
+        assert thread.quiesce(10, Rank.AHEAD)
+    deadline = time.monotonic() + 10
+    while sum(map(len, builder.asked[1:])) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert builder.asked[1:] == ([[3, 3, 3]] if awaited else [[3], [3], [3]])
+    thread.close(10)
+
+
 def test_a_forgotten_program_is_compiled_no_further() -> None:
     thread, builder = CompileThread(), Recorded()
     gate = threading.Event()

@@ -137,14 +137,14 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 def scaled(path: str) -> Callable[[Any], None]:
-    """A change in place of the tensor at ``path``."""
+    """A change in place of the tensor at ``path``; small, since tests repeat it and round in float32."""
 
     def change(model: Any) -> None:
         with torch.no_grad():
             tensor = model._orig_mod
             for name in path.split("."):
                 tensor = getattr(tensor, name)
-            tensor.mul_(1.7).add_(0.1)
+            tensor.mul_(1.1).add_(0.1)
 
     return change
 

@@ -309,6 +309,8 @@ def test_threads_before_a_gpu_share_it_by_weight(lab: Any) -> None:
         with torch.cuda.stream(own.stream):
             lab.submit(engine, program, models[name], quota=quota).result()[0].sum().item()
 
-    # As above; `torch-mux bench serve --figures weights` measures it on a GPU that nobody else uses.
-    for name, share in shares(engine, ask).items():
-        assert share == pytest.approx(WEIGHTS[name] / 15, rel=0.15)
+    # Other processes may use the GPU meanwhile: `torch-mux bench serve --figures weights` measures it alone.
+    found = shares(engine, ask)
+    assert sorted(found, key=found.__getitem__) == sorted(WEIGHTS, key=WEIGHTS.__getitem__)
+    for name, share in found.items():
+        assert share == pytest.approx(WEIGHTS[name] / 15, rel=0.35)
