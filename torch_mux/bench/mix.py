@@ -266,7 +266,7 @@ def _times(record: dict[str, Any], results: Sequence[dict[str, Any]], names: Seq
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     cuda = torch.cuda.is_available()
-    result = argparse.ArgumentParser(prog="python -m torch_mux.bench.mix", description=__doc__)
+    result = argparse.ArgumentParser(prog="torch-mux bench mix", description=__doc__)
     result.add_argument("--rows", default="four,encoders" if cuda else "tiny", help=f"of {', '.join(ROWS)}")
     peers = "serial,beside,packed,forked" if cuda else "inductor,serial,packed"
     result.add_argument("--contenders", default=peers, help=f"of {', '.join(CONTENDERS)}")

@@ -149,7 +149,7 @@ def failed(report: Mapping[str, Any]) -> bool:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(prog="python -m torch_mux.bench.serve", description=__doc__)
+    result = argparse.ArgumentParser(prog="torch-mux bench serve", description=__doc__)
     result.add_argument("--figures", default=None, help=f"of {', '.join(FIGURES)}; all by default")
     result.add_argument("--models", default=None, help="four workloads; the first is the one of all tenants")
     result.add_argument("--tenants", type=int, default=None, help="16, or 4 without a GPU")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -61,19 +62,19 @@ class Peer:
         """There is nothing to give back."""
 
 
-class SelfTimed(Peer):
+class SelfTimed(Peer, ABC):
     """A contender whose rounds are timed where they run, and never while others are prepared.
 
     Its ``round`` gives the right answers, at no particular speed.
     """
 
+    @abstractmethod
     def pipelined(self, count: int, rounds: int) -> float:
         """Seconds a round where no tenant waits for another between its rounds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def synchronised(self, count: int, rounds: int) -> float:
         """Median seconds of a round that all tenants begin together."""
-        raise NotImplementedError
 
 
 def synchronize(requests: Arguments) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ _FUSION: Final = "batch_linear_post_grad"
 _SEARCH: Final = {"min_fuse_set_size": 2, "max_fuse_search_depth": 64}
 
 
-class _OneGraph(Peer):
+class _OneGraph(Peer, ABC):
     """One compiled call and one CUDA graph for each number of tenants."""
 
     def __init__(self) -> None:
@@ -34,9 +35,9 @@ class _OneGraph(Peer):
         for count in counts:
             self.graphs[count] = self.graph(record, tenants, count)
 
+    @abstractmethod
     def graph(self, record: recording.Recorder, tenants: Tenants, count: int) -> Captured:
         """Of so many tenants."""
-        raise NotImplementedError
 
     def round(self, requests: Arguments) -> Sequence[Any]:
         return self.graphs[len(requests)].run(requests)
