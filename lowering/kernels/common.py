@@ -54,10 +54,10 @@ def tanh(x):
 
 @triton.jit
 def gelu(x):
-    """``x * Phi(x)`` in fp32 as ``max(x, 0) - |x| * Phi(-|x|)``: nothing cancels, so the left tail keeps its bits.
+    """``x * Phi(x)`` in fp32 as ``max(x, 0) - |x| * Phi(-|x|)``, so that nothing cancels in the left tail.
 
-    The tail is ``exp(-x * x / 2)`` by a polynomial in ``1 / (1 + p * |x|)`` (the form of Abramowitz and Stegun
-    7.1.26, fitted anew for the error of ``|x| * Phi(-|x|)``, 3e-9): 16 instructions, erf took 32. The
+    ``Phi(-|x|)`` is ``exp(-x * x / 2)`` by a polynomial in ``1 / (1 + p * |x|)`` (the form of Abramowitz and
+    Stegun 7.1.26, fitted anew for the error of ``|x| * Phi(-|x|)``, 3e-9): 16 instructions, erf took 32. The
     reciprocal is a squared inverse root because a division is nine. Beyond 16 the tail is 0.
     """
     size = tl.minimum(tl.abs(x), 16.0)
