@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_mux import compat
 from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Problems, Tile, Vector
 from torch_mux.lowering.kernels.interception import Turn, handed
 from torch_mux.lowering.kernels.operation import Operation
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
+
+compat.keep_launchers_apart()
 
 
 @triton.jit

@@ -55,6 +55,7 @@ from .inductor import (
     unset_fake_temporarily,
 )
 from .inductor_settings import compile_counter, inductor_settings
+from .launchers import keep_launchers_apart
 from .profiling import ranges
 from .saved_code import (
     inductor_key,
@@ -107,6 +108,7 @@ __all__ = [
     "is_device_error",
     "is_fake",
     "is_symbolic",
+    "keep_launchers_apart",
     "native",
     "on_stream",
     "original_module",
