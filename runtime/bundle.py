@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.scheduler.base import Issue
 from torch_mux.runtime.served import ServedProgram
+from torch_mux.runtime.verdicts import MixRun
 
 __all__ = ["Bundle", "cap_of"]
 
@@ -28,6 +29,7 @@ class Bundle:
         seconds: its own part of them.
         coalesced: it runs on a coalesced plan.
         measured: its time is the device's own.
+        run: it and the other bundles of its mix, which went out at the same moment.
     """
 
     served: ServedProgram
@@ -41,6 +43,7 @@ class Bundle:
     seconds: float = field(default=0.0)
     coalesced: bool = False
     measured: bool = False
+    run: MixRun | None = None
 
     @property
     def work(self) -> int:
@@ -51,6 +54,11 @@ class Bundle:
     def share(self) -> float:
         """Its cap as a fraction of the device's multiprocessors."""
         return self.issue.share
+
+    @property
+    def limit(self) -> float:
+        """What it keeps to, a fraction of the device: its cap, or less where others run beside it."""
+        return min(self.issue.share, self.issue.beside)
 
     @property
     def ranges(self) -> list[str]:

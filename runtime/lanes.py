@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -157,12 +157,18 @@ class CudaFlight(Flight):
         start, end: timing events around its work on the lane's stream.
         kept: what the device still reads or writes.
         follows: it is one with the flight before it on its lane, bundles of several programs.
+        after: flights of other lanes that it waits for, on the device.
     """
 
     start: Mark = field(kw_only=True)
     end: Mark = field(kw_only=True)
     kept: tuple[object, ...] = field(default=())
     follows: bool = field(default=False, kw_only=True)
+    after: tuple[CudaFlight, ...] = field(default=(), kw_only=True)
+
+    def begin(self, free_at: float) -> float:
+        """When the device came to it, if the bundles before it on its lane had ended at ``free_at``."""
+        return max([self.launched, free_at, *[flight.ended for flight in self.after]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +200,7 @@ class Lane:
         ring: its tables.
         marks: timing events for its flights.
         flights: bundles under way, oldest first.
+        guests: bundles under way on another lane, with others as one, whose programs are at home here.
         free_at: seconds on the clock when the last of those that ended did.
         executables: captured graphs by program key and number of slots.
         pool_bytes: what the pool takes of the device, measured after the last capture.
@@ -216,6 +223,7 @@ class Lane:
         with compat.on_stream(self.stream), torch.inference_mode(False):
             self.ring = TableRing(_ENTRIES, _WORDS, device)
         self.flights: deque[CudaFlight] = deque()
+        self.guests: list[CudaFlight] = []
         self.executables: dict[str, dict[int, Executable]] = {}
         self.pool: compat.Pool | None = None
         self.pool_bytes = 0
@@ -243,8 +251,19 @@ class Lane:
             return None
 
     def load(self) -> int:
-        """Bundles under way; those that are one count once."""
-        return sum([not flight.follows for flight in self.flights])
+        """Bundles under way that the lane has room for; those that are one count once."""
+        own = sum([not flight.follows for flight in self.flights])
+        return own + len(self.visitors()) if self.guests else own
+
+    def visitors(self) -> list[CudaFlight]:
+        """The guests that are still under way, one of those that are one."""
+        self.guests = [flight for flight in self.guests if not flight.finished]
+        return list({id(flight.end): flight for flight in self.guests}.values())
+
+    @property
+    def last(self) -> list[CudaFlight]:
+        """The flights after whose ends nothing of the lane's programs is under way."""
+        return [*list(self.flights)[-1:], *self.visitors()]
 
     @property
     def heads(self) -> list[CudaFlight]:
@@ -252,9 +271,10 @@ class Lane:
         flights = list(self.flights)
         return flights[:1] + list(takewhile(attrgetter("follows"), flights[1:]))
 
-    def flight(self, bundle: Bundle, now: float) -> CudaFlight:
+    def flight(self, bundle: Bundle, now: float, after: Sequence[CudaFlight] = ()) -> CudaFlight:
         """A flight for ``bundle`` that is about to be enqueued at ``now``."""
-        return CudaFlight(bundle, now, start=self.marks.take(self.stream), end=self.marks.take(self.stream))
+        start, end = self.marks.take(self.stream), self.marks.take(self.stream)
+        return CudaFlight(bundle, now, start=start, end=end, after=tuple(after))
 
     @staticmethod
     def words() -> int:

@@ -98,6 +98,8 @@ class Runner:
                 flights = self._executor.launch_together(bundles)
         except Exception as error:
             logger.warning("%s raised %r as one; each program goes out by itself", label, error)
+            for bundle in bundles:
+                bundle.run = None
             if out_of_memory(error):
                 make_room(self._executor.device)
             return False
@@ -213,7 +215,10 @@ class Runner:
             for request in flight.bundle.requests:
                 if flight.error is not None and request.error is None:
                     request.error = flight.error
-            self._settle(flight.bundle, flight.ended, flight.seconds, flight.charge / PICOSECONDS)
+            charge = flight.charge / PICOSECONDS
+            self._settle(flight.bundle, flight.ended, flight.seconds, charge)
+            if flight.bundle.run is not None:
+                flight.bundle.run.landed(charge, flight.error is not None)
         if self.watched and not self._executor.flying():
             self.watched = False
 

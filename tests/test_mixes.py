@@ -66,7 +66,7 @@ class Whole(nn.Module):
 @pytest.fixture(autouse=True)
 def _packing() -> Iterator[None]:
     torch_mux.reset()
-    torch_mux.configure(pack=8)
+    torch_mux.configure(pack=8, pack_after=0)
     yield
     torch_mux.reset()
 

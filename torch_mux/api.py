@@ -43,8 +43,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_DURATIONS = ("max_wait", "linger")
-_COUNTS = ("max_bundle", "lanes", "in_flight", "pack")
+_DURATIONS = ("max_wait", "linger", "pack_after")
+_COUNTS = ("max_bundle", "lanes", "in_flight", "pack", "branches")
+_OR_NONE = ("pack", "branches", "beside")
 _SWITCHES = ("enabled", "capture", "keep_plans", "match")
 _ISOLATION = ("off", "priority", "caps", "green")
 
@@ -257,8 +258,10 @@ def configure(**settings: Any) -> Settings:
 def _setting(name: str, value: Any) -> Any:
     if name in _DURATIONS:
         return parse_duration(value)
-    if name == "pack" and value is None:
+    if name in _OR_NONE and value is None:
         return value
+    if name == "beside" and not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+        raise InvalidSetting(name=name, value=value, detail="a number above 0, or None for no limit")
     if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise InvalidSetting(name=name, value=value, detail="a whole number from 1")
     if name == "isolation" and value not in _ISOLATION:

@@ -232,8 +232,7 @@ def _mix_lines(mix: MixReport) -> list[str]:
     """A mix with its words: strands side by side, what is one launch in brackets."""
     members = " + ".join(f"{name} x{slots}" for name, slots in mix.members)
     lines = [f"mix {members}: {mix.state}; {_count(mix.seen, 'bundle')}, {mix.joint} as one"]
-    if mix.reason:
-        lines.append(f"  {mix.reason}")
+    lines += [f"  {line}" for line in (mix.reason, mix.measured) if line]
     if mix.words:
         counts = f"{mix.launches} super-kernels, {mix.matched} launches for several programs"
         expected = f"{mix.seconds * 1e6:.0f} of {mix.serial * 1e6:.0f} us one after another"
@@ -249,7 +248,10 @@ def _device() -> str:
 
 def _isolation(settings: Settings) -> str:
     """Which lanes there are and what keeps a reserve free."""
-    lanes = _count(settings.lanes, "lane")
+    lanes, branches = _count(settings.lanes, "lane"), settings.branches
+    if branches is None:
+        branches = 4 if torch.cuda.is_available() else 1
+    lanes += "" if branches == 1 else f" of {branches} branches"
     return f"{lanes} for everybody" + _KEPT[settings.isolation]
 
 

@@ -39,6 +39,12 @@ class Settings:
             program runs per instance for a while. 0: never.
         pack: most programs whose bundles go out as one (``TORCH_MUX_PACK``); 1: every program by itself;
             None: 8 on a GPU, and 1 on the CPU, where it saves nothing.
+        branches: programs whose bundles may run beside each other on a lane, each on its own stream
+            (``TORCH_MUX_BRANCHES``); 1: one after another; None: 4 on a GPU, and 1 on the CPU.
+        beside: what bundles beside each other may use together, in devices, each in proportion to the time
+            that it needs; None: each may use the whole device.
+        pack_after: seconds for which a mix of programs has to come again and again before one plan is made
+            for it.
         match: launches of programs that go out as one are made one where they match; off: they only run
             beside each other (``TORCH_MUX_MATCH``).
         keep_plans: keep what lowering makes on disk for later processes (``TORCH_MUX_KEEP_PLANS``).
@@ -55,5 +61,8 @@ class Settings:
     quarantine: int = 16
     straggler: float = 8.0
     pack: int | None = field(default_factory=lambda: _count("TORCH_MUX_PACK"))
+    branches: int | None = field(default_factory=lambda: _count("TORCH_MUX_BRANCHES"))
+    beside: float | None = None
+    pack_after: float = 1.0
     match: bool = field(default_factory=lambda: _flag("TORCH_MUX_MATCH", True))
     keep_plans: bool = field(default_factory=lambda: _flag("TORCH_MUX_KEEP_PLANS", True))

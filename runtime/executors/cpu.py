@@ -24,7 +24,7 @@ from torch_mux.runtime.executors.base import (
 from torch_mux.runtime.executors.cpu_mixes import Background, CpuMixes, at_once
 from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
-from torch_mux.runtime.scheduler.base import LaneLoad, lane_kinds
+from torch_mux.runtime.scheduler.base import LaneLoad, idle_lanes
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.settings import Settings
 
@@ -91,7 +91,7 @@ class CpuExecutor:
         self._threads = torch.get_num_threads()
         self.together = settings.pack or 1
         self._mixes.configure(settings)
-        self._loads = [LaneLoad(kind=kind) for kind in lane_kinds(settings)]
+        self._loads = idle_lanes(settings, settings.branches or 1)
 
     def slots(self, program: Program) -> int:
         """There are no tables to run out of."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from torch_mux.lowering.kernels.operation import Operation
@@ -45,6 +46,7 @@ class CpuMixes:
     def configure(self, settings: Settings) -> None:
         """Takes over new settings; schedules made under others are forgotten."""
         self._keep = settings.keep_plans
+        self.book.after = settings.pack_after
         if settings.match != self._match:
             self._match = settings.match
             self.book.clear()
@@ -54,7 +56,7 @@ class CpuMixes:
         pairs = sorted(zip(bundles, bodies, strict=True), key=lambda pair: pair[0].served.key)
         bundles, bodies = [bundle for bundle, _ in pairs], [body for _, body in pairs]
         key = tuple((bundle.served.key, len(bundle.requests)) for bundle in bundles)
-        mix = self.book.see(key, [bundle.served.program.name for bundle in bundles])
+        mix = self.book.see(key, [bundle.served.program.name for bundle in bundles], time.monotonic())
         if mix.schedule is not None and mix.state is MixState.READY:
             return self._woven(mix, mix.schedule, bodies)
         if not mix.worthwhile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_mux import compat
 from torch_mux.errors import DeviceFailed
 from torch_mux.lowering.program import Program
+from torch_mux.runtime.beside import apart, limited
 from torch_mux.runtime.bundle import Bundle, cap_of
 from torch_mux.runtime.executors.base import (
     ExecutorReport,
@@ -31,7 +32,7 @@ from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, Mark, Marks, p
 from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.ring import RingEntry, TableLayout
-from torch_mux.runtime.scheduler.base import LaneLoad
+from torch_mux.runtime.scheduler.base import Issue, LaneLoad
 from torch_mux.runtime.served import ServedProgram, failure
 from torch_mux.settings import Settings
 
@@ -39,6 +40,8 @@ __all__ = ["CudaExecutor"]
 
 logger = logging.getLogger(__name__)
 
+#: Of a lane: as many programs' bundles overlap.
+BRANCHES: Final = 4
 _ATTEMPTS = 3
 _GLANCE = 100e-6
 
@@ -76,7 +79,7 @@ class CudaExecutor:
 
     def configure(self, settings: Settings) -> None:
         """From the next bundle on lanes are those of ``settings``."""
-        self._lanes.configure(settings)
+        self._lanes.configure(settings, BRANCHES if settings.branches is None else settings.branches)
         self._capture = settings.capture
         self._most = settings.max_bundle
         self.together = 8 if settings.pack is None else settings.pack
@@ -110,8 +113,9 @@ class CudaExecutor:
     def launch(self, bundle: Bundle) -> Flight | None:
         """Enqueues the bundle on its lane."""
         lane = self._lanes.take(bundle.issue)
-        flight = lane.flight(bundle, self._clock())
+        flight = lane.flight(bundle, self._clock(), self._predecessors(lane, bundle.issue))
         marks = list({id(request.mark): cast(Mark, request.mark) for request in bundle.requests}.values())
+        marks += [other.end for other in flight.after]
         try:
             if not self._at_once(lane, flight, marks):
                 with compat.on_stream(lane.stream), plain_context("cuda"):
@@ -127,15 +131,31 @@ class CudaExecutor:
         lane.flights.append(flight)
         return flight
 
+    def _predecessors(self, lane: Lane, issue: Issue) -> list[CudaFlight]:
+        """What a bundle waits for on the device: its program's in a mix, and what it may not run beside."""
+        after = lane.visitors() if lane.guests else []
+        others = self._lanes.beside(lane)
+        if others and limited(issue):
+            after += [
+                flight for other in others for flight in other.flights if apart(issue, flight.bundle.issue)
+            ]
+        return after
+
     def packs(self, served: ServedProgram) -> bool:
         """Whether bundles of a program may be part of a mix: those that are captured."""
         return self._capture and served.compiled.capturable
 
     def launch_together(self, bundles: Sequence[Bundle]) -> Sequence[Flight] | None:
-        """Enqueues bundles of several programs on their lane as one, where the graph of the mix is there."""
-        lane = self._lanes.take(bundles[0].issue)
+        """Enqueues bundles of several programs as one, where the graph of the mix is there.
+
+        It goes on one lane, behind what is under way on those of its programs.
+        """
+        homes = {bundle: self._lanes.take(bundle.issue) for bundle in bundles}
+        lane = self._mixed(bundles[0].issue)
+        away = {id(home): home for home in homes.values() if home is not lane}.values()
+        after = [flight for home in away for flight in home.last if flight not in lane.flights]
         try:
-            flights = self._joint.launch(lane, bundles, self._clock())
+            flights = self._joint.launch(lane, bundles, self._clock(), after)
             if flights is not None:
                 self._again_if_stale(lane, flights)
         except BaseException as error:
@@ -147,7 +167,13 @@ class CudaExecutor:
             for request in flight.bundle.requests:
                 request.flight = flight
             lane.flights.append(flight)
+            if homes[flight.bundle] is not lane:
+                homes[flight.bundle].guests.append(flight)
         return flights
+
+    def _mixed(self, issue: Issue) -> Lane:
+        """Where a mix goes: on the first common lane if its lanes are branches."""
+        return self._lanes.take(issue) if issue.branch is None else self._lanes.first()
 
     def _again_if_stale(self, lane: Lane, flights: Sequence[CudaFlight]) -> None:
         """Members that read an old row are enqueued again, by themselves, before anybody is told."""
@@ -201,7 +227,9 @@ class CudaExecutor:
         bundle = flight.bundle
         kept: list[object] = []
         for _ in range(_ATTEMPTS):
-            rows = bound_rows(bundle, verify=False, before=lambda new: self._settle(lane, new))
+            rows = bound_rows(
+                bundle, verify=False, before=lambda new: self._settle(lane, bundle.served, new)
+            )
             kept.extend(request.instance.held for request in bundle.requests)
             with torch.inference_mode():
                 kept.append(self._enqueue(lane, flight, rows))
@@ -209,15 +237,17 @@ class CudaExecutor:
                 break
         return tuple(kept)
 
-    def _settle(self, lane: Lane, new: bool) -> None:
+    def _settle(self, lane: Lane, served: ServedProgram, new: bool) -> None:
         """Waits until nothing reads what is about to be written.
 
-        That is all of the tables, which a new row may move, or one row, which is in order on the lane itself.
+        That is all of the program's tables, which a new row may move, or one row, which is in order on the
+        lane itself.
         """
         for other in self._lanes:
             if new or other is not lane:
                 for flight in other.flights:
-                    flight.end.wait()
+                    if flight.bundle.served is served:
+                        flight.end.wait()
 
     def _executable(self, lane: Lane, bundle: Bundle) -> Executable | None:
         """The captured graph to use; one of just this size is asked for."""
@@ -241,7 +271,7 @@ class CudaExecutor:
         entry.fill(
             layout,
             rows,
-            min(cap_of(bundle.share, self.sms), self.sms if lane.context is None else lane.context.sms),
+            min(cap_of(bundle.limit, self.sms), self.sms if lane.context is None else lane.context.sms),
             [[cast(Tensor, r.inputs[i]) for r in requests] for i, spec in enumerate(program.inputs) if spec],
             [
                 [cast(Tensor, r.outputs[i]) for r in requests]
@@ -264,15 +294,18 @@ class CudaExecutor:
     def reap(self) -> Sequence[Flight]:
         """The flights that ended, with their device seconds."""
         landed: list[Flight] = []
-        for lane in self._lanes:
-            while lane.flights and self._ended(lane, lane.flights[0]):
-                landed.append(lane.flights.popleft())
-        return landed
+        while True:
+            known = len(landed)
+            for lane in self._lanes:
+                while lane.flights and self._ended(lane, lane.flights[0]):
+                    landed.append(lane.flights.popleft())
+            if len(landed) == known or len(self._lanes) == 1:
+                return landed
 
     def _ended(self, lane: Lane, flight: CudaFlight) -> bool:
         now = self._clock()
         try:
-            if not passed(flight.end.event):
+            if not all([other.finished for other in flight.after]) or not passed(flight.end.event):
                 return False
             flight.seconds = flight.start.event.elapsed_time(flight.end.event) * 1e-3
         except Exception as error:
@@ -280,10 +313,10 @@ class CudaExecutor:
             flight.error = failure(flight.bundle.served, error)
         # It started when it was enqueued or when its predecessor ended; seen later, it still ended then.
         if not flight.follows:
-            lane.free_at = min(now, max(flight.launched, lane.free_at) + flight.seconds)
+            lane.free_at = min(now, flight.begin(lane.free_at) + flight.seconds)
         flight.ended = lane.free_at
         flight.finished = True
-        flight.kept = ()
+        flight.kept = flight.after = ()
         return True
 
     def _examine(self, error: BaseException) -> None:
@@ -300,12 +333,13 @@ class CudaExecutor:
         return any(lane.flights for lane in self._lanes)
 
     def at_work(self) -> Sequence[Flight]:
-        """The first flight of each lane and those that are one with it, since its predecessor ended."""
+        """The first flight of each lane and those that are one with it, since all before it have ended."""
         found: list[Flight] = []
         for lane in self._lanes:
             for head in lane.heads:
-                head.began = max(head.launched, lane.free_at)
-                found.append(head)
+                if all([flight.finished for flight in head.after]):
+                    head.began = head.begin(lane.free_at)
+                    found.append(head)
         return found
 
     def await_end(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from torch_mux.runtime.lanes import CudaFlight, Lane, Mark
 from torch_mux.runtime.mixes import Mix, MixBook, MixReport, MixState, rounded
 from torch_mux.runtime.ring import RingEntry
 from torch_mux.runtime.served import ServedProgram
+from torch_mux.runtime.verdicts import MixRun
 from torch_mux.settings import Settings
 
 __all__ = ["JointLauncher"]
@@ -36,6 +38,7 @@ class JointLauncher:
     def configure(self, settings: Settings) -> None:
         """Takes over new settings before the next bundle."""
         self._capturer.configure(settings)
+        self._book.after = settings.pack_after
 
     def reports(self) -> tuple[MixReport, ...]:
         """The mixes that went out."""
@@ -45,10 +48,15 @@ class JointLauncher:
         """Drops the mixes with a program, and their graphs."""
         self._book.forget(served.key)
 
-    def launch(self, lane: Lane, bundles: Sequence[Bundle], now: float) -> list[CudaFlight] | None:
+    def launch(
+        self, lane: Lane, bundles: Sequence[Bundle], now: float, after: Sequence[CudaFlight] = ()
+    ) -> list[CudaFlight] | None:
         """Enqueues the bundles as one; None where they are to go out one by one.
 
         That is so until the graph of the mix is there, and where a row has to be written first.
+
+        Args:
+            after: flights of other lanes that it waits for on the device.
         """
         bundles = sorted(bundles, key=lambda bundle: bundle.served.key)
         members = [
@@ -61,20 +69,31 @@ class JointLauncher:
         mix = self._book.see(
             tuple((served.key, slots) for served, slots in members),
             [served.program.name for served, _ in members],
+            now,
         )
         executable = self._executable(lane, mix, members)
         rows = [written_rows(bundle) for bundle in bundles]
-        if executable is None or any(each is None for each in rows):
+        whole = executable is not None and all(each is not None for each in rows)
+        joint = whole and (self._book.after <= 0.0 or mix.verdict.next())
+        run = MixRun(joint, len(bundles), partial(self._measured, mix))
+        for bundle in bundles:
+            bundle.run = run
+        if executable is None or not joint:
             return None
-        flights = _flights(lane, bundles, now)
+        flights = _flights(lane, bundles, now, after)
         entry = self._filled(lane, executable, flights, cast("list[list[int]]", rows))
         marks = list({id(r.mark): cast(Mark, r.mark) for bundle in bundles for r in bundle.requests}.values())
+        marks += [flight.end for flight in after]
         _enqueue(lane, entry, executable, flights[0], marks)
         for flight in flights:
             held = [request.instance.held for request in flight.bundle.requests]
             flight.kept = (*held, executable, entry, marks)
         mix.joint += 1
         return flights
+
+    def _measured(self, mix: Mix, joint: bool, seconds: float) -> None:
+        if mix.measured(joint, seconds):
+            self._capturer.decided(mix)
 
     def _executable(self, lane: Lane, mix: Mix, members: Sequence[Member]) -> JointExecutable | None:
         """The graph to use; where there is none for the tables as they are, it is asked for."""
@@ -118,11 +137,13 @@ def _columns(served: ServedProgram) -> int:
     return sum(spec is not None for spec in (*program.inputs, *program.outputs))
 
 
-def _flights(lane: Lane, bundles: Sequence[Bundle], now: float) -> list[CudaFlight]:
+def _flights(
+    lane: Lane, bundles: Sequence[Bundle], now: float, after: Sequence[CudaFlight]
+) -> list[CudaFlight]:
     """Flights with one beginning and one end."""
     start, end = lane.marks.take(lane.stream), lane.marks.take(lane.stream)
     return [
-        CudaFlight(bundle, now, start=start, end=end, follows=index > 0)
+        CudaFlight(bundle, now, start=start, end=end, follows=index > 0, after=tuple(after))
         for index, bundle in enumerate(bundles)
     ]
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from torch_mux import compat
+from torch_mux.lowering import kept
 from torch_mux.lowering.kernels.ahead import Builder
 from torch_mux.lowering.kernels.interception import Turn, Work, left_while_handed
 from torch_mux.lowering.pack.costs import capped_grid
 from torch_mux.lowering.pack.kept import schedule_of
 from torch_mux.lowering.pack.schedule import Schedule
+from torch_mux.runtime import verdicts
 from torch_mux.runtime.compile_thread import CompileThread
 from torch_mux.runtime.executors.capture import Steps, idle_table
 from torch_mux.runtime.lanes import Lane, Side
@@ -166,9 +168,28 @@ class JointCapturer:
         mix.state = MixState.BUILDING
         self._thread.submit(lambda: self._attempt(lane, mix, members))
 
+    def decided(self, mix: Mix) -> None:
+        """It is known which way a mix is faster: kept for later processes."""
+        if self._keep:
+            self._thread.submit(lambda: verdicts.write(self._name(mix), mix.verdict))
+
+    def _name(self, mix: Mix) -> str:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        return kept.digest_of("mix", mix.key, device, torch.__version__, self._match)
+
+    def _slower(self, mix: Mix) -> bool:
+        """Whether an earlier process found that the mix is faster as its programs' own plans."""
+        found = verdicts.read(self._name(mix)) if self._keep and self._book.after > 0.0 else None
+        if found is None or found.joint:
+            return False
+        mix.verdict, mix.state = found, MixState.SLOWER
+        return True
+
     def _attempt(self, lane: Lane, mix: Mix, members: Sequence[Member]) -> None:
         """Another thread's use of the device can end a capture, so there are several tries."""
         names = ", ".join(mix.names)
+        if self._slower(mix):
+            return
         for left in reversed(range(_TRIES)):
             if not self._book.knows(mix):
                 return

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from torch_mux import compat
 from torch_mux.errors import IsolationUnavailable
 from torch_mux.runtime.lanes import Lane, highest_priority
-from torch_mux.runtime.scheduler.base import Issue, LaneKind, LaneLoad, lane_kinds
+from torch_mux.runtime.scheduler.base import Issue, LaneKind, LaneLoad, idle_lanes
 from torch_mux.settings import Settings
 
 __all__ = ["LaneSet"]
@@ -24,6 +25,7 @@ class LaneSet:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._green = False
+        self._idle: tuple[LaneLoad, ...] = ()
         self._places: tuple[_Place, ...] = ()
         self._shown: tuple[_Place, ...] = ()
         self._made: dict[_Place, Lane] = {}
@@ -34,8 +36,11 @@ class LaneSet:
     def __len__(self) -> int:
         return len(self._made)
 
-    def configure(self, settings: Settings) -> None:
+    def configure(self, settings: Settings, branches: int) -> None:
         """From now on the indices of lanes mean those of ``settings``.
+
+        Args:
+            branches: of each common lane.
 
         Raises:
             IsolationUnavailable: the device cannot be cut into parts.
@@ -48,16 +53,25 @@ class LaneSet:
         self._green = settings.isolation == "green"
         seen: Counter[LaneKind] = Counter()
         places: list[_Place] = []
-        for kind in lane_kinds(settings):
-            places.append((kind, seen[kind]))
-            seen[kind] += 1
+        self._idle = idle_lanes(settings, branches)
+        for lane in self._idle:
+            places.append((lane.kind, seen[lane.kind]))
+            seen[lane.kind] += 1
         self._places = tuple(places)
 
     def loads(self) -> Sequence[LaneLoad]:
         """Bundles under way on each lane; :meth:`take` goes by the indices that this showed last."""
         made = self._made
         self._shown = self._places
-        return [LaneLoad(made[place].load() if place in made else 0, place[0]) for place in self._places]
+        return [
+            replace(idle, bundles=made[place].load()) if place in made else idle
+            for place, idle in zip(self._places, self._idle, strict=True)
+        ]
+
+    def beside(self, lane: Lane) -> list[Lane]:
+        """The other common lanes that have something under way, if ``lane`` is one of them."""
+        common = [other for place, other in self._made.items() if place[0] is LaneKind.COMMON]
+        return [other for other in common if other is not lane and other.flights] if lane in common else []
 
     def take(self, issue: Issue) -> Lane:
         """The lane that an issue names.
@@ -71,6 +85,13 @@ class LaneSet:
         if lane is None or lane.context != context:
             lane = self._made[place] = self._make(issue.lane, place[0], context, lane)
         return lane
+
+    def first(self) -> Lane:
+        """The first common lane, on which mixes go: each lane that has some keeps a stream a member."""
+        place = (LaneKind.COMMON, 0)
+        if place not in self._made:
+            self._made[place] = self._make(0, LaneKind.COMMON, None, None)
+        return self._made[place]
 
     def _context(self, kind: LaneKind, reserve: float) -> compat.green.GreenContext | None:
         """The part of the device that such a lane runs on; None: the whole."""

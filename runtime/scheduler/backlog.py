@@ -55,8 +55,10 @@ class Backlog:
         ]
         return min(ends, default=None)
 
-    def earliest(self, now: float) -> float:
-        """The same for the lane that is free first; any thread may ask."""
+    def begin(self, lane: int | None, now: float) -> float:
+        """When a bundle would begin on a lane, or (None) on that which is free first; any thread may ask."""
+        if lane is not None:
+            return self.free_at(lane, now)
         return min(
             [max(now, lane.free) if lane.flying else now for lane in list(self._lanes.values())] or [now]
         )

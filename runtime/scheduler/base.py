@@ -27,6 +27,7 @@ __all__ = [
     "QueueName",
     "Ticket",
     "View",
+    "idle_lanes",
     "lane_kinds",
     "share_of",
 ]
@@ -125,20 +126,41 @@ class LaneKind(Enum):
 
 @dataclass(frozen=True)
 class LaneLoad:
-    """Bundles enqueued on one lane that the device has not finished."""
+    """Bundles enqueued on one lane that the device has not finished.
+
+    Attributes:
+        branch: bundles of programs whose home is that branch go there, and of no others; None: of all.
+    """
 
     bundles: int = 0
     kind: LaneKind = LaneKind.COMMON
+    branch: int | None = None
 
 
-def lane_kinds(settings: Settings) -> tuple[LaneKind, ...]:
-    """The lanes of a device by index; bundles that must keep their order use the first."""
-    kinds = [LaneKind.COMMON] * max(1, settings.lanes)
+def idle_lanes(settings: Settings, branches: int = 1) -> tuple[LaneLoad, ...]:
+    """The lanes of a device by index, with nothing under way; bundles that keep their order use the first.
+
+    Args:
+        branches: of each common lane; those besides the first come behind all other lanes.
+    """
+    common = max(1, settings.lanes)
+    kinds = [LaneKind.COMMON] * common
     if settings.isolation != "off":
         kinds.append(LaneKind.RESERVED)
     if settings.isolation == "green":
         kinds.append(LaneKind.CONFINED)
-    return tuple(kinds)
+    numbers = iter(range(common * branches))
+    kinds += [LaneKind.COMMON] * (common * (branches - 1))
+    several = branches > 1
+    return tuple(
+        LaneLoad(0, kind, next(numbers) % branches if several and kind is LaneKind.COMMON else None)
+        for kind in kinds
+    )
+
+
+def lane_kinds(settings: Settings, branches: int = 1) -> tuple[LaneKind, ...]:
+    """What each of :func:`idle_lanes` is for."""
+    return tuple(lane.kind for lane in idle_lanes(settings, branches))
 
 
 class View(NamedTuple):
@@ -172,6 +194,8 @@ class Issue:
         start: virtual time at which it goes out, or None when nothing that can run is left behind.
         reserved: whether its tenants have a reserve.
         reserve: part of the device that is set aside for tenants with a reserve.
+        branch: which of its lane's branches that is, if it has several.
+        beside: what it keeps to, a fraction of the device, so that bundles on other branches have room.
     """
 
     key: str
@@ -182,6 +206,8 @@ class Issue:
     start: float | None = None
     reserved: bool = False
     reserve: float = 0.0
+    branch: int | None = None
+    beside: float = 1.0
 
 
 @dataclass(frozen=True)

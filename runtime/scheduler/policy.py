@@ -11,6 +11,7 @@ from typing import Final
 from torch_mux.runtime.scheduler.absent import Absent, Bar
 from torch_mux.runtime.scheduler.backlog import Backlog
 from torch_mux.runtime.scheduler.base import Busy, Decision, Issue, Queue, Ticket, View, share_of
+from torch_mux.runtime.scheduler.branches import Homes, part_of
 from torch_mux.runtime.scheduler.cohorts import Cohorts
 from torch_mux.runtime.scheduler.deadlines import Urgent, attainable, latest_start, urgent
 from torch_mux.runtime.scheduler.fair import Account, VirtualTime
@@ -61,6 +62,7 @@ class FairPolicy:
     forecasts of the bundles under way are off, over the smallest weight. If they are pending or expected back
     at every decision, the same holds with 2 A for A. With one program and nobody in a hurry A is 0; where
     forecasts come true as well, this is the bound of start-time fair queueing, ``c_f / w_f + c_g / w_g``.
+    Bundles on different branches are charged what each took, beside the others.
 
     Args:
         weight: the weight of a quota in all of this.
@@ -75,6 +77,7 @@ class FairPolicy:
         self._cohorts = Cohorts()
         self._absent = Absent()
         self._backlog = Backlog()
+        self._homes = Homes()
         self._times: dict[int, VirtualTime] = {}
         self._news: dict[str, Queue] = {}
         self._timed: dict[str, Queue] = {}
@@ -90,11 +93,12 @@ class FairPolicy:
         if view.fresh is None:
             self.order.clear()
         self.note(view.queues if view.fresh is None else view.fresh)
-        lanes = (free_lane(view, settings), first_lane(view, settings))
-        if lanes == (None, None):
+        free, first = free_lane(view, settings), first_lane(view, settings)
+        if free is None and first is None:
             ready = any(queue.ready for queue in view.queues)
             return Busy(until=self._backlog.next_end()) if ready else None
-        search = Search(view, now, settings, lanes, self._backlog.next_end)
+        lane_of = self._homes.lane_of(view, settings, now, (free, first))
+        search = Search(view, now, settings, lane_of, self._backlog.next_end)
         if len(view.queues) == 1:
             (queue,) = view.queues
             if queue.ready and self._free(queue.key, now):
@@ -102,7 +106,7 @@ class FairPolicy:
                 if choice is None:
                     return search.nothing()
                 if self._whole(choice, search):
-                    return _issue(choice, tuple(queue.requests), None)
+                    return self._issue(choice, tuple(queue.requests), None, search)
         self.order.wake(self._time)
         if self._news:
             for queue in self._news.values():
@@ -156,25 +160,27 @@ class FairPolicy:
                 choice, urgent = hurry[level]
                 choice = self._smaller(choice, urgent, search.now)
                 return self._bundle(level, choice, urgent, search, self._bars(choice, search))
-            passed = [_NEVER]
+            passed: dict[Queue, float] = {}
 
-            def accept(turns: Turns, tag: float, passed: list[float] = passed) -> bool:
+            def accept(turns: Turns, tag: float, passed: dict[Queue, float] = passed) -> bool:
                 if search.opened(turns.queue, self._held) is not None:
                     return True
-                if (turns.queue.key, turns.queue.reserved) in search.wake:
-                    passed.append(tag)
+                if search.passes(turns.queue):
+                    passed[turns.queue] = tag
                 return False
 
             place = self.order.pick(level, accept)
             if place is not None:
-                return self._unless_ahead(level, place, min(passed), search)
+                return self._unless_ahead(level, place, min(passed.values(), default=_NEVER), search)
+            if any((queue.key, queue.reserved) in search.full for queue in passed):
+                return None  # beside it, a lower class would make it slower
         return None
 
     def _unless_ahead(self, level: int, place: Place, passed: float, search: Search) -> Issue | None:
         """The bundle of who is first of those that may go, unless too far ahead of others.
 
         Args:
-            passed: the least start tag of programs that are held for companions.
+            passed: the least start tag of programs that are held for companions, or whose branch is full.
         """
         tag, _, _, turns = place
         choice = search.opened(turns.queue, self._held)
@@ -257,7 +263,7 @@ class FairPolicy:
                 ceilings[one] = min(ceilings.get(one, _NEVER), max(bar.tag, own[0]))
         count = len(queue.requests)
         if top is None and count <= choice.limit and self._free(queue.key, search.now):
-            return _issue(choice, tuple(queue.requests), None)
+            return self._issue(choice, tuple(queue.requests), None, search)
         slots, seconds = min(choice.limit, count), self._seconds(choice)
         hurry = {one.flow: one.due for one in urgent}
         first = turns.first(level)
@@ -266,7 +272,21 @@ class FairPolicy:
             requests = tuple(islice(queue.requests, choice.limit))
         else:
             requests = turns.fill(choice.limit, seconds / slots, ceilings, seconds, top, hurry)
-        return _issue(choice, requests, min(tag, ceiling, expected.get(level, _NEVER)))
+        return self._issue(choice, requests, min(tag, ceiling, expected.get(level, _NEVER)), search)
+
+    def _issue(
+        self, choice: Open, requests: Sequence[Ticket], start: float | None, search: Search
+    ) -> Issue:
+        queue, share = choice.queue, share_of(requests)
+        beside, most = 1.0, search.settings.beside
+        if most is not None and choice.branch is not None:
+            beside = part_of(self._alone(queue), self._homes.others(choice, search, self._alone), most)
+        place = choice.lane, choice.neighbours, start, queue.reserved, 0.0, choice.branch, beside
+        return Issue(queue.key, requests, share, *place)
+
+    def _alone(self, queue: Queue) -> float:
+        """What is pending of a program would take on an idle device."""
+        return self.predictor.forecast(queue.key, len(queue.requests), context(1.0, 0)).median
 
     def _seconds(self, choice: Open) -> float:
         """What the largest bundle that may be made of a program now will probably take."""
@@ -292,6 +312,7 @@ class FairPolicy:
         forecast = self.predictor.forecast(issue.key, slots, _where(issue))
         seconds = forecast.median
         self._backlog.issued(issue, now, seconds)
+        self._homes.issued(issue, now, seconds)
         self._absent.issued(issue, now, self._backlog.free_at(issue.lane, now), self._linger)
         if issue.start is None:
             self._rest(issue.key)
@@ -337,6 +358,7 @@ class FairPolicy:
         """Corrects the charge, learns how long such bundles take and starts the linger of its cohort."""
         self._cohorts.completed(issue.key, now, seconds)
         self._backlog.completed(issue, now)
+        self._homes.completed(issue)
         self._absent.completed(issue, now, seconds, self._backlog.free_at(issue.lane, now))
         slots = len(issue.requests)
         if seconds > 0.0:
@@ -360,20 +382,17 @@ class FairPolicy:
         if now - self._measured.get(key, -_NEVER) > _STALE:
             return None
         forecast = self.predictor.forecast(key, slots, context(self._shares.get(key, 1.0), 0))
-        return self._backlog.earliest(now) + bundles * forecast.median if forecast.known else None
+        begin = self._backlog.begin(self._homes.lane(key), now)
+        return begin + bundles * forecast.median if forecast.known else None
 
     def forget(self, key: str) -> None:
         """Drops what is known of a program's clients and times."""
         self._cohorts.forget(key)
+        self._homes.forget(key)
         self._absent.forget(key)
         self._shares.pop(key, None)
         self._measured.pop(key, None)
         self.predictor.forget(key)
-
-
-def _issue(choice: Open, requests: Sequence[Ticket], start: float | None) -> Issue:
-    queue, share = choice.queue, share_of(requests)
-    return Issue(queue.key, requests, share, choice.lane, choice.neighbours, start, queue.reserved)
 
 
 def _where(issue: Issue) -> Context:

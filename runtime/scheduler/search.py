@@ -20,12 +20,14 @@ class Open(NamedTuple):
     Attributes:
         limit: most slots of the bundle.
         neighbours: bundles under way on other lanes.
+        branch: of the lane, if it has several.
     """
 
     queue: Queue
     lane: int
     limit: int
     neighbours: int
+    branch: int | None = None
 
 
 #: Until when (None: until a bundle has ended) and for how many companions a program is held, or None.
@@ -37,22 +39,23 @@ class Search:
     """What has been found out so far.
 
     Attributes:
-        lanes: the lane of the next bundle, and that of an ordered one, or None where it is full.
+        lane_of: the lane of the next bundle of a program, or None where it is full.
         next_end: when the next bundle will probably have ended.
         wake: the queues that are held, and with how many requests they are not any longer.
+        full: the queues whose lanes are.
     """
 
     view: View
     now: float
     settings: Settings
-    lanes: tuple[int | None, int | None]
+    lane_of: Callable[[Queue], int | None]
     next_end: Callable[[], float | None]
     wake: dict[QueueName, int] = field(default_factory=dict)
+    full: set[QueueName] = field(default_factory=set)
     _until: float = _NEVER
     _flying: bool = False
     _due: float | None = None
     _unknown: bool = False
-    _full: bool = False
     _seen: dict[str, Open | None] = field(default_factory=dict)
 
     def opened(self, queue: Queue, held: Callable[[Open, Search], Hold | None]) -> Open | None:
@@ -60,13 +63,14 @@ class Search:
         key = queue.key
         if key in self._seen:
             return self._seen[key]
-        lane = self.lanes[queue.ordered]
+        lane = self.lane_of(queue)
         choice: Open | None = None
         if lane is None:
-            self._full = True
+            self.full.add((key, queue.reserved))
         else:
             limit = max(1, min(self.settings.max_bundle, queue.slots))
-            choice = Open(queue, lane, limit, _neighbours(self.view.lanes, lane))
+            lanes = self.view.lanes
+            choice = Open(queue, lane, limit, _neighbours(lanes, lane), lanes[lane].branch)
             hold = held(choice, self)
             if hold is not None:
                 self.wake[key, queue.reserved] = min(limit, len(queue.requests) + hold[1])
@@ -74,6 +78,11 @@ class Search:
                 choice = None
         self._seen[key] = choice
         return choice
+
+    def passes(self, queue: Queue) -> bool:
+        """Whether others pass a program that is held for companions, or behind its own bundles."""
+        name = (queue.key, queue.reserved)
+        return name in self.wake or (name in self.full and not queue.ordered)
 
     def wait(self, moment: float | None, due: float | None = None) -> None:
         """Something is held until ``moment``, or (None) until a bundle has ended, which is ``due`` then."""
@@ -90,7 +99,7 @@ class Search:
             return Later(self._until, self.wake)
         if self._flying:
             return Busy(self.wake, None if self._unknown else self._due)
-        return Busy(until=self.next_end()) if self._full else None
+        return Busy(until=self.next_end()) if self.full else None
 
 
 def _neighbours(lanes: Sequence[LaneLoad], lane: int) -> int:
@@ -100,10 +109,16 @@ def _neighbours(lanes: Sequence[LaneLoad], lane: int) -> int:
     return sum([load.bundles for load in lanes]) - lanes[lane].bundles
 
 
-def free_lane(view: View, settings: Settings) -> int | None:
-    """The least loaded usable lane, where it has room."""
+def free_lane(view: View, settings: Settings, home: int | None = None) -> int | None:
+    """The least loaded usable lane, where it has room.
+
+    Args:
+        home: the branch that it must be of, if it has several; None: any.
+    """
     lanes = view.lanes
     usable = range(len(lanes)) if view.usable is None else view.usable
+    if home is not None:
+        usable = [lane for lane in usable if lanes[lane].branch in (None, home)]
     best = usable[0]
     for lane in usable:
         if lanes[lane].bundles < lanes[best].bundles:

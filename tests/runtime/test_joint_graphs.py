@@ -314,8 +314,8 @@ def test_sizes_are_rounded_to_few() -> None:
 
 def test_the_book_forgets_what_was_used_longest_ago() -> None:
     book = MixBook(most=2)
-    one = book.see((("a", 1), ("b", 1)), ["A", "B"])
-    two = book.see((("a", 2), ("b", 1)), ["A", "B"])
-    assert book.see((("a", 1), ("b", 1)), ["A", "B"]) is one
-    book.see((("a", 3), ("b", 1)), ["A", "B"])
+    one = book.see((("a", 1), ("b", 1)), ["A", "B"], 0.0)
+    two = book.see((("a", 2), ("b", 1)), ["A", "B"], 0.0)
+    assert book.see((("a", 1), ("b", 1)), ["A", "B"], 0.0) is one
+    book.see((("a", 3), ("b", 1)), ["A", "B"], 0.0)
     assert book.knows(one) and not book.knows(two)

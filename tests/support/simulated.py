@@ -8,7 +8,7 @@ from heapq import heappop, heappush
 from itertools import count
 from types import SimpleNamespace
 
-from torch_mux.runtime.scheduler.base import Busy, Issue, LaneLoad, Later, Policy, View
+from torch_mux.runtime.scheduler.base import Busy, Issue, LaneKind, LaneLoad, Later, Policy, View
 from torch_mux.runtime.scheduler.pending import Flow, Pending
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
@@ -68,6 +68,7 @@ class Device:
     Args:
         policy: under test.
         seconds: device seconds of a bundle, of its program and slots.
+        branches: each lane is a branch, and programs have homes.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class Device:
         settings: Settings,
         seconds: Callable[[str, int], float],
         lanes: int = 1,
+        branches: bool = False,
     ) -> None:
+        self.branches = branches
         self.policy, self.settings, self.seconds = policy, settings, seconds
         self.now = 0.0
         self.queues: dict[str, Queue] = {}
@@ -96,7 +99,12 @@ class Device:
         fresh = [queue for queue in pending if queue.requests.stirred]
         for queue in fresh:
             queue.requests.stirred = False
-        return View(pending, [LaneLoad(bundles) for bundles in self._lanes], None, fresh)
+        return View(pending, self.loads(), None, fresh)
+
+    def loads(self) -> list[LaneLoad]:
+        if not self.branches:
+            return [LaneLoad(bundles) for bundles in self._lanes]
+        return [LaneLoad(bundles, LaneKind.COMMON, index) for index, bundles in enumerate(self._lanes)]
 
     def dispatch(self) -> float:
         """Sends out what may go out now; returns when something will change by itself."""

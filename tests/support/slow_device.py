@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Flight
 from torch_mux.runtime.executors.cpu import CpuExecutor
-from torch_mux.runtime.scheduler.base import LaneLoad, lane_kinds
+from torch_mux.runtime.scheduler.base import LaneLoad, idle_lanes
 from torch_mux.runtime.served import failure
 from torch_mux.settings import Settings
 
@@ -39,12 +39,12 @@ class SlowDevice(CpuExecutor):
         self.seconds_of: Callable[[Bundle], float] = lambda bundle: self.seconds
 
     def configure(self, settings: Settings) -> None:
-        self.kinds = lane_kinds(settings)
-        while len(self.lanes) < len(self.kinds):
+        self.idle = idle_lanes(settings, settings.branches or 1)
+        while len(self.lanes) < len(self.idle):
             self.lanes.append([])
 
     def loads(self) -> Sequence[LaneLoad]:
-        return [LaneLoad(len(lane), kind) for lane, kind in zip(self.lanes, self.kinds, strict=False)]
+        return [replace(idle, bundles=len(lane)) for lane, idle in zip(self.lanes, self.idle, strict=False)]
 
     def launch(self, bundle: Bundle) -> Flight | None:
         super().launch(bundle)
