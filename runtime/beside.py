@@ -1,4 +1,4 @@
-"""Which bundles may be on the device at the same time: a limit must hold for all that run beside each other."""
+"""Which bundles may be on the device at the same time: a limit holds for all that run beside each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["apart", "limited"]
 
 def limited(issue: Issue) -> bool:
     """Whether a bundle has a tenant with a limit, or has to leave room for a reserve."""
-    return issue.share < 1.0 or any([request.quota.sms < 1.0 for request in issue.requests])
+    return issue.share < 1.0 or any(request.quota.sms < 1.0 for request in issue.requests)
 
 
 def apart(issue: Issue, other: Issue) -> bool:
@@ -21,4 +21,4 @@ def apart(issue: Issue, other: Issue) -> bool:
     if issue.share < share_of(issue.requests):
         return True
     tenants = {request.quota.tenant for request in issue.requests if request.quota.sms < 1.0}
-    return any([request.quota.tenant in tenants for request in other.requests])
+    return any(request.quota.tenant in tenants for request in other.requests)

@@ -26,9 +26,9 @@ def with_companions(
     """``first``, and the bundles that the policy would send out next anyway and that may run with it.
 
     Nothing waits for companions, and what is not taken is decided on again. They must be of other programs
-    that can be packed, on the same lane or another branch, without a cap (beside each other, capped bundles of one tenant would
-    take more than his cap), while nobody with a reserve was about for a minute. Where somebody has to end by
-    some time, all of them together must be forecast to end before that.
+    that can be packed, on the same lane or another branch, without a cap (beside each other, capped bundles
+    of one tenant would take more than his cap), while nobody with a reserve was about for a minute. Where
+    somebody has to end by some time, all of them together must be forecast to end before that.
 
     Args:
         decide: what the policy would do now.

@@ -146,7 +146,7 @@ class MixReport:
         launches: super-kernel launches of its members, each counted by itself.
         matched: launches that do the work of several members.
         seconds, serial: of its schedule, and of the same launches one after another, by the cost model.
-        own_seconds, joint_seconds: seconds that it took as its programs' own plans and as one; None: not measured.
+        own_seconds, joint_seconds: seconds that it took as its programs' own plans and as one, or None.
         measured: the same in words, and which of the two is used.
         words: the schedule as text, "" where there is none yet.
     """

@@ -1,4 +1,4 @@
-"""Which way a mix runs: its programs' own plans beside each other, or one plan for all; the faster, measured."""
+"""Which way a mix runs, by measurement: its programs' own plans beside each other, or one plan for all."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ class Verdict:
         ]
         if self.joint is None:
             return "measured: " + ", ".join(parts) + "; not decided yet" if parts else ""
-        return "measured: " + ", ".join(parts) + ("; one plan is used" if self.joint else "; own plans are used")
+        return (
+            "measured: " + ", ".join(parts) + ("; one plan is used" if self.joint else "; own plans are used")
+        )
 
 
 class MixRun:

@@ -260,7 +260,7 @@ def _setting(name: str, value: Any) -> Any:
         return parse_duration(value)
     if name in _OR_NONE and value is None:
         return value
-    if name == "beside" and not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+    if name == "beside" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
         raise InvalidSetting(name=name, value=value, detail="a number above 0, or None for no limit")
     if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise InvalidSetting(name=name, value=value, detail="a whole number from 1")

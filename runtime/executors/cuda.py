@@ -227,9 +227,7 @@ class CudaExecutor:
         bundle = flight.bundle
         kept: list[object] = []
         for _ in range(_ATTEMPTS):
-            rows = bound_rows(
-                bundle, verify=False, before=lambda new: self._settle(lane, bundle.served, new)
-            )
+            rows = bound_rows(bundle, verify=False, before=lambda new: self._settle(lane, bundle.served, new))
             kept.extend(request.instance.held for request in bundle.requests)
             with torch.inference_mode():
                 kept.append(self._enqueue(lane, flight, rows))
@@ -305,7 +303,7 @@ class CudaExecutor:
     def _ended(self, lane: Lane, flight: CudaFlight) -> bool:
         now = self._clock()
         try:
-            if not all([other.finished for other in flight.after]) or not passed(flight.end.event):
+            if not all(other.finished for other in flight.after) or not passed(flight.end.event):
                 return False
             flight.seconds = flight.start.event.elapsed_time(flight.end.event) * 1e-3
         except Exception as error:
@@ -337,7 +335,7 @@ class CudaExecutor:
         found: list[Flight] = []
         for lane in self._lanes:
             for head in lane.heads:
-                if all([flight.finished for flight in head.after]):
+                if all(flight.finished for flight in head.after):
                     head.began = head.begin(lane.free_at)
                     found.append(head)
         return found

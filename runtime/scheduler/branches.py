@@ -77,7 +77,7 @@ class Homes:
 
     def _used(self, branch: int, now: float) -> float:
         seconds, noted = self._use.get(branch, (0.0, now))
-        return seconds * 0.5 ** (max(0.0, now - noted) / _HALF)
+        return seconds * math.pow(0.5, max(0.0, now - noted) / _HALF)
 
     def lane(self, key: str) -> int | None:
         """The lane on which a program's last bundle went, if that is one of its home's."""

@@ -274,9 +274,7 @@ class FairPolicy:
             requests = turns.fill(choice.limit, seconds / slots, ceilings, seconds, top, hurry)
         return self._issue(choice, requests, min(tag, ceiling, expected.get(level, _NEVER)), search)
 
-    def _issue(
-        self, choice: Open, requests: Sequence[Ticket], start: float | None, search: Search
-    ) -> Issue:
+    def _issue(self, choice: Open, requests: Sequence[Ticket], start: float | None, search: Search) -> Issue:
         queue, share = choice.queue, share_of(requests)
         beside, most = 1.0, search.settings.beside
         if most is not None and choice.branch is not None:

@@ -24,6 +24,7 @@ from torch_mux.runtime.executors.joint_capture import JointCapturer
 from torch_mux.runtime.mixes import MixBook, MixState, rounded
 from torch_mux.runtime.ring import TableRing
 from torch_mux.runtime.scheduler.base import Issue
+from torch_mux.runtime.verdicts import Verdict
 from torch_mux.settings import Settings
 
 HALF = torch.float16
@@ -319,3 +320,50 @@ def test_the_book_forgets_what_was_used_longest_ago() -> None:
     assert book.see((("a", 1), ("b", 1)), ["A", "B"], 0.0) is one
     book.see((("a", 3), ("b", 1)), ["A", "B"], 0.0)
     assert book.knows(one) and not book.knows(two)
+
+
+def test_a_mix_that_goes_on_is_built_and_the_slower_way_is_left(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Any] = []
+    monkeypatch.setattr(joint_capture.verdicts, "write", lambda name, verdict: written.append(name))
+    monkeypatch.setattr(joint_capture.verdicts, "read", lambda name: None)
+    engine = ready(world, ["a", "b"])
+    bundles = world.bundles(engine, ("a", 1), ("b", 1))
+    world.launcher.configure(Settings(pack_after=1.0, keep_plans=True))
+
+    def once(now: float) -> bool:
+        """Whether it went out as one; that way it takes twice as long."""
+        flights = world.launcher.launch(world.lane, bundles, now)
+        for bundle in bundles:
+            assert bundle.run is not None
+            bundle.run.landed(1e-3 if flights is None else 2e-3, failed=False)
+        return flights is not None
+
+    assert not any(once(number * 1e-3) for number in range(500))
+    assert world.jobs.jobs == [], "a burst of half a second"
+    assert not any(once(10.0 + number * 0.02) for number in range(60))
+    world.jobs.work()
+    ways = [once(12.0 + number * 0.02) for number in range(60)]
+    assert ways[:4] == [True, False, True, False], "both are measured"
+    assert not any(ways[20:]), "own plans are faster"
+    (report,) = world.launcher.reports()
+    assert report.state == MixState.SLOWER.value
+    assert (report.own_seconds, report.joint_seconds) == (pytest.approx(2e-3), pytest.approx(4e-3))
+    world.jobs.work()
+    assert len(written) == 1
+
+
+def test_a_mix_that_an_earlier_process_found_slower_is_not_built(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Verdict.known(own=1e-3, joint=2e-3)
+    monkeypatch.setattr(joint_capture.verdicts, "read", lambda name: found)
+    engine = ready(world, ["a", "b"])
+    bundles = world.bundles(engine, ("a", 1), ("b", 1))
+    world.launcher.configure(Settings(pack_after=0.1, keep_plans=True))
+    for number in range(100):
+        assert world.launcher.launch(world.lane, bundles, 0.01 * number) is None
+        world.jobs.work()
+    assert world.graphs == 0
+    assert "own plans are used" in world.launcher.reports()[0].measured
