@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import torch_mux
 from torch_mux import state
 from torch_mux.calls import prepare
+from torch_mux.lowering.pack import words
 from torch_mux.types import Quota
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -64,9 +65,10 @@ class Whole(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _packing() -> Iterator[None]:
+def _packing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(words, "BESIDE", 4.0)  # so that matches pay
     torch_mux.reset()
-    torch_mux.configure(pack=8, pack_after=0)
+    torch_mux.configure(pack=8, pack_after=0, keep_plans=False)
     yield
     torch_mux.reset()
 

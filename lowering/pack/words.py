@@ -14,9 +14,10 @@ __all__ = ["BESIDE", "FEW", "MOST_MATCHED", "Candidate", "Positions", "Problem"]
 
 #: Members whose operations one launch takes.
 MOST_MATCHED: Final = 4
-#: How much longer launches take that run beside others than their caps alone say: eight products of
-#: 197x3072x768 took 36.4 us in capped branches and 29.2 in one launch (``docs/benchmarks/paper-h100.json``).
-BESIDE: Final = 1.25
+#: How much longer words of several strands take than the caps alone say. Strands do not wait for each other at
+#: the end of a word, which makes up for most of what they take from each other: of two mixes whose words an
+#: H100 ran, 1.06 fits one (2397 us) and 0.91 the other (1856 us).
+BESIDE: Final = 1.06
 
 #: Members of which every word is considered.
 FEW: Final = 3

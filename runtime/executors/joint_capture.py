@@ -152,7 +152,6 @@ class JointCapturer:
         self._book = book
         self._match = self._keep = True
         self._trunk: Side | None = None
-        self._branches: list[Side] = []
         self._recorders: WeakKeyDictionary[Lane, list[Side]] = WeakKeyDictionary()
         self._steppers: list[Stepper] = []
 
@@ -227,8 +226,7 @@ class JointCapturer:
     def _grow(self, device: torch.device, members: int) -> None:
         if self._trunk is None:
             self._trunk = Side(device)
-        while len(self._branches) < members:
-            self._branches.append(Side(device))
+        while len(self._steppers) < members:
             self._steppers.append(Stepper(f"torch_mux-member-{len(self._steppers)}"))
 
     def _bodies(
@@ -260,13 +258,15 @@ class JointCapturer:
     ) -> Schedule:
         """Runs every member once by himself and once by the schedule, with no slot active.
 
-        What is launched is seen so; after it, capturing compiles and loads nothing.
+        What is launched is seen so; after it, capturing compiles and loads nothing. All of it is on one
+        stream: torch has few, and nothing has to overlap here.
         """
         assert self._trunk is not None
+        sides = [self._trunk] * len(members)
         with torch.cuda.stream(self._trunk.stream):
             idle = [idle_table(served, layout) for (served, _), layout in zip(members, layouts, strict=True)]
         self._trunk.stream.synchronize()
-        bodies = self._bodies(members, layouts, [table for table, _ in idle], self._branches)
+        bodies = self._bodies(members, layouts, [table for table, _ in idle], sides)
         seen = [observed(body, stepper) for body, stepper in zip(bodies, self._steppers, strict=False)]
         operations = [[work.operation for work in works] for works in seen]
         sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -275,11 +275,10 @@ class JointCapturer:
         if schedule is None or list(map(list, schedule.members)) != operations:
             schedule = mix.schedule = schedule_of(operations, sms, match=match, keep=self._keep)
         self._builder.finish(_variants(schedule, cast("list[list[Launch]]", seen)))
-        for side in self._branches:
-            side.stream.synchronize()
+        self._trunk.stream.synchronize()
         del seen
-        branches = [side.stream for side in self._branches[: len(members)]]
-        with _forked(self._trunk.stream, branches) as issuer:
+        with torch.cuda.stream(self._trunk.stream):
+            issuer = StreamIssuer([side.stream for side in sides])
             weave(self._steppers, bodies, schedule, issuer)
         self._trunk.stream.synchronize()
         return schedule

@@ -16,6 +16,7 @@ from torch_mux import compat
 from torch_mux.lowering.kernels import common
 from torch_mux.lowering.kernels.common import Launch
 from torch_mux.lowering.kernels.linear import linear_launch
+from torch_mux.lowering.pack import words
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors import joint, joint_capture
 from torch_mux.runtime.executors.capture import Steps
@@ -84,11 +85,12 @@ class World:
         self.lost = 0
         self.enqueued: list[Any] = []
         self.models: list[Any] = []
-        names = iter(["rehearsal", "first", "second", "one", "two"])
+        names = iter(["rehearsal", "one", "two"])
 
         def side(device: Any, priority: int = 0, context: Any = None) -> Any:
             return SimpleNamespace(stream=Stream(next(names), self.log))
 
+        monkeypatch.setattr(words, "BESIDE", 4.0)  # so that matches pay
         monkeypatch.setattr(joint_capture, "Side", side)
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "stream", self._on)
@@ -106,6 +108,7 @@ class World:
         jobs: Any = self.jobs
         self.capturer = JointCapturer(jobs, steps, threading.RLock(), builder, self.book)
         self.launcher = JointLauncher(self.capturer, self.book, 132)
+        self.launcher.configure(Settings(keep_plans=False, pack_after=0.0))
         self.lane: Any = Lane(self.log)
 
     @contextlib.contextmanager
@@ -200,11 +203,11 @@ def test_a_mix_is_captured_when_it_comes_again_and_then_used(world: World) -> No
     assert [flight.follows for flight in flights] == [False, True]
     assert [flight.bundle.served.key for flight in flights] == ["print-a", "print-b"]
     _, entry, executable, _, _ = world.enqueued[0]
-    words = entry.host
+    table = entry.host
     one, two = executable.layouts
     assert (one.slots, two.slots, executable.starts) == (3, 1, (0, one.words))
     for flight, layout, start in zip(flights, executable.layouts, executable.starts):
-        part = words[start : start + layout.words]
+        part = table[start : start + layout.words]
         requests = flight.bundle.requests
         assert layout.control(part).tolist() == [len(requests), 132]
         assert layout.input(part, 0).tolist() == [request.inputs[0].data_ptr() for request in requests]
@@ -235,7 +238,7 @@ def test_matched_launches_join_the_streams_and_what_follows_is_plain(world: Worl
     assert len(plain) == len(follow)
     assert len(world.built) == len(joints) + len(plain)
     assert {launch.plain for launch in world.built} == {True}
-    world.capturer.configure(Settings(match=False))
+    world.capturer.configure(Settings(match=False, keep_plans=False))
     assert world.launcher.reports() == ()
     for _ in range(2):
         world.launcher.launch(world.lane, bundles, 0.0)

@@ -38,6 +38,24 @@ def test_own_plans_and_packed_on_small_models(tmp_path: Path, capsys: pytest.Cap
     assert "torch-mux, packed" in text and "vs own" in text
 
 
+def test_lengths_on_branches_and_packed(tmp_path: Path) -> None:
+    path = tmp_path / "mix.json"
+    flags = ["--rows", "tiny-lengths", "--contenders", "branches,auto,packed", "--repetitions", "1"]
+    assert (
+        mix.main(
+            [*flags, "--rounds", "4", "--json", str(path), "--device", "cpu", "--dtype", "float32"],
+        )
+        == 0
+    )
+    branches, auto, packed = json.loads(path.read_text())["results"]
+    for record in (branches, auto, packed):
+        assert record["tenants"] == 6 and record["error"]["worst"] < 1e-4
+    (built,) = packed["notes"]["mixes"]
+    assert [slots for _, slots in built["members"]].count(2) == 2, "odd lengths twice"
+    assert built["seconds"] > 0 and mix._predicted(packed) == f"{built['seconds'] * 1e6:.0f}"
+    assert mix._predicted(branches) == "-"
+
+
 def test_a_contender_that_fails_is_a_row_with_its_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,7 +81,7 @@ def test_wrong_words_are_told(wrong: list[str], capsys: pytest.CaptureFixture[st
 
 def test_rows_are_those_of_the_table() -> None:
     assert {name: row.tenants for name, row in ROWS.items()} == {
-        "four": 16, "encoders": 16, "lengths": 16, "cnns": 12, "tiny": 5,
+        "four": 16, "encoders": 16, "lengths": 16, "cnns": 12, "tiny": 5, "tiny-lengths": 6,
     }  # fmt: skip
     assert all(count > 0 for row in ROWS.values() for _, count in row.members)
     assert workload_of("bert-48").name == "bert-48"

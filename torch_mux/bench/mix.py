@@ -1,9 +1,10 @@
 """Several architectures at once: ``python -m torch_mux.bench.mix --json mix.json``.
 
 Every contender answers one request of each tenant a round, at batch 1. Peers are Inductor's graphs, one after
-another and as forked branches of one CUDA graph; ours are the programs' own plans one after another, packed
-beside each other under caps, and packed with matching launches made one. Answers are compared with float64
-first, repetitions take turns.
+another and as forked branches of one CUDA graph; ours are the programs' own plans one after another; the same
+on branches, without parts of the device and with; in one captured graph beside each other under caps
+(``beside``), and with matching launches made one (``packed``); and ``auto``, what a user gets: branches, and
+one graph where that was measured to be faster. Answers are compared with float64 first, repetitions take turns.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch_mux import state
 from torch_mux.bench import measure
 from torch_mux.bench.contenders import CONTENDERS as PEERS
 from torch_mux.bench.contenders import Contender, Mux
+from torch_mux.bench.contenders.base import Arguments
 from torch_mux.bench.mix_rows import ROWS, Pool, Row
 from torch_mux.bench.workloads import DTYPES, Tenants
 
@@ -65,11 +67,22 @@ class MuxMix(Mux):
     def prepare(self, tenants: Tenants, counts: Sequence[int]) -> None:
         self.activate()
         super().prepare(tenants, counts)
-        for _ in range(4):  # a mix is built when it has come more than once
-            self.round(tenants.requests[0][: max(counts)])
+        requests = tenants.requests[0][: max(counts)]
+        self.goes_on(requests)
+        for _ in range(
+            _TURNS if self.settings["pack_after"] else 4
+        ):  # both ways are measured, or it is built
+            self.round(requests)
             state.engine().quiesce(self.patience)
-        mixes = torch_mux.explain().mixes
-        self.recorded["mixes"] = [vars(mix) for mix in mixes]
+
+    def goes_on(self, requests: Arguments) -> None:
+        """Rounds until a mix has come again for long enough to be built."""
+        until = time.monotonic() + 1.25 * self.settings["pack_after"]
+        while time.monotonic() < until:
+            self.round(requests)
+
+    def notes(self) -> dict[str, Any]:
+        return {**super().notes(), "mixes": [vars(mix) for mix in torch_mux.explain().mixes]}
 
     def activate(self) -> None:
         """Has the settings in force from the next round on; a mix that is not built yet is built first."""
@@ -81,12 +94,25 @@ class MuxMix(Mux):
         self.models = []
 
 
+def _ours(name: str, **settings: Any) -> Callable[[], Contender]:
+    """A contender under these settings, and all others that matter here as they are by default."""
+    plain = {"pack": 1, "branches": None, "beside": None, "match": True, "pack_after": 0.0}
+    return lambda: MuxMix(name, **{**plain, **settings})
+
+
 CONTENDERS: dict[str, Callable[[], Contender]] = {
     **{key: PEERS[key] for key in ("inductor", "graphs", "forked")},
-    "serial": lambda: MuxMix("torch-mux, own plans, one after another", pack=1),
-    "beside": lambda: MuxMix("torch-mux, own plans, capped branches", pack=12, match=False),
-    "packed": lambda: MuxMix("torch-mux, packed", pack=12, match=True),
+    "serial": _ours("torch-mux, own plans, one after another", branches=1),
+    "branches": _ours("torch-mux, own plans on branches"),
+    "parts": _ours("torch-mux, own plans on branches, parts by time", beside=1.0),
+    "wide": _ours("torch-mux, own plans on branches, twice the parts", beside=2.0),
+    "beside": _ours("torch-mux, own plans, capped, one graph", pack=12, match=False),
+    "packed": _ours("torch-mux, packed", pack=12),
+    "auto": _ours("torch-mux, branches or packed, by measurement", pack=12, pack_after=1.0),
 }
+#: Ours without launches for several programs.
+OWN = ("serial", "branches", "parts", "wide", "beside")
+_TURNS = 30
 
 
 def run(options: Options, save: Callable[[dict[str, Any]], object] | None = None) -> dict[str, Any]:
@@ -212,8 +238,17 @@ def kernels(contender: Contender, tenants: Tenants, count: int) -> dict[str, flo
 
 
 HEADER = (
-    *("row", "tenants", "contender", "pipelined µs", "(min-max)", "synchronised µs", "vs forked", "vs own"),
-    *("l2 error", "kernels", "joint", "overlap"),
+    *(
+        "row",
+        "tenants",
+        "contender",
+        "pipelined µs",
+        "(min-max)",
+        "synchronised µs",
+        "predicted",
+        "vs forked",
+    ),
+    *("vs own", "l2 error", "kernels", "joint", "overlap"),
 )
 
 
@@ -228,7 +263,17 @@ def table(report: dict[str, Any]) -> str:
         for record in report["results"]
         if "failed" in record
     ]
+    for record in report["results"]:
+        mixes = record.get("notes", {}).get("mixes", ())
+        lines += [f"{record['row']}: {mix['measured']}" for mix in mixes if mix["measured"]]
     return "\n".join(lines)
+
+
+def _predicted(record: dict[str, Any]) -> str:
+    """What the cost model says of the largest mix's plan, without the code between its launches."""
+    mixes = [mix for mix in record.get("notes", {}).get("mixes", ()) if mix["words"] and mix["joint"]]
+    largest = max(mixes, key=lambda mix: sum(slots for _, slots in mix["members"]), default=None)
+    return "-" if largest is None else f"{largest['seconds'] * 1e6:.0f}"
 
 
 def _cells(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -236,7 +281,7 @@ def _cells(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> tuple[s
     if "pipelined_us" not in record:
         return (*name, "failed" if "failed" in record else "-", *["-"] * (len(HEADER) - len(name) - 1))
     piped, waited = record["pipelined_us"], record["synchronised_us"]
-    own = [CONTENDERS[key]().name for key in ("serial", "beside")]
+    own = [CONTENDERS[key]().name for key in OWN]
     found = record["kernels"]
     counts = ["-"] * 3
     if found is not None:
@@ -246,6 +291,7 @@ def _cells(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> tuple[s
         f"{piped['median']:.0f}",
         f"({piped['low']:.0f}-{piped['high']:.0f})",
         f"{waited['median']:.0f}",
+        _predicted(record),
         _times(record, results, [CONTENDERS["forked"]().name]),
         _times(record, results, own),
         f"{record['error']['mean']:.2e}",
@@ -268,7 +314,7 @@ def parser() -> argparse.ArgumentParser:
     cuda = torch.cuda.is_available()
     result = argparse.ArgumentParser(prog="torch-mux bench mix", description=__doc__)
     result.add_argument("--rows", default="four,encoders" if cuda else "tiny", help=f"of {', '.join(ROWS)}")
-    peers = "serial,beside,packed,forked" if cuda else "inductor,serial,packed"
+    peers = "serial,branches,beside,packed,forked" if cuda else "inductor,serial,branches,packed"
     result.add_argument("--contenders", default=peers, help=f"of {', '.join(CONTENDERS)}")
     result.add_argument("--device", default="cuda" if cuda else "cpu")
     result.add_argument("--dtype", default="float16" if cuda else "float32", choices=sorted(DTYPES))

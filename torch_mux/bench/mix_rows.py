@@ -9,10 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from torch_mux.bench.vision import import_torchvision
-from torch_mux.bench.workloads import WORKLOADS, Tenants, Workload, as_is, build, images, tokens, varied
+from torch_mux.bench.workloads import (
+    WORKLOADS,
+    TensorOnly,
+    Tenants,
+    Workload,
+    as_is,
+    build,
+    images,
+    tokens,
+    varied,
+)
 
 __all__ = ["ROWS", "Pool", "Row", "workload_of"]
 
+_VOCABULARIES = {"bert": 30522, "tiny-encoder": 50}
 _LENGTHS = (16, 48, 48, 64, 96, 96, 128, 128, 160, 192, 224, 256, 256, 320, 352, 384)
 
 
@@ -51,17 +62,23 @@ ROWS: dict[str, Row] = {
                 )
             ),
         ),
+        Row("tiny-lengths", tuple((f"tiny-encoder-{length}", 1 + length % 2) for length in (5, 8, 9, 12))),
         Row("tiny", (("tiny-cnn", 2), ("tiny-mlp", 2), ("tiny-mixer", 1))),
     )
 }
 
 
 def workload_of(name: str) -> Workload:
-    """An architecture by its name: one of ``WORKLOADS``, ``bert-LENGTH``, or one of torchvision's."""
+    """An architecture by its name: one of ``WORKLOADS``, an encoder's with ``-LENGTH``, or torchvision's."""
     if name in WORKLOADS:
         return WORKLOADS[name]
-    if name.startswith("bert-"):
-        return Workload(name, WORKLOADS["bert"].model, tokens(int(name[5:]), 30522), as_is)
+    encoder, _, length = name.rpartition("-")
+    if encoder in _VOCABULARIES and length.isdigit():
+        base = WORKLOADS[encoder]
+        inputs = tokens(int(length), _VOCABULARIES[encoder])
+        if base.returns_tensor:
+            return Workload(name, base.model, inputs, as_is)
+        return Workload(name, lambda: TensorOnly(base.model(), base.tensor).eval(), inputs, as_is)
     return Workload(
         name, lambda: varied(import_torchvision().models.get_model(name).eval()), images(224), as_is
     )

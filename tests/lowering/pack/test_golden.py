@@ -63,12 +63,10 @@ def test_a_layer_of_vit_and_one_of_bert() -> None:
     assert_expected_inline(
         told(schedule, "vit", "bert"),
         """\
-192.8 of 204.7 us, 3 matched
-[132] (vit: linear 8x(197x2304x768) + bert: linear 24x(128x768x768))
-[132] (vit: linear 8x(197x768x768) + bert: linear 8x(128x768x768))
-[132] bert: linear 8x(128x3072x768) gelu
-[132] vit: linear 8x(197x3072x768) gelu
-[132] (vit: linear 8x(197x768x3072) + bert: linear 8x(128x768x3072))
+177.8 of 204.7 us, 0 matched
+[82] vit: linear 8x(197x2304x768) | [49] bert: linear 24x(128x768x768); bert: linear 8x(128x768x768)
+[99] vit: linear 8x(197x768x768); vit: linear 8x(197x3072x768) gelu | [33] bert: linear 8x(128x3072x768) gelu
+[99] vit: linear 8x(197x768x3072) | [33] bert: linear 8x(128x768x3072)
 """,
     )
 
@@ -78,14 +76,13 @@ def test_two_layers_at_one_slot() -> None:
     assert_expected_inline(
         told(schedule, "vit", "bert"),
         """\
-90.9 of 135.9 us, 8 matched
-[132] (vit: linear 1x(197x2304x768) + bert: linear 3x(128x768x768))
+97.0 of 135.9 us, 3 matched
+[82] vit: linear 1x(197x2304x768) | [49] bert: linear 3x(128x768x768)
 [132] (vit: linear 1x(197x768x768) + bert: linear 1x(128x768x768))
-[132] (vit: linear 1x(197x3072x768) gelu + bert: linear 1x(128x3072x768) gelu)
-[132] (vit: linear 1x(197x768x3072) + bert: linear 1x(128x768x3072))
-[132] (vit: linear 1x(197x2304x768) + bert: linear 3x(128x768x768))
-[132] (vit: linear 1x(197x768x768) + bert: linear 1x(128x768x768))
-[132] (vit: linear 1x(197x3072x768) gelu + bert: linear 1x(128x3072x768) gelu)
+[33] vit: linear 1x(197x3072x768) gelu | [99] bert: linear 1x(128x3072x768) gelu; bert: linear 1x(128x768x3072)
+[132] (vit: linear 1x(197x768x3072) + bert: linear 3x(128x768x768))
+[82] vit: linear 1x(197x2304x768) | [49] bert: linear 1x(128x768x768)
+[99] vit: linear 1x(197x768x768); vit: linear 1x(197x3072x768) gelu | [33] bert: linear 1x(128x3072x768) gelu
 [132] (vit: linear 1x(197x768x3072) + bert: linear 1x(128x768x3072))
 """,
     )
@@ -98,10 +95,10 @@ def test_a_bottleneck_and_an_inverted_residual() -> None:
     assert_expected_inline(
         told(schedule, "resnet", "mobilenet"),
         """\
-20.8 of 28.3 us, 2 matched
+19.9 of 28.3 us, 1 matched
 [132] (resnet: linear 2x(196x256x1024) relu + mobilenet: linear 2x(196x240x80) relu)
-[115] resnet: conv 3x3 2x(196x256x2304) relu | [16] mobilenet: depthwise 3x3 2x(196x240x2160) relu
-[132] (resnet: linear 2x(196x1024x256) relu + mobilenet: linear 2x(196x80x240) relu)
+[115] resnet: conv 3x3 2x(196x256x2304) relu | [16] mobilenet: depthwise 3x3 2x(196x240x2160) relu; mobilenet: linear 2x(196x80x240) relu
+[132] resnet: linear 2x(196x1024x256) relu
 """,
     )
 
@@ -111,12 +108,9 @@ def test_without_matching() -> None:
     assert_expected_inline(
         told(schedule, "vit", "bert"),
         """\
-201.3 of 204.7 us, 0 matched
+177.8 of 204.7 us, 0 matched
 [82] vit: linear 8x(197x2304x768) | [49] bert: linear 24x(128x768x768); bert: linear 8x(128x768x768)
-[132] vit: linear 8x(197x768x768)
-[132] bert: linear 8x(128x3072x768) gelu
-[132] vit: linear 8x(197x3072x768) gelu
-[132] bert: linear 8x(128x768x3072)
-[132] vit: linear 8x(197x768x3072)
+[99] vit: linear 8x(197x768x768); vit: linear 8x(197x3072x768) gelu | [33] bert: linear 8x(128x3072x768) gelu
+[99] vit: linear 8x(197x768x3072) | [33] bert: linear 8x(128x768x3072)
 """,
     )
