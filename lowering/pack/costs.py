@@ -14,8 +14,9 @@ from torch_mux.lowering.kernels.operation import Operation
 __all__ = ["JOINED", "KernelCosts", "capped_grid", "smallest_grid"]
 
 #: How much longer one launch for several programs takes than its tiles: it is a plain launch, behind all its
-#: members' streams and before them, and one tile fits no member best. Least squares over the two mixes that an
-#: H100 ran both with and without matches, 45 such launches: 1970 us against 1856, and 2672 against 2397.
+#: members' streams and before them, and one tile fits no member best. Least squares over two mixes that an
+#: H100 ran with 45 such launches and without, 1970 against 1856 us and 2672 against 2397 us
+#: (``docs/benchmarks/mix-h100-one-lane.json``).
 JOINED: Final = 1.12
 
 

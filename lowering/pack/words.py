@@ -14,9 +14,9 @@ __all__ = ["BESIDE", "FEW", "MOST_MATCHED", "Candidate", "Positions", "Problem"]
 
 #: Members whose operations one launch takes.
 MOST_MATCHED: Final = 4
-#: How much longer words of several strands take than the caps alone say. Strands do not wait for each other at
-#: the end of a word, which makes up for most of what they take from each other: of two mixes whose words an
-#: H100 ran, 1.06 fits one (2397 us) and 0.91 the other (1856 us).
+#: How much longer words of several strands take than the caps alone say. Strands do not wait for each other
+#: at the end of a word, which makes up for most of what they take from each other: of two mixes that an H100
+#: ran by their words, 1.06 fits one (2397 us) and 0.91 the other (1856 us); see :data:`costs.JOINED`.
 BESIDE: Final = 1.06
 
 #: Members of which every word is considered.

@@ -4,7 +4,8 @@ Every contender answers one request of each tenant a round, at batch 1. Peers ar
 another and as forked branches of one CUDA graph; ours are the programs' own plans one after another; the same
 on branches, without parts of the device and with; in one captured graph beside each other under caps
 (``beside``), and with matching launches made one (``packed``); and ``auto``, what a user gets: branches, and
-one graph where that was measured to be faster. Answers are compared with float64 first, repetitions take turns.
+one graph where that was measured to be faster. Answers are compared with float64 first, and repetitions take
+turns.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch_mux.bench.vision import import_torchvision
 from torch_mux.bench.workloads import (
     WORKLOADS,
-    TensorOnly,
     Tenants,
+    TensorOnly,
     Workload,
     as_is,
     build,

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Schedules of real layers as text: what is matched, what waits, what runs beside what, under which caps."""
 
 from __future__ import annotations
