@@ -30,6 +30,7 @@ __all__ = ["Runner", "call_back"]
 
 logger = logging.getLogger(__name__)
 
+_ALONE = 0.9  # of its time, charged to a bundle that had the device to itself
 _RUNNING, _DONE = RequestState.RUNNING, RequestState.DONE
 _ERROR, _CANCELLED, _EXPIRED = RequestState.ERROR, RequestState.CANCELLED, RequestState.EXPIRED
 
@@ -175,7 +176,9 @@ class Runner:
         bundle.whole = seconds
         bundle.seconds = seconds = seconds * bundle.part
         if bundle.coalesced and not any(request.error is not None for request in bundle.requests):
-            measured = seconds if bundle.measured else None
+            # Beside a long one a short bundle takes many times what it usually does: that is no fault of its.
+            alone = charge >= _ALONE * seconds
+            measured = seconds if bundle.measured and alone else None
             self.retirement.ran(bundle.served, len(bundle.requests), measured, ended)
         self._policy.completed(bundle.issue, ended, seconds)
         self._accounting.ran(bundle.requests, charge, bundle.coalesced)

@@ -129,7 +129,8 @@ def part_of(seconds: float, others: Sequence[float], total: float | None) -> flo
     """The part of the device that a bundle keeps to beside others.
 
     It grows with the time that the bundle needs, so that all of them end together: with equal parts the
-    longest would be last by far, on a device that is idle otherwise.
+    longest would be last by far, on a device that is idle otherwise. Nobody's is below an eighth of the
+    largest: a short one beside a long one would wait for the end of every launch of that.
 
     Args:
         seconds: what it will take, alone.
@@ -138,6 +139,6 @@ def part_of(seconds: float, others: Sequence[float], total: float | None) -> flo
     """
     if total is None or not others:
         return 1.0
-    whole = seconds + sum(others)
-    part = total * seconds / whole if whole > 0.0 and math.isfinite(whole) else 1.0
-    return min(1.0, max(_LEAST, part))
+    longest = max(seconds, *others)
+    parts = [max(_LEAST * longest, each) for each in (seconds, *others)]
+    return min(1.0, total * parts[0] / sum(parts)) if longest > 0.0 else 1.0

@@ -306,3 +306,26 @@ def test_branches_are_made_when_they_are_needed(world: World) -> None:
     world.launch(world.bundle("a"))
     assert len(world.executor._lanes) == 1
     assert len(world.load()) == cuda.BRANCHES
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_plan_is_slow_only_where_it_has_the_device_to_itself(lab: Any, beside: bool) -> None:
+    engine, device, models = served(lab, "ab", straggler=4.0)
+    took = {"a": 0.002, "b": 0.6}
+    device.seconds_of = lambda bundle: took[bundle.served.program.name]
+
+    def run(name: str) -> None:
+        request = lab.submit(engine, lab.program(name), models[name], 1.0)
+        engine.wait([request])
+        lab.until(request.done)
+
+    for _ in range(10):
+        run("a")
+    took["a"] = 0.02
+    if beside:
+        engine.wait([lab.submit(engine, lab.program("b"), models["b"], 1.0)])
+    for _ in range(10):
+        run("a")
+    lab.until(lambda: engine.quiesce(10))
+    found = engine._served["print-a"]
+    assert (found.detour is not None) is not beside

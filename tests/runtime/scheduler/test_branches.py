@@ -120,7 +120,9 @@ def test_parts_grow_with_the_time_that_is_needed() -> None:
     assert part_of(1.0, [], 1.0) == 1.0
     assert part_of(3.0, [1.0], 1.0) == 0.75
     assert part_of(3.0, [1.0], 2.0) == 1.0
-    assert part_of(1.0, [99.0], 1.0) == 0.125
+    assert part_of(1.0, [99.0], 1.0) == pytest.approx(1 / 9)
+    assert part_of(99.0, [1.0], 1.0) == pytest.approx(8 / 9), "room is left for the short one"
+    assert part_of(0.0, [0.0], 1.0) == 1.0
     made = Device(
         FairPolicy(), Settings(linger=0.0, beside=1.0), lambda key, slots: 3e-3 if key == "a" else 1e-3, 2,
         branches=True,
