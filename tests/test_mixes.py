@@ -136,6 +136,20 @@ def test_smaller_and_other_mixes(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_random_bundles_alone_coalesced_on_branches_or_packed(device: str) -> None:
+    calls = calls_of(device)
+    want = alone(calls)
+    draw = torch.Generator().manual_seed(0)
+    for pack, branches in ((1, 1), (1, 3), (8, 1), (8, 3)):
+        torch_mux.configure(pack=pack, branches=branches)
+        for _ in range(4):
+            chosen = torch.randint(len(calls), (5,), generator=draw).tolist()
+            answers = together([calls[index] for index in chosen], rounds=2)
+            for answer, index in zip(answers, chosen, strict=True):
+                assert torch.equal(answer, want[index])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_weights_that_change_are_seen(device: str) -> None:
     calls = calls_of(device)
     together(calls)
