@@ -180,7 +180,7 @@ class Runner:
             alone = charge >= _ALONE * seconds
             measured = seconds if bundle.measured and alone else None
             self.retirement.ran(bundle.served, len(bundle.requests), measured, ended)
-        self._policy.completed(bundle.issue, ended, seconds)
+        self._policy.completed(bundle.issue, ended, seconds, charge)
         self._accounting.ran(bundle.requests, charge, bundle.coalesced)
         self.end(bundle.requests, ended)
         for timeline in recorders.active:

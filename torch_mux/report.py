@@ -155,7 +155,7 @@ class ProgramExplanation:
             )
         if any(self.captured):
             lines.append(
-                "  captured for: " + "; ".join(", ".join(map(str, sizes)) for sizes in self.captured)
+                "  captured for: " + "; ".join(", ".join(map(str, sizes)) for sizes in self.captured if sizes)
             )
         lines += [f"  not captured: {failure}" for failure in self.capture_failures]
         for reason in self.reasons:

@@ -250,9 +250,10 @@ class Policy(Protocol):
         """``issue`` has been taken out of the queues."""
         ...
 
-    def completed(self, issue: Issue, now: float, seconds: float) -> None:
+    def completed(self, issue: Issue, now: float, seconds: float, charge: float | None = None) -> None:
         """The device finished what was issued after ``seconds``, 0 if it did not run.
 
+        ``charge`` is what of the device's busy time is its own, where bundles on other branches overlapped.
         An issue that :meth:`issued` was not told of is what was left of one that completed after 0 seconds.
         """
         ...

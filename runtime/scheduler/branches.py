@@ -18,6 +18,7 @@ CROWDED: Final = 64
 #: Seconds after which half of what a branch has done is forgotten.
 _HALF: Final = 1.0
 _LEAST: Final = 1 / 8
+_RATE: Final = 1 / 4  # at which the part of its time that a program is charged is learned
 
 
 class Homes:
@@ -35,6 +36,7 @@ class Homes:
         self._flying: dict[int, Counter[str]] = {}
         self._lanes: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
+        self._parts: dict[str, float] = {}
         self._count = 1
 
     def lane_of(
@@ -68,7 +70,7 @@ class Homes:
                 found[home] = max(found.get(home, 0.0), seconds(queue))
         for home, flying in self._flying.items():
             if flying and home != branch:
-                found[home] = max(self._seconds[key] for key in flying)
+                found[home] = max(self._seconds.get(key, 0.0) for key in flying)
         return list(found.values())
 
     def _best(self, count: int, now: float) -> int:
@@ -105,18 +107,33 @@ class Homes:
                 del self._met[key]
         flying[key] += 1
 
-    def completed(self, issue: Issue) -> None:
-        """It ended, or did not run."""
+    def part(self, issue: Issue) -> float:
+        """What part of its time a bundle of that program was charged lately, since others overlapped."""
+        return 1.0 if issue.branch is None else self._parts.get(issue.key, 1.0)
+
+    def completed(self, issue: Issue, seconds: float = 0.0, charge: float | None = None) -> float:
+        """It ended after ``seconds``, or (0) did not run; returns what its tenants are charged.
+
+        Args:
+            charge: its part of the time in which the device was busy, where that is known.
+        """
         flying = self._flying.get(-1 if issue.branch is None else issue.branch)
         if flying is not None and flying[issue.key] > 0:
             flying[issue.key] -= 1
             if not flying[issue.key]:
                 del flying[issue.key]
+        if issue.branch is None or charge is None or seconds <= 0.0:
+            return seconds
+        before = self._parts.get(issue.key, 1.0)
+        self._parts[issue.key] = before + _RATE * (min(1.0, charge / seconds) - before)
+        return charge
 
     def forget(self, key: str) -> None:
         """The program was dropped."""
         self._homes.pop(key, None)
         self._lanes.pop(key, None)
+        self._seconds.pop(key, None)
+        self._parts.pop(key, None)
         self._met.pop(key, None)
 
 

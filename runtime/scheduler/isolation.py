@@ -116,12 +116,12 @@ class IsolatingPolicy:
             self._typical = self.predictor.forecast(issue.key, len(issue.requests), where).median
         self.common.issued(issue, now)
 
-    def completed(self, issue: Issue, now: float, seconds: float) -> None:
+    def completed(self, issue: Issue, now: float, seconds: float, charge: float | None = None) -> None:
         """See :class:`Policy`."""
         if issue in self._flying:
             self._flying.remove(issue)
             self._reserves.completed(issue.requests)
-        (self.reserved if issue.reserved else self.common).completed(issue, now, seconds)
+        (self.reserved if issue.reserved else self.common).completed(issue, now, seconds, charge)
 
     def outlook(self, key: str, slots: int, bundles: int, now: float, reserved: bool = False) -> float | None:
         """See :class:`Policy`."""

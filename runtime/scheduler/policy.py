@@ -62,7 +62,7 @@ class FairPolicy:
     forecasts of the bundles under way are off, over the smallest weight. If they are pending or expected back
     at every decision, the same holds with 2 A for A. With one program and nobody in a hurry A is 0; where
     forecasts come true as well, this is the bound of start-time fair queueing, ``c_f / w_f + c_g / w_g``.
-    Bundles on different branches are charged what each took, beside the others.
+    On branches a bundle is charged its part of the time in which the device was busy.
 
     Args:
         weight: the weight of a quota in all of this.
@@ -317,7 +317,9 @@ class FairPolicy:
             return
         self._charging = True
         # Too much is given back with later charges only: a first run of a minute must not be charged twice.
-        each = (seconds if forecast.known else min(seconds, UNKNOWN * slots)) / slots
+        each = (
+            (seconds if forecast.known else min(seconds, UNKNOWN * slots)) / slots * self._homes.part(issue)
+        )
         units = self._charge(issue, each)
         self._flying[issue] = _Charge(each, units)
         levels = {request.quota.priority for request in issue.requests}
@@ -352,11 +354,11 @@ class FairPolicy:
             account.charge(each * unit)
         return units
 
-    def completed(self, issue: Issue, now: float, seconds: float) -> None:
+    def completed(self, issue: Issue, now: float, seconds: float, charge: float | None = None) -> None:
         """Corrects the charge, learns how long such bundles take and starts the linger of its cohort."""
         self._cohorts.completed(issue.key, now, seconds)
         self._backlog.completed(issue, now)
-        self._homes.completed(issue)
+        cost = self._homes.completed(issue, seconds, charge)
         self._absent.completed(issue, now, seconds, self._backlog.free_at(issue.lane, now))
         slots = len(issue.requests)
         if seconds > 0.0:
@@ -364,12 +366,12 @@ class FairPolicy:
             self._measured[issue.key] = now
         if issue.start is None:
             return
-        charge = self._flying.pop(issue, None)
-        if charge is None:
-            self._charge(issue, seconds / slots)
+        before = self._flying.pop(issue, None)
+        if before is None:
+            self._charge(issue, cost / slots)
             return
-        error = seconds / slots - charge.each
-        for account, unit in charge.units.items():
+        error = cost / slots - before.each
+        for account, unit in before.units.items():
             account.charge(error * unit)
 
     def outlook(self, key: str, slots: int, bundles: int, now: float, reserved: bool = False) -> float | None:

@@ -268,8 +268,9 @@ def shares(engine: Engine, ask: Callable[[str, float], object]) -> dict[str, flo
     return {name: seconds / sum(got.values()) for name, seconds in got.items()}
 
 
-def test_threads_before_a_slow_device_share_it_by_weight(lab: Any) -> None:
-    engine, device = slow(lab, linger=0.05, in_flight=2)
+@pytest.mark.parametrize("branches", [1, 4])
+def test_threads_before_a_slow_device_share_it_by_weight(lab: Any, branches: int) -> None:
+    engine, device = slow(lab, linger=0.05, in_flight=2, branches=branches)
     times = {"one": 0.008, "two": 0.014, "four": 0.018, "eight": 0.012}
     models = {name: lab.Affine(2.0) for name in WEIGHTS}
     for name in WEIGHTS:
