@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -61,12 +60,13 @@ class LaneSet:
 
     def loads(self) -> Sequence[LaneLoad]:
         """Bundles under way on each lane; :meth:`take` goes by the indices that this showed last."""
-        made = self._made
         self._shown = self._places
-        return [
-            replace(idle, bundles=made[place].load()) if place in made else idle
-            for place, idle in zip(self._places, self._idle, strict=True)
-        ]
+        found = list(self._idle)
+        for number, place in enumerate(self._places):
+            lane = self._made.get(place)
+            if lane is not None and (lane.flights or lane.guests):
+                found[number] = LaneLoad(lane.load(), found[number].kind, found[number].branch)
+        return found
 
     def beside(self, lane: Lane) -> list[Lane]:
         """The other common lanes that have something under way, if ``lane`` is one of them."""
