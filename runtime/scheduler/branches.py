@@ -42,7 +42,7 @@ class Homes:
     def lane_of(
         self, view: View, settings: Settings, now: float, lanes: tuple[int | None, int | None]
     ) -> Callable[[Queue], int | None]:
-        """What names the lane of a program's next bundle, or None where that is full. Changes nothing.
+        """What names the lane of a program's next bundle, or None where that is full.
 
         Args:
             lanes: where any program may go and where an ordered one must, if there is room.
@@ -51,6 +51,7 @@ class Homes:
         count = branches_of(view.lanes)
         if not count:
             return lambda queue: first if queue.ordered else free
+        self._count = count
         return lambda queue: (
             first if queue.ordered else free_lane(view, settings, self.of(queue.key, count, now))
         )

@@ -109,7 +109,7 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "wide": _ours("torch-mux, own plans on branches, twice the parts", beside=2.0),
     "beside": _ours("torch-mux, own plans, capped, one graph", pack=12, match=False),
     "packed": _ours("torch-mux, packed", pack=12),
-    "auto": _ours("torch-mux, branches or packed, by measurement", pack=12, pack_after=1.0),
+    "auto": _ours("torch-mux, branches or packed, by measurement", pack=12, pack_after=0.2),
 }
 #: Ours without launches for several programs.
 OWN = ("serial", "branches", "parts", "wide", "beside")
@@ -205,7 +205,8 @@ def settle(contender: Contender, tenants: Tenants) -> None:
     """Has a contender of ours under its settings, and what they build built."""
     if isinstance(contender, MuxMix):
         contender.activate()
-        for _ in range(3):
+        contender.goes_on(tenants.requests[0])
+        for _ in range(_TURNS if contender.settings["pack_after"] else 3):
             contender.round(tenants.requests[0])
             state.engine().quiesce(contender.patience)
 
