@@ -34,8 +34,8 @@ class CompileThread:
     the interpreter's lock.
 
     Args:
-        quiet: seconds after the last other job or :meth:`stir`; whoever waits in :meth:`quiesce` for jobs of
-            the lowest rank ends the wait.
+        quiet: seconds after the end of the last other job or :meth:`stir`; whoever waits in :meth:`quiesce`
+            for jobs of the lowest rank ends the wait.
     """
 
     def __init__(self, quiet: float = _QUIET) -> None:
@@ -118,9 +118,12 @@ class CompileThread:
                     self._changed.wait(wait)
                 if self._closed:
                     return
-                self._running, _, job = heapq.heappop(self._jobs)
+                rank, _, job = heapq.heappop(self._jobs)
+                self._running = rank
             try:
                 job()
             except Exception:
                 logger.exception("a job of the compile thread failed")
+            if rank < Rank.AHEAD:
+                self.stir()  # whoever waited for it goes on now
             del job

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -45,7 +46,7 @@ def rests(code: CodeType, values: dict[str, object], namespace: dict[str, Any]) 
     """
     if any(name.startswith(_RESUME) for name in code.co_names):
         raise Refusal("graph break: the frame resumes in another one")
-    instructions = list(dis.get_instructions(code))
+    instructions = _instructions(code)
     loads = [
         i
         for i, item in enumerate(instructions)
@@ -62,6 +63,12 @@ def rests(code: CodeType, values: dict[str, object], namespace: dict[str, Any]) 
     replay = Replay(values, namespace, _own_containers(code))
     walk(replay, instructions[end:])
     return tuple(replay.rests)
+
+
+@lru_cache(maxsize=16)
+def _instructions(code: CodeType) -> list[dis.Instruction]:
+    """The instances of one architecture run one code."""
+    return list(dis.get_instructions(code))
 
 
 def _own_containers(code: CodeType) -> frozenset[str]:

@@ -141,7 +141,8 @@ class Prepared:
         try:
             if not teach:
                 return self.model(*self.args, **self.kwargs)
-            lesson = learn(self.model, self.args, self.kwargs, self.arranged)
+            with compat.paused_collector():
+                lesson = learn(self.model, self.args, self.kwargs, self.arranged)
         except MuxError:
             raise
         except Exception as error:

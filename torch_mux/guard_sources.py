@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,11 @@ _ACCESSORS: dict[str | None, str] = {
     "list.__getitem__": "item",
     "tuple.__getitem__": "item",
 }
+
+
+#: A name with attributes and plain keys behind it, as nearly all are, and its steps.
+_PLAIN = re.compile(r"([LG])\['(\w+)'\]((?:\.[^\W\d]\w*|\['[^'\\]*'\]|\[(?:0|[1-9][0-9]*)\])*)")
+_STEP = re.compile(r"\.(\w+)|\['([^'\\]*)'\]|\[([0-9]+)\]")
 
 
 class Unwatchable(Exception):
@@ -85,6 +91,22 @@ def steps_of(name: str) -> tuple[tuple[str, Any], ...]:
     Raises:
         Unwatchable: not a chain of attributes and items that starts at a local or global name.
     """
+    plain = _PLAIN.fullmatch(name)
+    return _parsed(name) if plain is None else _plain_steps(plain)
+
+
+def _plain_steps(match: re.Match[str]) -> tuple[tuple[str, Any], ...]:
+    scope, root, rest = match.groups()
+    found: list[tuple[str, Any]] = [(scope, root)]
+    for attribute, key, index in _STEP.findall(rest):
+        if attribute:
+            found.append(("attribute", attribute))
+        else:
+            found.append(("item", int(index) if index else key))
+    return tuple(found)
+
+
+def _parsed(name: str) -> tuple[tuple[str, Any], ...]:
     try:
         node: ast.expr = ast.parse(name, mode="eval").body
     except SyntaxError:

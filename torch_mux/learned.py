@@ -219,13 +219,14 @@ def _snapshot(
 ) -> tuple[list[dict[str, Any]], list[int | None]]:
     modules = list(module.modules()) if module is not None else []
     tables = [dict(table) for m in modules for table in (m.__dict__, m._parameters, m._buffers, m._modules)]
-    return tables, _versions(module, leaves)
+    return tables, _versions(modules, leaves)
 
 
-def _versions(module: nn.Module | None, leaves: Sequence[Any]) -> list[int | None]:
+def _versions(modules: Sequence[nn.Module], leaves: Sequence[Any]) -> list[int | None]:
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if module is not None:
-        tensors += [*module.parameters(), *module.buffers()]
+    for module in modules:
+        tensors += [tensor for tensor in module._parameters.values() if tensor is not None]
+        tensors += [tensor for tensor in module._buffers.values() if tensor is not None]
     return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 

@@ -1,59 +1,134 @@
-"""The garbage collector is held off while somebody traces, and only then."""
+"""The garbage collector rests while somebody traces and until a quiet moment after, and only then."""
 
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from torch_mux import backend, compat
+import torch_mux
+from torch_mux import backend
+from torch_mux.compat.collector import Rest
+
+BEFORE = (701, 11, 9)
 
 
-def test_it_is_on_again_after_the_last_of_several_threads() -> None:
+@pytest.fixture(autouse=True)
+def thresholds() -> Iterator[None]:
+    found = gc.get_threshold()
+    gc.set_threshold(*BEFORE)
+    yield
+    gc.set_threshold(*found)
+
+
+def resting() -> bool:
+    return gc.get_threshold()[0] == 0
+
+
+def goes_on(within: float = 10.0) -> bool:
+    deadline = time.monotonic() + within
+    while resting() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return gc.get_threshold() == BEFORE
+
+
+def test_it_goes_on_after_the_last_of_several_threads() -> None:
+    rest = Rest(quiet=0.05)
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with compat.paused_collector():
+        with rest.paused():
             inside.set()
             leave.wait(10)
 
     thread = threading.Thread(target=other)
-    with compat.paused_collector():
+    with rest.paused():
         thread.start()
-        assert inside.wait(10) and not gc.isenabled()
-    assert not gc.isenabled()
+        assert inside.wait(10) and resting()
+    time.sleep(0.2)
+    assert resting()
     leave.set()
     thread.join(10)
-    assert gc.isenabled()
+    assert goes_on()
 
 
-def test_what_a_user_turned_off_stays_off_and_errors_turn_it_on() -> None:
-    gc.disable()
+def test_it_rests_through_a_pause_between_two_traces() -> None:
+    rest = Rest(quiet=0.5)
+    for _ in range(4):
+        with rest.paused():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert resting()
+    assert goes_on()
+
+
+def test_traces_one_after_another_do_not_put_it_off_for_ever() -> None:
+    rest = Rest(quiet=60.0, longest=0.2)
+    with rest.paused():
+        pass
+    assert resting()
+    time.sleep(0.3)
+    with rest.paused():
+        pass
+    assert gc.get_threshold() == BEFORE
+
+
+def test_what_a_user_sets_meanwhile_stays() -> None:
+    rest = Rest(quiet=0.05)
+    with rest.paused():
+        gc.set_threshold(5000, 20, 20)
+        assert gc.isenabled()
+        gc.disable()
+    time.sleep(0.3)
     try:
-        with compat.paused_collector():
-            pass
-        assert not gc.isenabled()
+        assert gc.get_threshold() == (5000, 20, 20) and not gc.isenabled()
     finally:
         gc.enable()
-    with pytest.raises(ValueError, match="trace"), compat.paused_collector():
+    gc.set_threshold(0)
+    with rest.paused():
+        pass
+    time.sleep(0.3)
+    assert resting()
+
+
+def test_an_error_inside_ends_it() -> None:
+    rest = Rest(quiet=0.05)
+    with pytest.raises(ValueError, match="trace"), rest.paused():
         raise ValueError("trace")
-    assert gc.isenabled()
+    assert goes_on()
 
 
-def test_first_calls_pause_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_it_goes_on_in_a_forked_child() -> None:
+    rest = Rest(quiet=0.05)
+    os.register_at_fork(after_in_child=rest.after_fork)
+    with rest.paused():
+        child = os.fork()
+        if not child:
+            os._exit(0 if gc.get_threshold() == BEFORE else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert goes_on()
+
+
+def test_it_rests_from_a_first_trace_to_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     capture = backend._capture
 
     def watching(*args: Any) -> Any:
-        seen.append(gc.isenabled())
+        seen.append(resting())
         return capture(*args)
 
     monkeypatch.setattr(backend, "_capture", watching)
     model: Any = torch.compile(nn.Linear(4, 4).eval(), backend="mux", dynamic=False)
     with torch.no_grad():
-        model(torch.randn(1, 4))
-    assert seen == [False] and gc.isenabled()
+        torch_mux.gather((model, torch.randn(1, 4)))
+    assert seen == [True] and resting()
+    assert goes_on()
