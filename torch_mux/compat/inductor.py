@@ -1,4 +1,7 @@
-"""Symbolic sizes, tracing with them, AOTAutograd and Inductor on a plain graph, precision flags."""
+"""Symbolic sizes, tracing with them, AOTAutograd and Inductor on a plain graph, precision flags.
+
+Inductor's compiler is imported where something is compiled: a warm start compiles nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,6 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as _config
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.fx_passes.replace_random import replace_random_passes
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
@@ -112,6 +112,9 @@ def symbolic_world() -> SymbolicWorld:
 
 def trace_graph(function: Callable[..., Any], fakes: Sequence[Tensor]) -> GraphModule:
     """``function`` over ``fakes``, whose mode must be active, as an ATen graph decomposed for Inductor."""
+    import torch._inductor.compile_fx  # noqa: F401  decompositions count on it
+    from torch._inductor.decomposition import select_decomp_table
+
     return make_fx(function, decomposition_table=select_decomp_table())(*fakes)
 
 
@@ -130,6 +133,9 @@ def inductor_compile(
     graph: GraphModule, fakes: Sequence[Any], mode: FakeTensorMode
 ) -> Callable[[list[Any]], Any]:
     """Inductor's code for an inference graph; it takes its arguments as one list, which it empties."""
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.replace_random import replace_random_passes
+
     with torch.no_grad(), tracing(TracingContext(mode)), _plain_launches():
         with V.set_fake_mode(mode):
             replace_random_passes(graph)  # the inner compile has no code for random operations as they are
