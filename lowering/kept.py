@@ -14,9 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from torch_mux import compat
 
-__all__ = ["Damaged", "digest_of", "read", "sources", "write"]
+__all__ = ["Damaged", "digest_of", "model_of", "read", "sources", "write"]
 
 _DIGEST: Final = hashlib.sha256().digest_size
 _SOURCES: Final = ("*.py", "*.json", "*.cpp", "*.h")
@@ -39,6 +41,14 @@ def sources() -> str:
 def digest_of(*parts: object) -> str:
     """A name for what these, by their texts, and lowering's sources decide."""
     return hashlib.sha256(repr((*parts, sources())).encode()).hexdigest()
+
+
+def model_of(device: torch.device) -> tuple[object, ...]:
+    """A device and what kind of GPU it is."""
+    if device.type != "cuda":
+        return (str(device),)
+    found = torch.cuda.get_device_properties(device)
+    return (str(device), found.name, found.major, found.minor, found.multi_processor_count)
 
 
 def write(folder: str, name: str, payload: bytes) -> None:

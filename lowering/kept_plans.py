@@ -24,7 +24,7 @@ from .graphs import call_nodes
 from .program import Program
 from .recipe import PlanRecipe
 
-__all__ = ["load", "name_of", "save"]
+__all__ = ["load", "name_of", "operator_of", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +42,12 @@ def name_of(program: Program) -> str | None:
         for node in call_nodes(program.graph.graph)
     ):
         return None
-    device, gpu = program.device, None
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        gpu = (found.name, found.major, found.minor, found.multi_processor_count)
-    return kept.digest_of(program.fingerprint, str(device), gpu, compat.tf32_allowed(), compat.surroundings())
+    model = kept.model_of(program.device)
+    return kept.digest_of(program.fingerprint, model, compat.tf32_allowed(), compat.surroundings())
 
 
-def _operator(name: str, overload: str) -> Any:
+def operator_of(name: str, overload: str) -> Any:
+    """The operator of a schema."""
     namespace, _, packet = name.partition("::")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
@@ -83,7 +81,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch._ops.OpOverload):
-            return _operator, (value._schema.name, value._overloadname)
+            return operator_of, (value._schema.name, value._overloadname)
         if isinstance(value, ModuleType):
             return importlib.import_module, (value.__name__,)
         if isinstance(value, GraphModule):

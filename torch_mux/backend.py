@@ -208,7 +208,14 @@ def _capture(
     gm: GraphModule, example_inputs: Sequence[Any], name: str, guards: tuple[str, ...], graph_break: bool
 ) -> Callable[..., Any]:
     from torch_mux.lowering.capture import capture
+    from torch_mux.lowering import kept_programs
     from torch_mux.lowering.family import Family, Unspecialisable
+
+    kept = kept_programs.name_of(gm, example_inputs) if state.settings().keep_plans else None
+    found = None if kept is None else kept_programs.load(kept, name)
+    if found is not None:
+        log.info("%s is program %s, from disk", name, found.fingerprint[:12])
+        return _unboxed(Entry(found, guards, graph_break))
 
     def compiler(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         if compat.has_effect_tokens():
@@ -220,6 +227,8 @@ def _capture(
             return FamilyEntry(family, guards, graph_break)
         program = capture(graph, static, name)
         log.info("captured %s as program %s", name, program.fingerprint[:12])
+        if kept is not None:
+            kept_programs.save(kept, program)
         return Entry(program, guards, graph_break)
 
     try:

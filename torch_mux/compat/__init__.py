@@ -37,6 +37,11 @@ from .first_calls import (
     cache_entries,
     install_first_call_guard,
 )
+from .graph_state import (
+    graph_state,
+    input_facts,
+    only_passes_on,
+)
 from .inductor import (
     SymbolicWorld,
     aot_inference,
@@ -93,6 +98,7 @@ __all__ = [
     "frame_guards",
     "frame_name",
     "frame_owner",
+    "graph_state",
     "green",
     "guard_synchronize",
     "has_effect_tokens",
@@ -102,6 +108,7 @@ __all__ = [
     "inductor_key",
     "inductor_load",
     "inductor_settings",
+    "input_facts",
     "install_first_call_guard",
     "install_tracing_check",
     "is_current",
@@ -111,6 +118,7 @@ __all__ = [
     "keep_launchers_apart",
     "native",
     "on_stream",
+    "only_passes_on",
     "original_module",
     "paused_collector",
     "plain_tracing",
