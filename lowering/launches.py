@@ -16,6 +16,8 @@ from torch_mux import compat
 
 from .coalesce import SlotSpace
 from .graphs import call_nodes
+from .kernels import ahead
+from .kernels.code import Code
 from .kernels.interception import recording
 
 if TYPE_CHECKING:
@@ -84,6 +86,20 @@ class KernelCalls:
                 except Exception:  # whoever runs the operator gets this error; here it only costs time
                     log.info("what %s launches is not known ahead", operator, exc_info=True)
         return found
+
+    def begin(self, device: torch.device) -> dict[int, tuple[Code, ...]]:
+        """Has the first sizes' kernels compiled on other threads; what they are, where that can be kept.
+
+        Replaying the operators to find that out takes longer than loading the kernels.
+        """
+        ready: dict[int, tuple[Code, ...]] = {}
+        if device.type == "cuda":
+            for size in ahead.FIRST_SIZES:
+                codes = {launch.variant: launch.code for launch in self.launches(size) if launch.grid}
+                ahead.builder.begin(codes.values())
+                if all(code.named for code in codes.values()):
+                    ready[size] = tuple(codes.values())
+        return ready
 
 
 def _frozen(value: Any) -> Any:

@@ -33,9 +33,9 @@ from .segments import Segment, cut, single_slot, trace
 from .storage import Layout, Storage
 
 if TYPE_CHECKING:
-    from .kernels.common import Launch
+    from .kernels.code import Buildable
 
-__all__ = ["CompiledPlan", "PlanReport", "compile_plan", "stack_buffer"]
+__all__ = ["CompiledPlan", "PlanReport", "compile_plan", "find_plan", "stack_buffer"]
 
 log = logging.getLogger(__name__)
 _KERNELS: dict[Any, str] = {
@@ -126,10 +126,16 @@ class CompiledPlan:
             environment.update(zip(step.recipe.results, results, strict=True))
         return [environment[index] for index in self._outputs]
 
-    def launches(self, slots: int) -> list[Launch]:
+    def launches(self, slots: int) -> list[Buildable]:
         """The super-kernels that :meth:`run` launches for a bundle of ``slots`` slots."""
-        kernels = [step.recipe.kernels for step in self._steps]
-        return [launch for each in kernels if each is not None for launch in each.launches(slots)]
+        found: list[Buildable] = []
+        for step in self._steps:
+            ready, kernels = step.recipe.ready.get(slots), step.recipe.kernels
+            if ready is not None:
+                found += ready
+            elif kernels is not None:
+                found += kernels.launches(slots)
+        return found
 
     def _run_slots(self, step: _Step, rows: Tensor, gathered: Sequence[Tensor]) -> list[Tensor]:
         stacked = [stack_buffer(spec, rows.shape[0]) for spec in step.recipe.specs]
@@ -151,6 +157,16 @@ class CompiledPlan:
         return outputs
 
 
+def find_plan(program: Program, settings: Settings) -> CompiledPlan | None:
+    """The plan that an earlier process left on disk, or None. Traces nothing and needs no lock."""
+    if program.fallback is not None or not settings.keep_plans or _without_triton(program) is not None:
+        return None
+    compat.native.build()
+    name = kept_plans.name_of(program)
+    found = None if name is None else kept_plans.load(name)
+    return None if found is None else _restored(program, *found)
+
+
 def compile_plan(program: Program, settings: Settings) -> CompiledPlan:
     """Lowers and compiles ``program``; takes seconds. The caller holds the compile lock."""
     compat.native.build()
@@ -160,7 +176,7 @@ def compile_plan(program: Program, settings: Settings) -> CompiledPlan:
     if missing is not None:
         return _whole(program, _every(program, missing))
     try:
-        return _coalesced(program, settings)
+        return _lowered(program, settings, kept_plans.name_of(program) if settings.keep_plans else None)
     except Exception as error:
         log.warning("%s does not coalesce: %s", program.name, error, exc_info=True)
         return _whole(program, _every(program, _failed(program, error)))
@@ -229,13 +245,6 @@ def _fake(spec: TensorSpec, world: compat.SymbolicWorld) -> Tensor:
         return torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
 
 
-def _coalesced(program: Program, settings: Settings) -> CompiledPlan:
-    name = kept_plans.name_of(program) if settings.keep_plans else None
-    kept = None if name is None else kept_plans.load(name)
-    plan = None if kept is None else _restored(program, *kept)
-    return plan if plan is not None else _lowered(program, settings, name)
-
-
 def _restored(program: Program, recipe: PlanRecipe, keys: Sequence[str]) -> CompiledPlan | None:
     """The plan of an earlier process, or None where Inductor's cache has lost a part of it."""
     storage = Storage(program.fingerprint, program.device, recipe.prepare, recipe.layout, recipe.storage)
@@ -258,7 +267,8 @@ def _found(step: StepRecipe, key: str, layout: Layout, device: torch.device) -> 
     if not step.coalesced:
         world = compat.symbolic_world()
         return compat.inductor_load(key, [_fake(spec, world) for spec in step.arguments], world.mode)
-    _begin(step.kernels, device)
+    for codes in step.ready.values():
+        ahead.builder.begin(codes)
     space = SlotSpace.create(device, layout)
     fakes = [*space.arguments, *map(space.stacked, step.arguments)]
     return compat.inductor_load(key, fakes, space.shapes.mode)
@@ -319,13 +329,6 @@ def _copy_graph(module: GraphModule) -> torch.fx.Graph:
     return graph
 
 
-def _begin(kernels: KernelCalls | None, device: torch.device) -> None:
-    """Has the super-kernels compiled on other threads, while Inductor compiles the rest or loads it."""
-    if kernels is not None and device.type == "cuda":
-        for size in ahead.FIRST_SIZES:
-            ahead.builder.begin(kernels.launches(size))
-
-
 def _step(
     body: GraphModule,
     segment: Segment,
@@ -334,11 +337,12 @@ def _step(
     numbers: dict[Node, int],
 ) -> _Step:
     kernels: KernelCalls | None = None
+    ready: dict[int, Any] = {}
     if segment.coalesced:
         arguments = tuple(TensorSpec.of(fake_of(node)) for node in segment.inputs)
         graph, space, fakes = trace(body, segment, storage.layout, storage.device, storage.key, allow_tf32)
         kernels = KernelCalls.of(graph, space)
-        _begin(kernels, storage.device)
+        ready = kernels.begin(storage.device)
         artifact = compat.inductor_compile(graph, fakes, space.shapes.mode)
         slots, rows = space.limits()
         if min(slots, rows) < 1:
@@ -357,6 +361,7 @@ def _step(
         slots,
         rows,
         kernels,
+        ready,
     )
     return _Step(recipe, artifact)
 

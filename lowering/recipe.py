@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch_mux.types import FallbackReason, TensorSpec
 
+from .kernels.code import Code
 from .launches import KernelCalls
 from .prepare import Prepare
 from .storage import Layout
@@ -52,6 +53,7 @@ class StepRecipe:
         specs: one slot's specs of the results.
         slots, rows: the most of each that the code is right for.
         kernels: the super-kernels of a coalesced segment.
+        ready: their code at the bundle sizes that are made ready first, on a GPU.
     """
 
     coalesced: bool
@@ -63,6 +65,7 @@ class StepRecipe:
     slots: int
     rows: int
     kernels: KernelCalls | None = None
+    ready: dict[int, tuple[Code, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch_mux.types import FallbackReason
 
 if TYPE_CHECKING:
     from torch_mux.lowering.plan import CompiledPlan
+    from torch_mux.runtime.executors.base import Executor
     from torch_mux.runtime.served import ServedProgram
 
 __all__ = ["CompilePlan", "Compiler"]
@@ -50,6 +51,11 @@ class Compiler:
     def first(self, served: ServedProgram) -> None:
         """The plan of a program, or why there is none."""
         executor, started = served.dispatcher.executor, self._clock()
+        with compat.quick_switching():
+            self._make(served, executor)
+        served.finished(self._clock() - started)
+
+    def _make(self, served: ServedProgram, executor: Executor) -> None:
         try:
             plan = served.plan = self._plan(served.program)
             if plan.coalesced:
@@ -64,7 +70,6 @@ class Compiler:
         else:
             kind = "coalesced" if plan.coalesced else "per instance"
             logger.debug("%s is ready, %s", served.program.name, kind)
-        served.finished(self._clock() - started)
 
     def detour(self, served: ReferenceType[ServedProgram], reason: FallbackReason) -> None:
         """The per-instance plan of a program, if it is still there, whose own plan is to be retired."""
@@ -73,13 +78,31 @@ class Compiler:
             found.detour = self._plan(replace(found.program, fallback=reason))
 
     def _plan(self, program: Program) -> CompiledPlan:
-        with self._lock, compat.paused_collector():
-            if self.compile_plan is None:
-                from torch_mux.lowering.plan import compile_plan
-
-                self.compile_plan = compile_plan
-            plan = self.compile_plan(program, self._settings())
+        with compat.paused_collector():
+            plan = self._found(program)
+            if plan is None:
+                with self._lock:
+                    plan = self._compiled(program)
             if program.device.type == "cuda":
                 # Tables and constants were written on this thread's stream; lanes do not wait for it.
                 torch.cuda.current_stream(program.device).synchronize()
         return plan
+
+    def _found(self, program: Program) -> CompiledPlan | None:
+        """What an earlier process left, while others compile."""
+        if self.compile_plan is not None:
+            return None
+        from torch_mux.lowering.plan import find_plan
+
+        try:
+            return find_plan(program, self._settings())
+        except Exception:  # it is made anew
+            logger.warning("the plan of %s on disk is of no use", program.name, exc_info=True)
+            return None
+
+    def _compiled(self, program: Program) -> CompiledPlan:
+        if self.compile_plan is not None:
+            return self.compile_plan(program, self._settings())
+        from torch_mux.lowering.plan import compile_plan
+
+        return compile_plan(program, self._settings())

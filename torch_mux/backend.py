@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from torch_mux import compat, recording, state, together
 from torch_mux.breaks import continued
-from torch_mux.errors import RefreshNeeded, UnknownOption
+from torch_mux.errors import MuxError, RefreshNeeded, UnknownOption
 from torch_mux.quotas import current_quota
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
@@ -207,15 +207,15 @@ def _report_eager(code: CodeType, owner: object, limit: bool) -> None:
 def _capture(
     gm: GraphModule, example_inputs: Sequence[Any], name: str, guards: tuple[str, ...], graph_break: bool
 ) -> Callable[..., Any]:
-    from torch_mux.lowering.capture import capture
     from torch_mux.lowering import kept_programs
+    from torch_mux.lowering.capture import capture
     from torch_mux.lowering.family import Family, Unspecialisable
 
     kept = kept_programs.name_of(gm, example_inputs) if state.settings().keep_plans else None
     found = None if kept is None else kept_programs.load(kept, name)
     if found is not None:
         log.info("%s is program %s, from disk", name, found.fingerprint[:12])
-        return _unboxed(Entry(found, guards, graph_break))
+        return _unboxed(_started(Entry(found, guards, graph_break)))
 
     def compiler(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         if compat.has_effect_tokens():
@@ -283,6 +283,15 @@ def _bare(gm: GraphModule) -> GraphModule:
         mapping[node] = graph.node_copy(node, lambda source: mapping[source])
         mapping[node].meta = {}
     return GraphModule(gm, graph)
+
+
+def _started(entry: Entry) -> Entry:
+    """``entry``, whose plan is loaded from now on, beside what Dynamo still does."""
+    try:
+        _ = entry.engine
+    except MuxError as error:  # whoever calls it is told
+        log.debug("its plan is not loaded yet: %s", error)
+    return entry
 
 
 def _unboxed(entry: Entry) -> Callable[..., Any]:

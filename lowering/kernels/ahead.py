@@ -14,14 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from torch_mux import compat
 
 if TYPE_CHECKING:
-    from torch_mux.lowering.kernels.common import Launch
+    from torch_mux.lowering.kernels.code import Buildable
 
 __all__ = ["FIRST_SIZES", "Builder", "builder"]
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 FIRST_SIZES: Final = (1, 2, 16)
 
 
-def _build(launch: Launch) -> None:
+def _build(launch: Buildable) -> None:
     with torch.cuda.device(launch.device):
         launch.build()
 
@@ -52,7 +52,7 @@ class Builder:
         threads: most that work at once; as many as the process may use processors by default.
     """
 
-    def __init__(self, build: Callable[[Launch], object] = _build, threads: int | None = None) -> None:
+    def __init__(self, build: Callable[[Any], object] = _build, threads: int | None = None) -> None:
         self._build = build
         self._limit = threads or _processors()
         self._start()
@@ -60,10 +60,10 @@ class Builder:
     def _start(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[Hashable, Future[None]] = {}
-        self._queue: deque[tuple[Hashable, Launch]] = deque()
+        self._queue: deque[tuple[Hashable, Buildable]] = deque()
         self._threads: set[threading.Thread] = set()
 
-    def begin(self, launches: Iterable[Launch]) -> list[Future[None]]:
+    def begin(self, launches: Iterable[Buildable]) -> list[Future[None]]:
         """Starts on what is not known yet; returns a future a launch, which never raises."""
         found: list[Future[None]] = []
         with self._lock:
@@ -82,7 +82,7 @@ class Builder:
                 thread.start()
         return found
 
-    def finish(self, launches: Iterable[Launch]) -> None:
+    def finish(self, launches: Iterable[Buildable]) -> None:
         """Returns when the kernels of all of these are ready, failed or were dropped by :meth:`close`."""
         wait(self.begin(launches))
 

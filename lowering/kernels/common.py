@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_mux import compat
+from torch_mux.lowering.kernels.code import Code
 from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Problems, Tile, Vector
 from torch_mux.lowering.kernels.interception import Turn, handed
 from torch_mux.lowering.kernels.operation import Operation
@@ -232,26 +233,21 @@ class Launch:
         return options
 
     @property
-    def variant(self) -> Hashable:
-        """Equal for launches that run the same machine code."""
-        kinds = [
-            argument
-            if parameter.is_constexpr or not parameter.do_not_specialize or argument is None
-            else -(2**31) <= argument < 2**31
-            for parameter, argument in zip(self.kernel.params, self._types(), strict=True)
-        ]
-        return (id(self.kernel), self.device, *kinds, *self.options.items())
-
-    def _types(self) -> list[Any]:
-        """The arguments in order, of tensors their dtypes, which Triton takes as aligned to 16 bytes."""
+    def code(self) -> Code:
+        """What it runs."""
         named = self.named
         values = [named[parameter.name] for parameter in self.kernel.params]
-        return [value.dtype if isinstance(value, Tensor) else value for value in values]
+        types = tuple(value.dtype if isinstance(value, Tensor) else value for value in values)
+        return Code(self.kernel, types, self.grid, self.device, tuple(self.options.items()))
+
+    @property
+    def variant(self) -> Hashable:
+        """Equal for launches that run the same machine code."""
+        return self.code.variant
 
     def build(self) -> None:
         """Compiles the kernel, or finds it in Triton's cache, and loads it on the current device."""
-        compiled = self.kernel.warmup(*self._types(), grid=(self.grid,), **self.options)
-        _ = compiled.run  # loads the code and compiles the launcher
+        self.code.build()
 
     def run(self) -> None:
         """Launches on the current stream, or has whoever intercepts this thread's work see to it.

@@ -22,7 +22,7 @@ from torch_mux.runtime.served import ServedProgram
 from torch_mux.types import TensorSpec
 
 if TYPE_CHECKING:
-    from torch_mux.lowering.kernels.common import Launch
+    from torch_mux.lowering.kernels.code import Buildable
 
 __all__ = ["Capturer", "Move", "Steps", "idle_table"]
 
@@ -67,7 +67,7 @@ class Steps:
         for index, (spec, result) in enumerate(zip(specs, results, strict=True)):
             self._scatter(result, layout.output(table, index), control, spec.strides)
 
-    def launches(self, served: ServedProgram, slots: int) -> list[Launch]:
+    def launches(self, served: ServedProgram, slots: int) -> list[Buildable]:
         """The super-kernels that :meth:`run` launches for ``slots`` slots, found without the device."""
         program = served.program
         layout = TableLayout.of(program, slots)

@@ -73,6 +73,7 @@ from .streams import (
     is_device_error,
     on_stream,
 )
+from .switching import quick_switching
 from .tracing import install_tracing_check
 from .user_kernels import user_kernel
 
@@ -123,6 +124,7 @@ __all__ = [
     "paused_collector",
     "plain_tracing",
     "precision_state",
+    "quick_switching",
     "raise_recompile_limits",
     "ranges",
     "replayed_constructors",

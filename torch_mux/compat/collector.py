@@ -25,7 +25,7 @@ class Rest:
 
     Args:
         quiet: seconds after the last exit before the collector goes on.
-        longest: seconds since the first entry after which it goes on at the next moment that nobody is inside.
+        longest: seconds since the first entry after which it goes on as soon as nobody is inside.
     """
 
     def __init__(self, quiet: float = _QUIET, longest: float = _LONGEST) -> None:

@@ -34,9 +34,9 @@ def graph_state() -> str | None:
     if active_modes() or torch._C._is_any_autocast_enabled():
         return None
     switches = [(name, getattr(torch._C, name)()) for name in _SWITCHES if hasattr(torch._C, name)]
-    registered: Any = torch.library._impls  # type: ignore[attr-defined]
+    registered: Any = torch.library._impls
     own = sorted(name for name in registered if name.startswith("aten/") and not name.endswith("/Meta"))
-    configuration: dict[str, Any] = config.save_config_portable()  # type: ignore[attr-defined]
+    configuration: dict[str, Any] = config.save_config_portable()
     parts = (
         surroundings(),
         precision_state(),
