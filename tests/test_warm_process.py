@@ -40,7 +40,8 @@ for name in sys.argv[2:]:
 assert state.engine().compile_thread.quiesce(300, Rank.AHEAD)
 found = counters["inductor"]
 names = ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")
-print(json.dumps([*(found[name] for name in names), sum(compiled)]))
+loaded = "torch._inductor.select_algorithm" in sys.modules or "torch._inductor.graph" in sys.modules
+print(json.dumps([*(found[name] for name in names), sum(compiled), loaded]))
 """
 
 
@@ -56,6 +57,7 @@ def _run(folder: Path, device: str, *names: str, plans: bool = False) -> list[in
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     counts: list[int] = json.loads(done.stdout.splitlines()[-1])
+    assert counts.pop() == (not plans or counts[1] > 0), "Inductor's compiler is there where it compiles"
     return counts
 
 

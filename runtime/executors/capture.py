@@ -133,8 +133,8 @@ class Capturer:
     def rehearse(self, served: ServedProgram, most: int) -> None:
         """Has the kernels of a new plan ready at the first sizes, and later at all others up to ``most``.
 
-        It runs once at each of the first sizes. A plan with segments that run per instance reads the rows of
-        instances there are, so that it has no rehearsal.
+        It runs once: what is not a super-kernel is the same code at every size. A plan with segments that run
+        per instance reads the rows of instances there are, so that it has no rehearsal.
         """
         self._build(served, FIRST_SIZES)
         device = served.program.device
@@ -145,8 +145,7 @@ class Capturer:
                 torch.cuda.stream(self._side(device)),
                 torch.inference_mode(),
             ):
-                for slots in FIRST_SIZES:
-                    self._rehearse(served, TableLayout.of(served.program, slots))
+                self._rehearse(served, TableLayout.of(served.program, FIRST_SIZES[0]))
         with self._lock:
             self._rehearsed.add(served)
         self._build_later(served, _likely_first(most))

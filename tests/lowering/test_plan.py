@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_mux.lowering.kernels import ahead
+from torch_mux.lowering.kernels.code import Code
 from torch_mux.lowering.plan import CompiledPlan, compile_plan, stack_buffer
 from torch_mux.lowering.program import Program
 from torch_mux.settings import Settings
@@ -193,6 +198,34 @@ def test_precision_of_half(program_of: Callable[..., Program]) -> None:
         error = (result.double() - exact).norm() / exact.norm()
         eager = (F.gelu(F.linear(x, w, b)).double() - exact).norm() / exact.norm()
         assert error <= 1.1 * eager
+
+
+def test_the_first_sizes_kernels_are_kept_with_a_plan(
+    program_of: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, make, shapes = SHAPES["encoder"]
+    weights = [torch.randn(shape) for shape in shapes]
+    plan = compile_plan(program_of(function, [make()], weights), Settings())
+    begun: list[Any] = []
+    monkeypatch.setattr(ahead, "builder", SimpleNamespace(begin=begun.extend))
+    (step,) = plan._steps
+    assert step.recipe.kernels is not None
+    assert step.recipe.kernels.begin(torch.device("cpu")) == {} and not begun
+    ready = pickle.loads(pickle.dumps(step.recipe.kernels.begin(torch.device("cuda"))))
+    assert sorted(ready) == [1, 2, 16] and len(begun) == sum(map(len, ready.values()))
+    kept = CompiledPlan(
+        plan.program,
+        plan.reasons,
+        plan.report,
+        plan.storage,
+        (replace(step, recipe=replace(step.recipe, ready=ready)),),
+        plan._outputs,
+        None,
+    )
+    for slots in (1, 2, 16, 3):
+        known, asked = kept.launches(slots), plan.launches(slots)
+        assert all(isinstance(one, Code) == (slots != 3) for one in known)
+        assert {one.variant for one in known} == {one.variant for one in asked}
 
 
 def test_a_plan_tells_what_it_launches_at_every_size(program_of: Callable[..., Program]) -> None:

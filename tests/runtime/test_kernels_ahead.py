@@ -57,6 +57,23 @@ def test_the_first_sizes_now_and_all_others_later() -> None:
     thread.close(10)
 
 
+def test_the_end_of_a_job_is_no_quiet_moment() -> None:
+    thread, order = CompileThread(quiet=0.5), []
+    ended: list[float] = []
+
+    def slow() -> None:
+        time.sleep(0.7)
+        ended.append(time.monotonic())
+
+    thread.submit(slow)
+    thread.submit(lambda: order.append(time.monotonic()), Rank.AHEAD)
+    deadline = time.monotonic() + 10
+    while not order and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert order[0] - ended[0] >= 0.45
+    thread.close(10)
+
+
 @pytest.mark.parametrize("awaited", [False, True])
 def test_what_nobody_waits_for_is_compiled_one_after_another(awaited: bool) -> None:
     thread, builder = CompileThread(quiet=30.0 if awaited else 0.0), Recorded()

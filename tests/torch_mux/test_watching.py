@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from torch_mux.guard_sources import _parsed, steps_of
 from torch_mux.recording import Frame
 from torch_mux.watching import Reached, Structure, Unwatchable, watches
 
@@ -128,3 +130,35 @@ def test_a_tensor_that_is_no_buffer_is_refused() -> None:
     model.table = torch.arange(3)
     with pytest.raises(Unwatchable, match="neither argument, parameter nor buffer"):
         reach(model, "L['self'].table")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "L['self']",
+        "L['self'].cfg['k']",
+        "L['self']._modules['layer1']._modules['0'].conv1.weight",
+        "G['table'][0].a_1['two words'][12]",
+        "L['x'].__dict__['é']",
+        'L["self"].a',
+        "L['self'].a[-1]",
+        "L['it\\'s'].a",
+        "L['self'].a[b'k']",
+        "L['self'].a[007]",
+        "L['self'].f().a",
+        "getattr(L['self'].a, 'b').c",
+        "list(dict.keys(L['self'].d))[0]",
+        "type(L['self'].a)",
+        "L['self'] .a",
+        "L.self",
+        "M['self'].a",
+    ],
+)
+def test_plain_sources_mean_what_python_reads(name: str) -> None:
+    def read(how: Callable[[str], object]) -> object:
+        try:
+            return how(name)
+        except Unwatchable as error:
+            return str(error)
+
+    assert read(steps_of) == read(_parsed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 
 from torch_mux import compat
 from torch_mux.lowering.kernels.ahead import Builder
+from torch_mux.lowering.kernels.code import Code
 from torch_mux.lowering.kernels.common import Launch
 from torch_mux.lowering.kernels.data import Part
 from torch_mux.lowering.kernels.interception import recording
@@ -93,6 +95,34 @@ def test_a_variant_is_built_once() -> None:
     builder.finish(same)
     assert {launch.variant for launch in built} == {same[0].variant, other.variant}
     assert len(built) == 2
+
+
+def test_code_is_named_as_its_launch_in_later_processes() -> None:
+    for launch in (linear(2), linear(16, n=24)):
+        again = pickle.loads(pickle.dumps(launch.code))
+        assert again == launch.code and again.named
+        assert again.variant == launch.variant and again.kernel is launch.kernel
+
+
+def test_the_kernel_of_a_function_is_found_by_no_name() -> None:
+    @triton.jit
+    def local(x) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    assert not Code(local, (HALF,), 1, torch.device("cpu"), ()).named
+
+
+def test_launches_find_what_was_built_by_name(driver: FakeDriver) -> None:
+    codes = pickle.loads(pickle.dumps([linear(slots).code for slots in (1, 2, 16)]))
+    Builder(lambda code: code.build()).finish(codes)
+    compiled: list[str] = []
+    triton.knobs.runtime.jit_cache_hook = lambda **found: compiled.append(found["repr"])
+    try:
+        for slots in (1, 2, 16):
+            linear(slots).run()
+    finally:
+        triton.knobs.runtime.jit_cache_hook = None
+    assert compiled == [] and driver.launches == 3
 
 
 def test_several_are_built_at_once() -> None:
