@@ -11,11 +11,9 @@ import dataclasses
 import io
 import logging
 import operator
-import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final
 
 import torch
@@ -35,7 +33,6 @@ __all__ = ["load", "name_of", "save"]
 log = logging.getLogger(__name__)
 
 _FOLDER: Final = "programs"
-_FUNCTIONS: Final = (torch, torch.nn.functional, torch.functional, torch._C._nn, operator)
 _CONSTANTS: Final = (
     int,
     float,
@@ -49,7 +46,6 @@ _CONSTANTS: Final = (
     torch.layout,
     torch.memory_format,
 )
-_TORCH: Final = str(torch.__path__[0]) + os.sep
 
 
 class _Unknown(Exception):
@@ -114,22 +110,10 @@ def _text(graph: Graph) -> str:
 
 def _function(target: Any) -> str:
     """Where a function of PyTorch or of Python's operators is to be found."""
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
-        return str(target)
-    name = getattr(target, "__name__", "")
-    for module in _FUNCTIONS:
-        if name and not name.startswith("_") and getattr(module, name, None) is target and _original(target):
-            return f"{module.__name__}.{name}"
-    raise _Unknown(f"it calls {target}")
-
-
-def _original(function: Any) -> bool:
-    """Whether a function is PyTorch's own with all that it wraps, and not one that was put in its place."""
-    if not isinstance(function, FunctionType):
-        return isinstance(function, BuiltinFunctionType)
-    inner = [cell.cell_contents for cell in function.__closure__ or ()]
-    wrapped = [value for value in inner if isinstance(value, FunctionType)]
-    return function.__code__.co_filename.startswith(_TORCH) and all(map(_original, wrapped))
+    name = compat.public_name(target)
+    if name is None:
+        raise _Unknown(f"it calls {target}")
+    return name
 
 
 def _argument(value: Any, numbers: dict[Node, int]) -> str:

@@ -74,6 +74,7 @@ def test_a_kept_plan_finds_its_code_without_lowering(tmp_path: Path, monkeypatch
     assert _run(tmp_path, "cpu", "conv", "mlp", plans=True) == [1, 1, 0, 0]
     after = kept.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert _run(tmp_path, "cpu", "conv", "mlp", plans=True) == [2, 0, 0, 0]
 
 
 @pytest.mark.gpu
@@ -81,3 +82,11 @@ def test_kernels_are_found_as_well(tmp_path: Path) -> None:
     *inductor, compiled = _run(tmp_path, "cuda", "mlp", "conv")
     assert inductor == [0, 2, 0] and compiled > 0
     assert _run(tmp_path, "cuda", "conv", "mlp") == [2, 0, 0, 0]
+
+
+@pytest.mark.gpu
+def test_a_kept_plan_on_a_gpu_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_MUX_CACHE_DIR", str(tmp_path / "mux"))
+    *inductor, compiled = _run(tmp_path, "cuda", "mlp", "conv", plans=True)
+    assert inductor == [0, 2, 0] and compiled > 0
+    assert _run(tmp_path, "cuda", "conv", "mlp", plans=True) == [2, 0, 0, 0]

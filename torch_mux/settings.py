@@ -47,7 +47,7 @@ class Settings:
             for it.
         match: launches of programs that go out as one are made one where they match; off: they only run
             beside each other (``TORCH_MUX_MATCH``).
-        keep_plans: keep what lowering makes on disk for later processes (``TORCH_MUX_KEEP_PLANS``).
+        keep_plans: keep programs and plans on disk for later processes (``TORCH_MUX_KEEP_PLANS``).
     """
 
     enabled: bool = field(default_factory=lambda: _flag("TORCH_MUX_ENABLED", True))

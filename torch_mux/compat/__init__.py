@@ -41,6 +41,7 @@ from .graph_state import (
     graph_state,
     input_facts,
     only_passes_on,
+    public_name,
 )
 from .inductor import (
     SymbolicWorld,
@@ -124,6 +125,7 @@ __all__ = [
     "paused_collector",
     "plain_tracing",
     "precision_state",
+    "public_name",
     "quick_switching",
     "raise_recompile_limits",
     "ranges",

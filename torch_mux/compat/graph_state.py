@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+import os
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final
 
 import torch
@@ -16,7 +19,7 @@ from .dynamo import active_modes
 from .inductor import precision_state
 from .saved_code import surroundings
 
-__all__ = ["graph_state", "input_facts", "only_passes_on"]
+__all__ = ["graph_state", "input_facts", "only_passes_on", "public_name"]
 
 #: Switches by which composite operators choose among implementations.
 _SWITCHES: Final = (
@@ -27,6 +30,30 @@ _SWITCHES: Final = (
     *(f"_get_mkldnn_{name}" for name in ("enabled", "deterministic")),
     "_get_nnpack_enabled",
 )
+
+
+_FUNCTIONS: Final = (torch, torch.nn.functional, torch.functional, torch._C._nn, operator)
+_TORCH: Final = str(torch.__path__[0]) + os.sep
+
+
+def public_name(target: Any) -> str | None:
+    """Where a function of PyTorch's or one of Python's operators is to be found; None for all others."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target) if target.namespace == "aten" else None
+    name = getattr(target, "__name__", "")
+    for module in _FUNCTIONS:
+        if name and not name.startswith("_") and getattr(module, name, None) is target and _original(target):
+            return f"{module.__name__}.{name}"
+    return None
+
+
+def _original(function: Any) -> bool:
+    """Whether a function is PyTorch's own with all that it wraps, and not one that was put in its place."""
+    if not isinstance(function, FunctionType):
+        return isinstance(function, BuiltinFunctionType)
+    inner = [cell.cell_contents for cell in function.__closure__ or ()]
+    wrapped = [value for value in inner if isinstance(value, FunctionType)]
+    return function.__code__.co_filename.startswith(_TORCH) and all(map(_original, wrapped))
 
 
 def graph_state() -> str | None:
