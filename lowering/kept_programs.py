@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from torch_mux import compat
@@ -248,7 +249,7 @@ def _module(operations: Sequence[_Operation]) -> GraphModule:
             return {key: made(item) for key, item in value.items()}
         return value
 
-    with compat.fake_tensors():
+    with FakeTensorMode(allow_non_fake_inputs=True):  # as capture's
         for one in operations:
             node = graph.create_node(one.op, one.target, made(one.args), made(one.kwargs), name=one.name)
             node.meta.update((key, _fake(value)) for key, value in one.meta.items())

@@ -295,8 +295,13 @@ def _started(entry: Entry) -> Entry:
 
 
 def _unboxed(entry: Entry) -> Callable[..., Any]:
+    """``entry`` as Dynamo's code calls it; without grad, as AOTAutograd has inference graphs run."""
+
     def run(*args: object) -> list[object]:
-        return entry(list(args))
+        if not torch.is_grad_enabled():
+            return entry(list(args))
+        with torch.no_grad():
+            return entry(list(args))
 
     return run
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 import torch_mux
 from torch_mux import backend, compat
-from torch_mux.compat import saved_code
 from torch_mux.lowering import kept_programs
 from torch_mux.lowering.fingerprint import fingerprint
 from torch_mux.lowering.program import Program
@@ -102,26 +98,6 @@ def serve(make: Callable[[], Any], *inputs: Tensor) -> Any:
     return answer
 
 
-def name(make: Callable[[], Any], *inputs: Tensor) -> str | None:
-    """What the graph of a fresh model would be kept under."""
-    torch._dynamo.reset()
-    found: list[str | None] = []
-
-    def backend(graph: GraphModule, given: Any) -> Callable[..., Any]:
-        found.append(kept_programs.name_of(graph, given))
-        return graph.forward
-
-    torch.manual_seed(0)
-    model = make()
-    compiled: Any = torch.compile(
-        model.eval() if isinstance(model, nn.Module) else model, backend=backend, dynamic=False
-    )
-    with torch.inference_mode():
-        compiled(*inputs)
-    (only,) = found
-    return only
-
-
 X = torch.randn(1, 3, 6, 6)
 
 
@@ -198,107 +174,6 @@ def test_what_is_damaged_is_captured_again(
     assert seen.traced == 2
 
 
-@contextlib.contextmanager
-def _default_dtype() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _other_installation() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved_code.source_keys, "installed", lambda: "another")
-        yield
-
-
-@contextlib.contextmanager
-def _other_sources() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept_programs.kept, "sources", lambda: "another")
-        yield
-
-
-CIRCUMSTANCES = {
-    "the installation": _other_installation,
-    "our sources": _other_sources,
-    "the default dtype": _default_dtype,
-    "kernels of attention": lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    "AOTAutograd's settings": lambda: functorch_config.patch(  # type: ignore[attr-defined]
-        view_replay_for_aliased_outputs=not functorch_config.view_replay_for_aliased_outputs
-    ),
-}
-
-
-@pytest.mark.parametrize("what", CIRCUMSTANCES)
-def test_under_other_circumstances_it_is_another_graph(what: str) -> None:
-    before = name(Small, X)
-    assert before is not None and name(Small, X) == before
-    with CIRCUMSTANCES[what]():
-        within = name(lambda: Small().float(), X)
-    assert within is not None and within != before
-    assert name(Small, X) == before
-
-
-def strided() -> Tensor:
-    return X.permute(0, 1, 3, 2)
-
-
-GRAPHS: dict[str, tuple[Callable[[], Any], Callable[[], Tensor]]] = {
-    "a constant": (lambda: Small(0.2), lambda: X),
-    "the type of a constant": (lambda: Small(1), lambda: X),
-    "a shape": (Small, lambda: torch.randn(2, 3, 6, 6)),
-    "strides": (Small, strided),
-    "an offset in memory": (Small, lambda: torch.randn(X.numel() + 16)[16:].view(X.shape)),
-    "a dtype": (lambda: Small().double(), X.double),
-    "no inference tensor": (Small, lambda: X.clone()),
-}
-
-
-@pytest.mark.parametrize("what", GRAPHS)
-def test_another_graph_or_input_is_another_name(what: str) -> None:
-    make, given = GRAPHS[what]
-    with torch.inference_mode():
-        plain = X.clone()
-    names = [name(Small, plain), name(lambda: Small(1.0), plain), name(make, given())]
-    assert None not in names and len(set(names)) == 3
-
-
-def test_inputs_that_share_memory_are_others() -> None:
-    base = torch.randn(2, 2, 4)
-
-    def add(x: Tensor, y: Tensor) -> Tensor:
-        return x + y
-
-    apart = name(lambda: add, base[0][0], torch.randn(2, 2, 4)[1][0])
-    shared = name(lambda: add, base[0][0], base[1][0])
-    assert None not in (apart, shared) and apart != shared
-
-
-def test_a_function_put_in_the_place_of_pytorchs_is_not_known(folder: Path) -> None:
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    x.meta["example_value"] = X
-    graph.output((graph.call_function(F.silu, (x,)),))
-    module = GraphModule(nn.Module(), graph)
-    known = kept_programs.name_of(module, [X])
-    assert known is not None
-
-    def silu(x: Tensor, inplace: bool = False) -> Tensor:
-        return x
-
-    for replacement in (silu, torch.no_grad()(silu)):
-        for node in graph.nodes:
-            if node.op == "call_function":
-                node.target = replacement
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(F, "silu", replacement)
-            assert kept_programs.name_of(module, [X]) is None
-
-
 class Counted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -335,6 +210,22 @@ def test_autocast_and_modes_reach_into_the_trace(seen: Seen, folder: Path) -> No
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         model(X)
     assert seen.names == [None] and not folder.exists()
+
+
+def test_with_grad_enabled_it_answers_as_when_it_was_captured(seen: Seen) -> None:
+    x = torch.randn(1, 3, 6, 6)
+    answers = []
+    for _ in range(2):
+        torch_mux.reset()
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Small().eval().requires_grad_(False)
+        compiled: Any = torch.compile(model, backend="mux", dynamic=False)
+        answers.append(compiled(x))
+        torch.testing.assert_close(answers[-1], model(x), rtol=1e-4, atol=1e-4)
+    first, second = answers
+    assert seen.traced == 1 and torch.equal(first, second)
+    assert (first.requires_grad, first.is_inference()) == (second.requires_grad, second.is_inference())
 
 
 def test_the_plan_is_under_way_before_dynamo_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
