@@ -6,22 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch._inductor import config
+from torch._inductor import compile_fx, config
 
 from torch_mux import compat
-from torch_mux.compat import inductor
 
 
 @pytest.mark.skipif(not hasattr(config.triton, "enable_pdl"), reason="this Inductor has none")
 def test_inductor_launches_plainly_whatever_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    compile_inner = inductor.compile_fx_inner
+    compile_inner = compile_fx.compile_fx_inner
 
     def noting(*args: Any, **named: Any) -> Any:
         seen.append(config.triton.enable_pdl)
         return compile_inner(*args, **named)
 
-    monkeypatch.setattr(inductor, "compile_fx_inner", noting)
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", noting)
     world = compat.symbolic_world()
     with world.mode:
         fakes = [torch.empty(4, 4)]
