@@ -111,6 +111,11 @@ _LEAN = (
     Tile(128, 64, 64, 4, 3, 3),
     Tile(64, 128, 64, 4, 3, 3),
 )
+#: Of half precision besides, weights on the N side.
+_LEAN_HALF = (
+    Tile(128, 128, 64, 8, 3, 2),
+    Tile(128, 64, 64, 4, 4, 2, second_n=32),
+)
 #: Many bytes under way for the long reduction of a convolution over few pixels.
 _DEEP = (
     Tile(64, 32, 128, 4, 4, 2),
@@ -161,7 +166,8 @@ def candidates(
 
     Args:
         narrow: pixels are gathered one channel at a time, which takes registers for every address.
-        lean: a linear layer whose weight has its rows along K; neither its transpose nor a convolution.
+        lean: a linear layer of equal slots whose weight has its rows along K; neither its transpose nor a
+            convolution.
         wide: loads are of 16 bytes, but for gathered pixels. If not, a thread may need all of the 255
             registers that it can have: eight warps of such threads fit.
     """
@@ -171,6 +177,8 @@ def candidates(
     base: tuple[Tile, ...] = _WGMMA if bit_class.family is Family.WGMMA else _MMA
     if bit_class.family is Family.WGMMA:
         base += _LEAN if lean else _DEEP
+        if lean and dtype.itemsize == 2 and not bit_class.swap:
+            base += _LEAN_HALF
     if bit_class.gather and bit_class.family is Family.WGMMA:
         base = _NARROW if narrow else _GATHER
     if bit_class.step:
@@ -184,7 +192,7 @@ def candidates(
         base = tuple(
             replace(each, programs_per_sm=min(each.programs_per_sm, 8 // each.warps))
             for each in base
-            if (each.block_m + each.block_n) * each.block_k <= _ADDRESSES
+            if (each.block_m + each.width) * each.block_k <= _ADDRESSES
         )
     return tuple(dict.fromkeys(base))
 
@@ -199,7 +207,7 @@ def check(chosen: Tile, bit_class: BitClass) -> None:
 
 def tiles_of(sizes: Sizes, chosen: Tile) -> int:
     """Tiles that all slots have together."""
-    return sum(-(-m // chosen.block_m) * -(-n // chosen.block_n) for m, n, _ in sizes)
+    return sum(-(-m // chosen.block_m) * -(-n // chosen.width) for m, n, _ in sizes)
 
 
 def _step(longest: int, reduction: Sequence[int]) -> int:
@@ -234,6 +242,7 @@ def _best(
     if len(set(sizes)) == 1 and dtype.itemsize == 2 and wide:
         entry = table.nearest(bit_class, sizes[0], channels[0] if channels else None, len(sizes), sms)
     known = [] if entry is None else [each for each in found if each in entry.seconds]
+    found = tuple(each for each in found if not each.second_n)  # of which the model expects too much
 
     def cost(each: Tile) -> float:
         expected = seconds(sizes, each, dtype, bit_class, sms, channels)

@@ -204,6 +204,7 @@ class Launch:
         arguments: the kernel's, by name, without ``PDL``.
         operation: what it computes.
         plain: it has more predecessors than the launch before it on its stream, so it is no dependent launch.
+        registers: most of a thread, None where what Triton takes leaves room for the programs of the tile.
     """
 
     kernel: Any
@@ -213,6 +214,7 @@ class Launch:
     device: torch.device
     operation: Operation
     plain: bool = False
+    registers: int | None = None
 
     @property
     def dependent(self) -> bool:
@@ -230,6 +232,8 @@ class Launch:
         options: dict[str, Any] = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
         if self.dependent:
             options["launch_pdl"] = True
+        if self.registers is not None:
+            options["maxnreg"] = self.registers
         return options
 
     @property

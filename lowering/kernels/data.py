@@ -68,11 +68,13 @@ class Tile:
 
     Attributes:
         block_m: rows (tokens, output pixels) of a tile.
-        block_n: output channels of a tile.
+        block_n: output channels of a tile, a power of two.
         block_k: elements of the reduction a step, a multiple of 16.
         warps: warps of a program.
         stages: buffers of the software pipeline.
         programs_per_sm: programs that one multiprocessor holds; a cap of c SMs admits c times as many.
+        second_n: so many output channels more, another power of two: 64 and 32 make a tile 96 wide. Linear
+            layers only.
     """
 
     block_m: int
@@ -81,6 +83,19 @@ class Tile:
     warps: int
     stages: int
     programs_per_sm: int
+    second_n: int = 0
+
+    @property
+    def width(self) -> int:
+        """All output channels of a tile."""
+        return self.block_n + self.second_n
+
+    @property
+    def registers(self) -> int | None:
+        """Most a thread may have for the programs to fit; None for four warps, of which all tiles fit."""
+        if self.warps <= 4 or self.programs_per_sm == 1:
+            return None
+        return 65536 // (32 * self.warps * self.programs_per_sm)
 
 
 def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:

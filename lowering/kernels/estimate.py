@@ -3,7 +3,8 @@
 A sum of parts, each a count that follows from the shapes times one constant: steps whose loads wait for
 memory, bytes through the port of the busiest multiprocessor, tiles begun and stored, bytes through the
 memory, and reads of the one line that the rows behind a matrix's end share. The constants are least squares
-over ``docs/benchmarks/kernels-*h100.json``; ``python -m torch_mux.bench.table`` fits them again.
+over ``docs/benchmarks/kernels-h100.json`` and what the records of split reductions and of families add to it;
+``python -m torch_mux.bench.table`` fits them again.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _steps(k: int, channels: int | None, gather: bool, block_k: int) -> int:
 
 def _math(tile: Tile, precision: str, rates: Rates) -> float:
     """Seconds of one step's arithmetic: TF32 has half the rate, and true fp32 takes three products."""
-    whole = 2.0 * tile.block_m * tile.block_n * tile.block_k / rates.flops
+    whole = 2.0 * tile.block_m * tile.width * tile.block_k / rates.flops
     return whole * {"ieee": 1.0, "tf32": 2.0, "tf32x3": 6.0}[precision]
 
 
@@ -117,13 +118,13 @@ def seconds(
     rates = RATES[kind] if rates is None else rates
     width = dtype.itemsize
     depth = 1 if kind.endswith("narrow") else max(1, tile.stages - 1)
-    loads = (tile.block_m + tile.block_n) * tile.block_k * width / rates.load
+    loads = (tile.block_m + tile.width) * tile.block_k * width / rates.load
     step = max(loads, _math(tile, bit_class.precision, rates))
     step += rates.address * tile.block_m * tile.block_k
-    store = rates.store * tile.block_m * tile.block_n * width
+    store = rates.store * tile.block_m * tile.width * width
     widths: Sequence[int | None] = channels if channels else [None] * len(sizes)
     slots = Counter(zip(sizes, widths, strict=True))
-    each = {slot: -(-slot[0][0] // tile.block_m) * -(-slot[0][1] // tile.block_n) for slot in slots}
+    each = {slot: -(-slot[0][0] // tile.block_m) * -(-slot[0][1] // tile.width) for slot in slots}
     tiles = sum(count * each[slot] for slot, count in slots.items())
     if tiles == 0:
         return rates.start
@@ -137,8 +138,8 @@ def seconds(
         waits += count * each[slot] * wait
         work += count * each[slot] * (steps * step + store)
         traffic += count * width * (n * k + m * (k if c is None else c) + m * n)
-        down, across = -(-m // tile.block_m), -(-n // tile.block_n)
-        behind = (down * tile.block_m - m) * across + (across * tile.block_n - n) * down
+        down, across = -(-m // tile.block_m), -(-n // tile.width)
+        behind = (down * tile.block_m - m) * across + (across * tile.width - n) * down
         at_once = max(1.0, min(len(sizes), resident / max(1, each[slot])))
         shared += 0.0 if bit_class.gather else count * behind * k * width / _LINE / at_once
     rounds, busiest = -(-tiles // resident), -(-tiles // sms)

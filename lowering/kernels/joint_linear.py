@@ -13,7 +13,6 @@ from torch_mux.lowering.kernels import choose
 from torch_mux.lowering.kernels.common import (
     Launch,
     divisor,
-    epilogue,
     find_slot,
     multiprocessors,
     settled,
@@ -23,22 +22,23 @@ from torch_mux.lowering.kernels.common import (
 )
 from torch_mux.lowering.kernels.data import Part, Tile
 from torch_mux.lowering.kernels.joint import Sizes, arguments_of, matching, numbered, pick, vector_of
-from torch_mux.lowering.kernels.linear import PART_FIELDS, linear_tile, part_records, part_sizes
+from torch_mux.lowering.kernels.linear import part_records
+from torch_mux.lowering.kernels.linear_kernel import PART_FIELDS, linear_tile, part_sizes
 
 __all__ = ["joint_linear_launch"]
 
 
 @triton.jit
-def member_tiles(control, slots, parts, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def member_tiles(control, slots, parts, m, n, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
                  PARTS: tl.constexpr):  # fmt: skip
     """(tiles of all active slots, tiles of a slot, first tile behind each part, cap) of one member."""
     active = tl.minimum(tl.load(control), slots)
     if PARTS > 1:
         widths = tl.load(parts + tl.arange(0, PARTS) * PART_FIELDS).to(tl.int32)
-        ends = tile_ends(m, widths, BLOCK_M, BLOCK_N)
+        ends = tile_ends(m, widths, BLOCK_M, WIDTH)
         each = tl.max(ends, 0)
     else:
-        each = ((m + BLOCK_M - 1) // BLOCK_M) * ((n + BLOCK_N - 1) // BLOCK_N)
+        each = ((m + BLOCK_M - 1) // BLOCK_M) * ((n + WIDTH - 1) // WIDTH)
         ends = each
     return active * each, each, ends, tl.load(control + 1)
 
@@ -65,10 +65,11 @@ def piece_of(member, local, ends, parts, n, columns, strides, scale_offsets, shi
 @triton.jit
 def joint_tile(member, local, each, ends, x, table, rows, out, residual, parts, scale, shift, m, n, k, stride,
                width, column, scale_width, scale_offset, shift_width, shift_offset, BLOCK_M: tl.constexpr,
-               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr,
-               PARTS: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-               K_DIV: tl.constexpr, N_DIV: tl.constexpr, STRIDE_DIV: tl.constexpr, ALIGNED: tl.constexpr,
-               SWAP: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
+               BLOCK_N: tl.constexpr, SECOND_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+               MEMBERS: tl.constexpr, PARTS: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_N: tl.constexpr,
+               EVEN_K: tl.constexpr, K_DIV: tl.constexpr, N_DIV: tl.constexpr, STRIDE_DIV: tl.constexpr,
+               ALIGNED: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
+               ACTIVATION: tl.constexpr):  # fmt: skip
     """Computes and stores tile ``local`` of a member; the others have one value a member each."""
     tiles = pick(member, each, MEMBERS)
     slot = local // tiles
@@ -79,22 +80,20 @@ def joint_tile(member, local, each, ends, x, table, rows, out, residual, parts, 
         member, local - slot * tiles, ends, parts, whole, column, stride, scale_offset, shift_offset, MEMBERS,
         PARTS, N_DIV)  # fmt: skip
     leading = (leading // STRIDE_DIV) * STRIDE_DIV
-    top, left = tile_origin(local, mm, nn, BLOCK_M, BLOCK_N, GROUP)
+    top, left = tile_origin(local, mm, nn, BLOCK_M, BLOCK_N + SECOND_N, GROUP)
     line = tl.load(pick(member, rows, MEMBERS) + slot)
     pixels = pick(member, x, MEMBERS)
     pitch = pick(member, width, MEMBERS)
     weight = weight_pointer(pick(member, table, MEMBERS), line, pitch, weight_column, pixels, ALIGNED)
-    row = top + tl.arange(0, BLOCK_M)
-    channel = left + tl.arange(0, BLOCK_N)
     pixels += slot.to(tl.int64) * mm * kk
-    acc = linear_tile(pixels, weight, row, channel, mm, nn, kk, leading, BLOCK_M, BLOCK_N, BLOCK_K, K_MAJOR,
-                      EVEN_N, EVEN_K, SWAP, PRECISION)  # fmt: skip
     factors = None if scale[0] is None else vector_of(member, scale, scale_width, line, scale_at, MEMBERS)
     terms = None if shift[0] is None else vector_of(member, shift, shift_width, line, shift_at, MEMBERS)
     place = slot.to(tl.int64) * mm * whole + before
     addend = None if residual[0] is None else pick(member, residual, MEMBERS) + place
     result = pick(member, out, MEMBERS) + place
-    epilogue(acc, factors, terms, addend, result, row, left, mm, nn, whole, ACTIVATION)
+    linear_tile(pixels, weight, factors, terms, addend, result, top, left, mm, nn, kk, leading, whole,
+                BLOCK_M, BLOCK_N, SECOND_N, BLOCK_K, K_MAJOR, EVEN_N, EVEN_K, SWAP, PRECISION,
+                ACTIVATION)  # fmt: skip
 
 
 MEMBER = ["x", "table", "rows", "control", "out", "residual", "parts", "scale", "shift"]
@@ -112,23 +111,24 @@ def joint_linear_kernel(
     width0, width1, width2, width3, column0, column1, column2, column3, scale_width0, scale_width1,
     scale_width2, scale_width3, scale_offset0, scale_offset1, scale_offset2, scale_offset3, shift_width0,
     shift_width1, shift_width2, shift_width3, shift_offset0, shift_offset1, shift_offset2, shift_offset3,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    MEMBERS: tl.constexpr, PARTS: tl.constexpr, PROGRAMS_PER_SM: tl.constexpr, K_MAJOR: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, K_DIV: tl.constexpr, N_DIV: tl.constexpr,
-    STRIDE_DIV: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
-    ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SECOND_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, PROGRAMS_PER_SM: tl.constexpr,
+    K_MAJOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, K_DIV: tl.constexpr,
+    N_DIV: tl.constexpr, STRIDE_DIV: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
+    PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs take tiles in the order of members and slots until those of all active slots are done."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-    all0, each0, ends0, cap0 = member_tiles(control0, slots0, parts0, m0, n0, BLOCK_M, BLOCK_N, PARTS)
-    all1, each1, ends1, cap1 = member_tiles(control1, slots1, parts1, m1, n1, BLOCK_M, BLOCK_N, PARTS)
+    WIDTH: tl.constexpr = BLOCK_N + SECOND_N
+    all0, each0, ends0, cap0 = member_tiles(control0, slots0, parts0, m0, n0, BLOCK_M, WIDTH, PARTS)
+    all1, each1, ends1, cap1 = member_tiles(control1, slots1, parts1, m1, n1, BLOCK_M, WIDTH, PARTS)
     all2, each2, ends2, cap2 = 0, each1, ends1, cap1
     if MEMBERS > 2:
-        all2, each2, ends2, cap2 = member_tiles(control2, slots2, parts2, m2, n2, BLOCK_M, BLOCK_N, PARTS)
+        all2, each2, ends2, cap2 = member_tiles(control2, slots2, parts2, m2, n2, BLOCK_M, WIDTH, PARTS)
     all3, each3, ends3, cap3 = 0, each1, ends1, cap1
     if MEMBERS > 3:
-        all3, each3, ends3, cap3 = member_tiles(control3, slots3, parts3, m3, n3, BLOCK_M, BLOCK_N, PARTS)
+        all3, each3, ends3, cap3 = member_tiles(control3, slots3, parts3, m3, n3, BLOCK_M, WIDTH, PARTS)
     first1, first2, first3 = all0, all0 + all1, all0 + all1 + all2
     cap = tl.maximum(tl.minimum(tl.minimum(cap0, cap1), tl.minimum(cap2, cap3)), 1)
     programs = tl.minimum(cap * PROGRAMS_PER_SM, tl.num_programs(0))
@@ -148,9 +148,9 @@ def joint_linear_kernel(
             (scale_width0, scale_width1, scale_width2, scale_width3),
             (scale_offset0, scale_offset1, scale_offset2, scale_offset3),
             (shift_width0, shift_width1, shift_width2, shift_width3),
-            (shift_offset0, shift_offset1, shift_offset2, shift_offset3), BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
-            MEMBERS, PARTS, K_MAJOR, EVEN_N, EVEN_K, K_DIV, N_DIV, STRIDE_DIV, ALIGNED, SWAP, PRECISION,
-            ACTIVATION)  # fmt: skip
+            (shift_offset0, shift_offset1, shift_offset2, shift_offset3), BLOCK_M, BLOCK_N, SECOND_N,
+            BLOCK_K, GROUP, MEMBERS, PARTS, K_MAJOR, EVEN_N, EVEN_K, K_DIV, N_DIV, STRIDE_DIV, ALIGNED,
+            SWAP, PRECISION, ACTIVATION)  # fmt: skip
 
 
 def _parts(launch: Launch) -> Any:
@@ -170,8 +170,9 @@ def _common(launches: Sequence[Launch], sizes: Sizes, tile: Tile) -> dict[str, A
         named[key] = divisor(*(launch.arguments[key] for launch in launches))
     return {
         **named, "MEMBERS": len(launches), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k, "GROUP": 8, "PROGRAMS_PER_SM": tile.programs_per_sm,
-        "EVEN_N": all(n % tile.block_n == 0 for _, n, _ in sizes),
+        "SECOND_N": tile.second_n, "BLOCK_K": tile.block_k, "GROUP": 8,
+        "PROGRAMS_PER_SM": tile.programs_per_sm,
+        "EVEN_N": all(n % tile.width == 0 for _, n, _ in sizes),
         "EVEN_K": all(k % tile.block_k == 0 for _, _, k in sizes),
     }  # fmt: skip
 
@@ -207,4 +208,6 @@ def joint_linear_launch(
     members = [{**launch.arguments, "parts": _parts(launch) if count > 1 else None} for launch in launches]
     arguments = {"PARTS": count, **_common(launches, sizes, tile), **arguments_of(members, MEMBER, SIZES)}
     grid = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
-    return Launch(joint_linear_kernel, grid, arguments, tile, device, operation, plain=True)
+    return Launch(
+        joint_linear_kernel, grid, arguments, tile, device, operation, plain=True, registers=tile.registers
+    )

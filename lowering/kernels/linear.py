@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,unused-ignore"
 """The super-kernel of ``linear``, ``addmm`` and ``mm``: one launch for every slot's own weight.
 
 A persistent loop over the tiles of all slots (after the grouped GEMM of Triton's tutorials and the
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from torch_mux import compat
@@ -22,160 +20,15 @@ from torch_mux.lowering.kernels.common import (
     Launch,
     check_operands,
     divisor,
-    epilogue,
-    find_slot,
     multiprocessors,
     settled,
-    tile_ends,
-    tile_origin,
     vector_arguments,
-    weight_pointer,
-    working_set,
 )
 from torch_mux.lowering.kernels.data import BitClass, Part, Problems, Tile, Vector
+from torch_mux.lowering.kernels.linear_kernel import linear_kernel
 from torch_mux.lowering.kernels.operation import linear_operation
 
 __all__ = ["dtype_of", "linear", "linear_launch", "linear_problems"]
-
-FIELDS = tl.constexpr(6)  # m, n, k, x offset, out offset, weight stride
-PART_FIELDS = tl.constexpr(6)  # n, first output column, weight column, weight stride, scale and shift offset
-
-
-@triton.jit
-def linear_sizes(slot, problems, m, n, k, stride, K_DIV: tl.constexpr, N_DIV: tl.constexpr,
-                 DATA_DIV: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
-    """(m, n, k, x offset, out offset, weight stride) of a slot, with their divisors made known."""
-    if RAGGED:
-        record = problems + slot * FIELDS
-        m = tl.load(record).to(tl.int32)
-        n = tl.load(record + 1).to(tl.int32)
-        k = tl.load(record + 2).to(tl.int32)
-        stride = tl.load(record + 5).to(tl.int32)
-    n = (n // N_DIV) * N_DIV
-    k = (k // K_DIV) * K_DIV
-    if RAGGED:
-        x_offset = (tl.load(record + 3) // DATA_DIV) * DATA_DIV
-        out_offset = (tl.load(record + 4) // DATA_DIV) * DATA_DIV
-    else:
-        x_offset = slot.to(tl.int64) * m * k
-        out_offset = slot.to(tl.int64) * m * n
-    return m, n, k, x_offset, out_offset, stride
-
-
-@triton.jit
-def part_sizes(parts, part, N_DIV: tl.constexpr):
-    """(n, first output column, weight column, weight stride, scale offset, shift offset) of a part."""
-    record = parts + part * PART_FIELDS
-    n = (tl.load(record).to(tl.int32) // N_DIV) * N_DIV
-    before = (tl.load(record + 1) // N_DIV) * N_DIV
-    stride = tl.load(record + 3).to(tl.int32)
-    return n, before, tl.load(record + 2), stride, tl.load(record + 4), tl.load(record + 5)
-
-
-@triton.jit
-def linear_tile(x, weight, row, column, m, n, k, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_K: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-                SWAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One fp32 [BLOCK_M, BLOCK_N] tile of ``x @ weight.T``, K in steps of BLOCK_K.
-
-    Rows and columns past the end read others in their place, spread out: all reading row 0 would meet in one
-    cache line.
-    """
-    inner = tl.arange(0, BLOCK_K)
-    x_at = x + (row % m)[:, None] * k + inner[None, :]
-    inside = column < n
-    if K_MAJOR:
-        weight_at = weight + (column % n)[None, :] * stride + inner[:, None]
-        step = BLOCK_K
-    else:
-        weight_at = weight + inner[:, None] * stride + column[None, :]
-        step = BLOCK_K * stride
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(x_at)
-        else:
-            a = tl.load(x_at, mask=(inner < k - start)[None, :], other=0.0)
-        if EVEN_K and (K_MAJOR or EVEN_N):
-            b = tl.load(weight_at)
-        elif K_MAJOR or EVEN_N:
-            b = tl.load(weight_at, mask=(inner < k - start)[:, None], other=0.0)
-        else:
-            b = tl.load(weight_at, mask=(inner < k - start)[:, None] & inside[None, :], other=0.0)
-        if SWAP:
-            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        x_at += BLOCK_K
-        weight_at += step
-    if SWAP:
-        acc = tl.trans(acc)
-    return acc
-
-
-TABLES = ["table", "rows", "control", "problems", "parts"]
-SIZES = ["slots", "m", "n", "k", "stride", "width", "column", "scale_width", "scale_offset", "shift_width",
-         "shift_offset"]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
-def linear_kernel(x, table, rows, control, out, residual, problems, parts, scale, shift, slots, m, n, k,
-                  stride, width, column, scale_width, scale_offset, shift_width, shift_offset,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-                  SLOTS: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
-                  PROGRAMS_PER_SM: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_N: tl.constexpr,
-                  EVEN_K: tl.constexpr, K_DIV: tl.constexpr, N_DIV: tl.constexpr, DATA_DIV: tl.constexpr,
-                  STRIDE_DIV: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
-                  PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Programs take tiles in slot order until those of the active slots are done."""
-    active, programs = working_set(control, slots, PROGRAMS_PER_SM, PDL)
-    if RAGGED:
-        index = tl.arange(0, SLOTS)
-        sizes = problems + index * FIELDS
-        ends = tile_ends(
-            tl.load(sizes, mask=index < active, other=0), tl.load(sizes + 1, mask=index < active, other=0),
-            BLOCK_M, BLOCK_N)  # fmt: skip
-        total = tl.max(ends, 0)
-    elif PARTS > 1:
-        widths = tl.load(parts + tl.arange(0, PARTS) * PART_FIELDS).to(tl.int32)
-        part_ends = tile_ends(m, widths, BLOCK_M, BLOCK_N)
-        each = tl.max(part_ends, 0)
-        total = active * each
-    else:
-        each = ((m + BLOCK_M - 1) // BLOCK_M) * ((n + BLOCK_N - 1) // BLOCK_N)
-        total = active * each
-    first = tl.program_id(0)
-    total = tl.where(first < programs, total, 0)
-    for tile in range(first, total, programs):
-        if RAGGED:
-            slot, local = find_slot(tile, ends)
-        else:
-            slot = tile // each
-            local = tile - slot * each
-        mm, nn, kk, x_offset, out_offset, leading = linear_sizes(
-            slot, problems, m, n, k, stride, K_DIV, N_DIV, DATA_DIV, RAGGED)  # fmt: skip
-        pitch = nn
-        if PARTS > 1:
-            part, local = find_slot(local, part_ends)
-            nn, before, weight_column, leading, scale_at, shift_at = part_sizes(parts, part, N_DIV)
-            out_offset += before
-        else:
-            weight_column, scale_at, shift_at = column, scale_offset, shift_offset
-        leading = (leading // STRIDE_DIV) * STRIDE_DIV
-        top, left = tile_origin(local, mm, nn, BLOCK_M, BLOCK_N, GROUP)
-        line = tl.load(rows + slot)
-        weight = weight_pointer(table, line, width, weight_column, x, ALIGNED)
-        row = top + tl.arange(0, BLOCK_M)
-        channel = left + tl.arange(0, BLOCK_N)
-        acc = linear_tile(x + x_offset, weight, row, channel, mm, nn, kk, leading, BLOCK_M, BLOCK_N, BLOCK_K,
-                          K_MAJOR, EVEN_N, EVEN_K, SWAP, PRECISION)  # fmt: skip
-        factors = None if scale is None else scale + line * scale_width + scale_at
-        terms = None if shift is None else shift + line * shift_width + shift_at
-        addend = None if residual is None else residual + out_offset
-        epilogue(acc, factors, terms, addend, out + out_offset, row, left, mm, nn, pitch, ACTIVATION)
 
 
 def linear_problems(
@@ -329,17 +182,17 @@ def linear_launch(
     bit_class = choose.linear_class(sizes, x.dtype, allow_tf32) if bit_class is None else bit_class
     if tile is None:
         divided = min(named["K_DIV"], named["STRIDE_DIV"], 16 if problems is None else named["DATA_DIV"])
-        wide = aligned and divided * x.dtype.itemsize >= 16
-        tile = choose.tile(sizes, x.dtype, bit_class, sms, lean=k_major, wide=wide, settled=settled(x.device))
+        wide, lean = aligned and divided * x.dtype.itemsize >= 16, k_major and problems is None
+        tile = choose.tile(sizes, x.dtype, bit_class, sms, lean=lean, wide=wide, settled=settled(x.device))
     choose.check(tile, bit_class)
     programs = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
     arguments = {
         "x": x, "table": table, "rows": rows, "control": control, "out": out, "residual": residual,
         "width": table.stride(0), "column": column,
         **named, **vector_arguments("scale", scale), **vector_arguments("shift", shift),
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": 8,
-        "PROGRAMS_PER_SM": tile.programs_per_sm, "K_MAJOR": k_major, "ALIGNED": aligned,
-        "EVEN_N": all(nn % tile.block_n == 0 for _, nn, _ in sizes),
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SECOND_N": tile.second_n, "BLOCK_K": tile.block_k,
+        "GROUP": 8, "PROGRAMS_PER_SM": tile.programs_per_sm, "K_MAJOR": k_major, "ALIGNED": aligned,
+        "EVEN_N": all(nn % tile.width == 0 for _, nn, _ in sizes),
         "EVEN_K": all(kk % tile.block_k == 0 for _, _, kk in sizes),
         "SWAP": bit_class.swap, "PRECISION": bit_class.precision,
         "ACTIVATION": Activation(activation).value,
@@ -349,7 +202,7 @@ def linear_launch(
         scale=dtype_of(scale), shift=dtype_of(shift), activation=activation, parts=len(parts),
         ragged=problems is not None,
     )  # fmt: skip
-    return Launch(linear_kernel, programs, arguments, tile, x.device, operation)
+    return Launch(linear_kernel, programs, arguments, tile, x.device, operation, registers=tile.registers)
 
 
 def linear(

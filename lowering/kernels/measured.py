@@ -14,7 +14,7 @@ from typing import Any
 
 from torch_mux.lowering.kernels.data import BitClass, Tile
 
-__all__ = ["Entry", "Table", "dump", "parse", "shipped"]
+__all__ = ["Entry", "Table", "dump", "parse", "shipped", "words_of"]
 
 #: How much a size may differ from a measured one. It is small because tiles come in whole numbers: with one
 #: shape at a time left out, its neighbours at a ratio of 1.5 and more predict worse than the analytic model.
@@ -86,12 +86,15 @@ def _kind(channels: int | None) -> tuple[bool, bool]:
 
 def _tile(words: str) -> Tile:
     block, warps, stages, programs = words.split()
-    m, n, k = map(int, block.split("x"))
-    return Tile(m, n, k, int(warps[1:]), int(stages[1:]), int(programs[1:]))
+    m, wide, k = block.split("x")
+    n, _, second = wide.partition("+")
+    return Tile(int(m), int(n), int(k), int(warps[1:]), int(stages[1:]), int(programs[1:]), int(second or 0))
 
 
-def _words(tile: Tile) -> str:
-    block = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
+def words_of(tile: Tile) -> str:
+    """How tables name a tile: its sides, warps, stages and programs a multiprocessor."""
+    wide = f"{tile.block_n}+{tile.second_n}" if tile.second_n else f"{tile.block_n}"
+    block = f"{tile.block_m}x{wide}x{tile.block_k}"
     return f"{block} w{tile.warps} s{tile.stages} p{tile.programs_per_sm}"
 
 
@@ -121,7 +124,7 @@ def dump(table: Table) -> str:
                 "size": each.size,
                 "channels": each.channels,
                 "slots": each.slots,
-                "microseconds": {_words(tile): round(took * 1e6, 2) for tile, took in each.seconds.items()},
+                "microseconds": {words_of(tile): round(took * 1e6, 2) for tile, took in each.seconds.items()},
             }
         )
         for each in table.entries

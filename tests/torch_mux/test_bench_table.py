@@ -17,7 +17,13 @@ from torch_mux.lowering.kernels.estimate import RATES
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
 NUMBERS = [
-    FOLDER / name for name in ("kernels-h100.json", "kernels-split-h100.json", "kernels-families-h100.json")
+    FOLDER / name
+    for name in (
+        "kernels-h100.json",
+        "kernels-split-h100.json",
+        "kernels-families-h100.json",
+        "kernels-epilogue-h100.json",
+    )
 ]
 
 
@@ -63,6 +69,31 @@ def test_layers_of_one_shape_are_averaged() -> None:
     (entry,) = table.table_of(content).entries
     assert (entry.size, entry.channels, entry.slots) == ((3136, 256, 64), None, 16)
     assert entry.seconds == {Tile(64, 64, 64, 4, 4, 3): pytest.approx(4e-6)}
+
+
+def test_later_records_add_tiles_or_take_the_place_of_those_of_an_older_kernel() -> None:
+    layer, other = vars(LAYERS[2]), vars(LAYERS[3])
+
+    def record(layers: list[dict[str, object]], stages: int, **more: object) -> dict[str, object]:
+        rows = [
+            {"tile": {**vars(Tile(64, 64, 64, 4, each, 2))}, "class": {}, "microseconds": 1.0, **flag}
+            for each, flag in ((stages, {}), (9, {"in_tree": False}), (8, {"class": {"split": 3}}))
+        ]
+        found = [{"layer": each, "slots": 16, "candidates": rows} for each in layers]
+        return {"environment": {}, "results": found, **more}
+
+    def stages(*records: dict[str, object]) -> list[list[int]]:
+        first = record([layer], 3)
+        del first["results"][0]["candidates"][1:]  # type: ignore[index]
+        return [
+            [row["tile"]["stages"] for row in result["candidates"]]
+            for result in merged([first, *records])["results"]
+        ]
+
+    assert stages(record([{**layer, "count": 7}], 4)) == [[3, 4]]
+    assert stages(record([layer, other], 4)) == [[3, 4]]
+    assert stages(record([layer, other], 4, replaces=True)) == [[4], [4]]
+    assert stages(record([layer], 3)) == [[3]]
 
 
 def test_totals_weigh_layers_by_how_often_a_model_has_them() -> None:

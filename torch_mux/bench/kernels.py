@@ -35,6 +35,7 @@ from torch_mux.lowering.kernels.common import Launch, multiprocessors
 from torch_mux.lowering.kernels.conv import conv_launch, out_size
 from torch_mux.lowering.kernels.data import BitClass, Family, Tile, Vector, family_of
 from torch_mux.lowering.kernels.linear import linear_launch
+from torch_mux.lowering.kernels.measured import words_of
 
 __all__ = ["main"]
 
@@ -268,9 +269,8 @@ def measure(
 
 def _short(row: dict[str, Any]) -> str:
     tile, kind = row["tile"], row["class"]
-    words = f"{tile['block_m']}x{tile['block_n']}x{tile['block_k']} w{tile['warps']} s{tile['stages']}"
     family = family_of(Tile(**tile), kind["swap"])
-    return f"{words} p{tile['programs_per_sm']}{' swap' if kind['swap'] else ''} {family.value[:2]}"
+    return f"{words_of(Tile(**tile))}{' swap' if kind['swap'] else ''} {family.value[:2]}"
 
 
 def line(result: dict[str, Any]) -> str:
@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_mux.bench.kernels", description=__doc__)
     parser.add_argument("--json", type=Path, help="where the numbers go")
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 4, 16], help="slot counts")
-    parser.add_argument("--only", default="", help="layers whose model and name contain this")
+    parser.add_argument("--only", nargs="+", default=[""], help="layers whose model and name contain one")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1), help="compile processes")
     parser.add_argument(
         "--family",
@@ -331,9 +331,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="besides the chosen tile time only those of these instructions that may be chosen",
     )
     options = parser.parse_args(argv)
-    layers = [layer for layer in LAYERS if options.only in f"{layer.model} {layer.name}"]
+    layers = [each for each in LAYERS if any(one in f"{each.model} {each.name}" for one in options.only)]
     if not layers:
-        parser.error(f"no layer contains {options.only!r}")
+        parser.error(f"no layer contains {' or '.join(map(repr, options.only))}")
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here, and super-kernels run on one only")
     announce(torch.device("cuda"))

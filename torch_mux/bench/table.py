@@ -1,9 +1,9 @@
-"""Makes the chooser's measured table: ``python -m torch_mux.bench.table docs/benchmarks/kernels-*h100.json``.
+"""Makes the chooser's measured table: ``python -m torch_mux.bench.table kernels-h100.json MORE.json``.
 
-Reads what ``python -m torch_mux.bench.kernels --json`` wrote, writes the table that
-:mod:`torch_mux.lowering.kernels.choose` looks into, fits the constants of the analytic model again
-(:mod:`torch_mux.lowering.kernels.estimate`) and prints how far the chooser is from the best tiles: with the
-table, without it and, on demand, with each shape left out of the fit as well.
+Reads what ``python -m torch_mux.bench.kernels --json`` wrote, in the order that the design page names, writes
+the table that :mod:`torch_mux.lowering.kernels.choose` looks into, fits the constants of the analytic model
+again (:mod:`torch_mux.lowering.kernels.estimate`) and prints how far the chooser is from the best tiles: with
+the table, without it and, on demand, with each shape left out of the fit as well.
 """
 
 from __future__ import annotations
@@ -98,23 +98,30 @@ def own_class(layer: Layer) -> BitClass:
 
 
 def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first record with the tiles that others of the same kind of device have measured since.
+    """The first record with what others of the same kind of device have measured since.
 
-    Rows of a reduction that is split are left out: kernels cannot do that (it lost, see the design page).
+    They add tiles, or take the place of what was known of their layers where they say ``"replaces": true``
+    because the kernel has changed. Left out are rows of what is not in the tree: of a variant of the kernel
+    (``"in_tree": false``) or of a reduction that is split; both lost, see the design page.
     """
     first, *others = contents
-    results = {json.dumps([result["layer"], result["slots"]]): result for result in first["results"]}
+    results = {_key(result): result for result in first["results"]}
     for content in others:
         for result in content["results"]:
-            key = json.dumps([result["layer"], result["slots"]])
-            if key not in results:
+            key, replaces = _key(result), content.get("replaces", False)
+            if key not in results and not replaces:
                 continue
-            before = results[key]["candidates"]
-            known = [row["tile"] for row in before]
-            new = [row for row in result["candidates"] if row["tile"] not in known]
-            whole = [row for row in new if row["class"].get("split", 1) == 1]
-            results[key] = {**results[key], "candidates": [*before, *whole]}
+            before = [] if replaces else results[key]["candidates"]
+            known = [Tile(**row["tile"]) for row in before]
+            new = [row for row in result["candidates"] if Tile(**row["tile"]) not in known]
+            ours = [row for row in new if row["class"].get("split", 1) == 1 and row.get("in_tree", True)]
+            results[key] = {**result, **results.get(key, {}), "candidates": [*before, *ours]}
     return {**first, "results": list(results.values())}
+
+
+def _key(result: dict[str, Any]) -> str:
+    """Of what one launch did, however often its model has it."""
+    return json.dumps([{**result["layer"], "count": None}, result["slots"]])
 
 
 def read(content: dict[str, Any]) -> list[Measurement]:

@@ -19,7 +19,13 @@ HALF = torch.float16
 SIZE = st.integers(1, 5000)
 FOLDER = Path(__file__).parents[3] / "docs" / "benchmarks"
 NUMBERS = [
-    FOLDER / name for name in ("kernels-h100.json", "kernels-split-h100.json", "kernels-families-h100.json")
+    FOLDER / name
+    for name in (
+        "kernels-h100.json",
+        "kernels-split-h100.json",
+        "kernels-families-h100.json",
+        "kernels-epilogue-h100.json",
+    )
 ]
 
 
@@ -159,6 +165,21 @@ def test_the_table_decides_where_it_holds_the_shape() -> None:
     found = choose.tile([size], torch.float32, full, 132, table=table)
     assert found == choose.tile([size], torch.float32, full, 132, table=empty)
     assert choose.tile([size], HALF, own, 132, wide=False, table=table).programs_per_sm <= 2
+
+
+def test_tiles_of_two_widths_are_taken_where_they_were_measured() -> None:
+    size, own = (197, 768, 3072), BitClass(None)
+    (two,) = (each for each in choose.candidates(own, HALF) if each.second_n)
+    other = choose.tile([size] * 16, HALF, own, 132, table=measured.Table("sm_90", 132, ()))
+    for faster in (two, other):
+        took = {two: 5e-6, other: 5e-6, faster: 4e-6}
+        table = measured.Table("sm_90", 132, (measured.Entry(own, size, None, 16, took),))
+        assert choose.tile([size] * 16, HALF, own, 132, table=table) == faster
+    assert choose.tiles_of([(129, 97, 8)], two) == 4
+    table = measured.Table("sm_90", 132, ())
+    for m in (64, 128, 197, 512):
+        for slots in (1, 4, 16):
+            assert not choose.tile([(m, 768, 768)] * slots, HALF, own, 132, table=table).second_n
 
 
 def test_slots_of_different_sizes_have_a_tile_in_common() -> None:

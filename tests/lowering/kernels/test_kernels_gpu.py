@@ -60,10 +60,10 @@ def run_linear(
     rows = torch.tensor(slots, device=CUDA)
     residual = case["residual"][rows].contiguous()
     out = torch.full_like(residual, 7.0)
+    vectors = {"scale": Vector(case["arena"], 0), "shift": Vector(case["arena"], n)}
     linear(
         case["x"][rows].contiguous(), tools.table(case["weights"]), 1, rows, tools.control(active, cap), out,
-        n=n, k=case["k"], scale=Vector(case["arena"], 0), shift=Vector(case["arena"], n), residual=residual,
-        activation="gelu", **named,
+        n=n, k=case["k"], **{"activation": "gelu", "residual": residual, **vectors, **named},
     )  # fmt: skip
     return out
 
@@ -183,17 +183,17 @@ def test_conv_bits_do_not_depend_on_bundle(
     check_bundles(lambda rows, active, cap: run_conv(gpu_tools, case, rows, active, cap, allow_tf32=tf32), 16)
 
 
+@pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize(("size", "dtype", "tf32"), LINEAR_TILES)
 def test_linear_bits_do_not_depend_on_tile(
-    gpu_tools: Any, size: tuple[int, int, int], dtype: torch.dtype, tf32: bool
+    gpu_tools: Any, size: tuple[int, int, int], dtype: torch.dtype, tf32: bool, bare: bool
 ) -> None:
     case = linear_case(gpu_tools, 3, size, dtype)
     tiles = choose.candidates(choose.linear_class([size], dtype, tf32), dtype)
-    first = run_linear(gpu_tools, case, [0, 1, 2], 3, 132, allow_tf32=tf32, tile=tiles[0])
+    named: dict[str, Any] = {"allow_tf32": tf32, **({"scale": None, "residual": None} if bare else {})}
+    first = run_linear(gpu_tools, case, [0, 1, 2], 3, 132, tile=tiles[0], **named)
     for tile in tiles[1:]:
-        assert torch.equal(
-            run_linear(gpu_tools, case, [0, 1, 2], 3, 132, allow_tf32=tf32, tile=tile), first
-        ), tile
+        assert torch.equal(run_linear(gpu_tools, case, [0, 1, 2], 3, 132, tile=tile, **named), first), tile
 
 
 @pytest.mark.parametrize(("layer", "dtype", "tf32"), CONV_TILES)
@@ -206,7 +206,7 @@ def test_conv_bits_do_not_depend_on_tile(
     shape = run_conv(gpu_tools, case, [0], 1, 1, allow_tf32=tf32).shape
     sizes = [(shape[1] * shape[2] * shape[3], o, kernel**2 * c)]
     bit_class = choose.conv_class(sizes, [c], kernel**2, dtype, tf32)
-    tiles = choose.candidates(bit_class, dtype, narrow=bit_class.gather and c % 4 != 0)
+    tiles = choose.candidates(bit_class, dtype, narrow=bit_class.gather and c % 4 != 0, lean=False)
     first = run_conv(gpu_tools, case, [0, 1, 2], 3, 132, allow_tf32=tf32, tile=tiles[0])
     for tile in tiles[1:]:
         assert torch.equal(run_conv(gpu_tools, case, [0, 1, 2], 3, 132, allow_tf32=tf32, tile=tile), first), (

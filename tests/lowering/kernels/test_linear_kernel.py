@@ -76,6 +76,44 @@ def test_gelu_of_what_is_not_finite(tools: Any) -> None:
     torch.testing.assert_close(out, want, equal_nan=True)
 
 
+TWO_WIDTHS = Tile(16, 32, 32, 4, 2, 2, second_n=16)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("k_major", [True, False])
+@pytest.mark.parametrize("n", [96, 33, 40, 130])  # no last tile, then one of a column, of one sum, of both
+def test_tiles_of_two_widths(tools: Any, filled: Any, n: int, k_major: bool, swap: bool) -> None:
+    m, k, dtype = 37, 72, torch.float16
+    x, weights = operands(tools, 3, m, n, k, dtype)
+    stored = weights if k_major else [tools.guarded(weight.T.contiguous()) for weight in weights]
+    arena, residual = torch.randn(3, 2 * n), torch.randn(3, m, n).to(dtype)
+    vectors = {"scale": Vector(arena, 0), "shift": Vector(arena, n)}
+    more: list[dict[str, Any]] = [{"shift": vectors["shift"]}, {**vectors, "residual": residual}]
+    for named in more:
+        out = filled(3, m, n, dtype=dtype)
+        linear(
+            x, tools.table(stored), 1, torch.arange(3), tools.control(2, 1), out, n=n, k=k,
+            weight_strides=(k, 1) if k_major else (1, n), activation="gelu", tile=TWO_WIDTHS,
+            bit_class=BitClass(None, swap=swap), **named,
+        )  # fmt: skip
+        scales, residuals = (list(arena[:, :n]), list(residual)) if "scale" in named else (None, None)
+        want = reference.linear(list(x), weights, scales, list(arena[:, n:]), residuals, "gelu")
+        tools.close(out[:2], torch.stack(want)[:2], dtype)
+        assert bool((out[2:] == 7.0).all())
+
+
+@pytest.mark.parametrize("tile", [Tile(128, 64, 64, 4, 4, 2, second_n=32), Tile(128, 128, 64, 8, 3, 2)])
+def test_the_largest_tiles(tools: Any, tile: Tile) -> None:
+    x, weights = operands(tools, 2, 140, 200, 72, torch.float16)
+    arena, out = torch.randn(2, 200), torch.empty(2, 140, 200, dtype=torch.float16)
+    linear(
+        x, tools.table(weights), 1, torch.arange(2), tools.control(2, 132), out, n=200, k=72,
+        shift=Vector(arena, 0), activation="gelu", tile=tile,
+    )  # fmt: skip
+    want = reference.linear(list(x), weights, shifts=list(arena), activation="gelu")
+    tools.close(out, torch.stack(want), torch.float16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_transposed_weight_with_ragged_edges(tools: Any, dtype: torch.dtype) -> None:
     x, _ = operands(tools, 2, 20, 1, 24, dtype)
@@ -150,7 +188,13 @@ def test_slots_of_unequal_sizes(sizes: list[tuple[int, int, int]], cap: int, dat
     check_ragged(sizes, active, cap)
 
 
-def check_ragged(sizes: list[tuple[int, int, int]], active: int, cap: int) -> None:
+@pytest.mark.parametrize("active", [1, 3])
+def test_slots_of_unequal_sizes_in_tiles_of_two_widths(active: int) -> None:
+    sizes = [(17, 96, 24), (40, 50, 33), (33, 1, 64)]
+    check_ragged(sizes, active, 1, tile=Tile(64, 32, 32, 4, 3, 2, second_n=16))
+
+
+def check_ragged(sizes: list[tuple[int, int, int]], active: int, cap: int, **options: Any) -> None:
     """One launch of unequal slots gives what each slot gives on its own, and writes nothing else."""
     torch.manual_seed(len(sizes))
     xs = [torch.randn(m, k) for m, _, k in sizes]
@@ -171,7 +215,7 @@ def check_ragged(sizes: list[tuple[int, int, int]], active: int, cap: int) -> No
     control = torch.tensor([active, cap], dtype=torch.int32)
     linear(
         x, table, 0, torch.arange(len(sizes)), control, out, n=width, k=64, shift=Vector(arena, 0),
-        activation="relu", problems=problems, sms=2,
+        activation="relu", problems=problems, sms=2, **options,
     )  # fmt: skip
     written = torch.zeros(out_end, dtype=torch.bool)
     for slot, (m, n, k) in enumerate(sizes[:active]):
@@ -206,10 +250,17 @@ def joint(weights: list[list[Tensor]], k_major: bool) -> tuple[Tensor, list[Part
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("widths", "k_major"), [((40, 40, 40), True), ((70, 8, 33), True), ((48, 16), False)]
+    ("widths", "k_major", "tile"),
+    [
+        ((40, 40, 40), True, None),
+        ((70, 8, 33), True, None),
+        ((48, 16), False, None),
+        ((96, 50, 33), True, Tile(64, 32, 32, 4, 2, 2, second_n=16)),
+        ((48, 96), False, Tile(64, 32, 32, 4, 2, 2, second_n=16)),
+    ],
 )
 def test_several_weights_of_one_input_give_the_bits_of_each(
-    tools: Any, filled: Any, dtype: torch.dtype, widths: tuple[int, ...], k_major: bool
+    tools: Any, filled: Any, dtype: torch.dtype, widths: tuple[int, ...], k_major: bool, tile: Tile | None
 ) -> None:
     slots, m, k, total = 3, 19, 72, sum(widths)
     x, _ = operands(tools, slots, m, 1, k, dtype)
@@ -225,7 +276,7 @@ def test_several_weights_of_one_input_give_the_bits_of_each(
         linear(
             x, table, 1, rows, tools.control(active, cap), out, n=total, k=k, weight_strides=strides,
             scale=Vector(arena, 0), shift=Vector(arena, 0), residual=residual, activation="relu",
-            parts=parts, sms=2,
+            parts=parts, sms=2, tile=tile,
         )  # fmt: skip
         left = 0
         for part in parts:
@@ -235,6 +286,7 @@ def test_several_weights_of_one_input_give_the_bits_of_each(
                 weight_strides=(k, 1) if k_major else (1, part.n), scale=Vector(arena, part.scale_offset),
                 shift=Vector(arena, part.shift_offset),
                 residual=residual[..., left : left + part.n].contiguous(), activation="relu", sms=1,
+                tile=tile,
             )  # fmt: skip
             assert torch.equal(out[..., left : left + part.n], alone)
             left += part.n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,13 @@ from torch_mux.lowering.kernels.measured import Entry, Table
 
 FOLDER = Path(__file__).parents[3] / "docs" / "benchmarks"
 NUMBERS = [
-    FOLDER / name for name in ("kernels-h100.json", "kernels-split-h100.json", "kernels-families-h100.json")
+    FOLDER / name
+    for name in (
+        "kernels-h100.json",
+        "kernels-split-h100.json",
+        "kernels-families-h100.json",
+        "kernels-epilogue-h100.json",
+    )
 ]
 ANY, GATHER = BitClass(None), BitClass(None, gather=True)
 TILE = Tile(64, 64, 64, 4, 4, 3)
@@ -43,7 +50,9 @@ def test_every_entry_is_of_its_class_and_has_several_tiles() -> None:
 
 
 def test_written_and_read_again() -> None:
-    table = Table("sm_90", 132, (entry((128, 64, 64)), entry((128, 64, 147), 3)))
+    two = Entry(ANY, (197, 768, 768), None, 16, {TILE: 4e-6, replace(TILE, second_n=32): 8e-6})
+    table = Table("sm_90", 132, (entry((128, 64, 64)), entry((128, 64, 147), 3), two))
+    assert "64x64+32x64 w4 s4 p3" in measured.dump(table)
     again = measured.parse(measured.dump(table))
     assert (again.device, again.multiprocessors, again.entries) == ("sm_90", 132, table.entries)
 

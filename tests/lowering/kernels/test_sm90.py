@@ -28,6 +28,9 @@ ROWS = torch.zeros(16, dtype=torch.int64)
 CONTROL = torch.zeros(2, dtype=torch.int32)
 ARENA = torch.zeros(16, 8192)
 BIG = Tile(128, 128, 64, 4, 3, 2)
+EIGHT, TWO = Tile(128, 128, 64, 8, 3, 2), Tile(128, 64, 64, 4, 4, 2, second_n=32)
+SCALED = {"scale": Vector(ARENA, 4096), "activation": "relu"}
+BIAS = {"residual": None, "activation": "none"}
 
 
 def linear_of(slots: int, m: int, n: int, k: int, dtype: torch.dtype, **named: Any) -> Launch:
@@ -76,9 +79,9 @@ def ragged_conv(tile: Tile = BIG) -> Launch:
     )  # fmt: skip
 
 
-def joint(*layers: Launch) -> Launch:
+def joint(*layers: Launch, tile: Tile | None = None) -> Launch:
     make = joint_linear_launch if layers[0].operation.kind == "linear" else joint_conv_launch
-    return make(layers, sms=132)
+    return make(layers, tile=tile, sms=132)
 
 
 THREE = [Part(column, 768, 768) for column in range(3)]
@@ -100,6 +103,29 @@ WGMMA = {
     ),
     "linear 197x768x768, largest tile": lambda: linear_of(16, 197, 768, 768, HALF, tile=BIG),
     "linear 197x768x768, chosen": lambda: linear_of(16, 197, 768, 768, HALF),
+    "eight warps, gelu": lambda: linear_of(16, 197, 3072, 768, HALF, tile=EIGHT, residual=None),
+    "eight warps, bias": lambda: linear_of(16, 197, 768, 768, HALF, tile=EIGHT, **BIAS),
+    "eight warps, gelu and residual": lambda: linear_of(16, 197, 768, 768, BRAIN, tile=EIGHT),
+    "eight warps, scale and residual": lambda: linear_of(16, 197, 768, 768, HALF, tile=EIGHT, **SCALED),
+    "eight warps, no whole tiles": lambda: linear_of(16, 197, 776, 776, HALF, tile=EIGHT),
+    "eight warps, three linears": lambda: linear_of(
+        16, 197, 768 * 3, 768, HALF, parts=THREE, tile=EIGHT, **BIAS
+    ),
+    "two widths, gelu": lambda: linear_of(16, 197, 3072, 768, HALF, tile=TWO, residual=None),
+    "two widths, bias": lambda: linear_of(16, 197, 768, 3072, HALF, tile=TWO, **BIAS),
+    "two widths, tanh and residual": lambda: linear_of(
+        16, 197, 768, 768, BRAIN, tile=TWO, activation="gelu_tanh"
+    ),
+    "two widths, scale and residual": lambda: linear_of(16, 197, 768, 768, HALF, tile=TWO, **SCALED),
+    "two widths, no whole tiles": lambda: linear_of(16, 197, 776, 776, HALF, tile=TWO),
+    "two widths, three linears": lambda: linear_of(16, 197, 768 * 3, 768, HALF, parts=THREE, tile=TWO),
+    "two widths, ragged": lambda: ragged_linear(TWO),
+    "two widths, of two programs": lambda: joint(
+        linear_of(8, 197, 2304, 768, HALF), linear_of(8, 128, 2304, 768, HALF, parts=THREE), tile=TWO
+    ),
+    "eight warps, of four programs": lambda: joint(
+        *(linear_of(4, m, 3072, 768, HALF, residual=None) for m in (197, 128, 128, 49)), tile=EIGHT
+    ),
     "addmm bf16": lambda: linear_of(16, 197, 768, 768, BRAIN, weight_strides=(1, 768), tile=BIG),
     "linear tf32": lambda: linear_of(4, 197, 768, 768, FULL, allow_tf32=True),
     "linear, ragged": ragged_linear,
