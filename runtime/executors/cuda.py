@@ -255,7 +255,7 @@ class CudaExecutor:
         count = len(bundle.requests)
         executable = lane.executable(served.key, count, plan.storage.generation)
         if executable is None or executable.slots != count:
-            self._capturer.want(lane, served, count)
+            self._capturer.want(lane, served, count, fits=executable is not None)
         return executable
 
     def _filled(

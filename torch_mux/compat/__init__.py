@@ -68,6 +68,7 @@ from .streams import (
     is_device_error,
     on_stream,
 )
+from .switching import brisk
 from .tracing import install_tracing_check
 from .user_kernels import user_kernel
 
@@ -76,6 +77,7 @@ __all__ = [
     "Pool",
     "SymbolicWorld",
     "active_modes",
+    "brisk",
     "aot_inference",
     "cache_entries",
     "cache_folder",
