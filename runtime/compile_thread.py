@@ -48,6 +48,9 @@ class CompileThread:
     process that is just making its models is short of the interpreter, too. Who waits in :meth:`quiesce`
     ends all of that: nobody is being served then who would notice.
 
+    Attributes:
+        finished: jobs that have ended.
+
     Args:
         quiet: seconds after the last other job or :meth:`stir`, for jobs of the lowest rank.
         interval: seconds for which a job may keep the interpreter while others ask for it; 0: Python's own.
@@ -65,6 +68,7 @@ class CompileThread:
         self._thread: threading.Thread | None = None
         self._running: Rank | None = None
         self._closed = False
+        self.finished = 0
         self._held_back: list[Callable[[], object]] = []
 
     def submit(self, job: Callable[[], object], rank: Rank = Rank.WANTED) -> None:
@@ -159,6 +163,7 @@ class CompileThread:
             except Exception:
                 logger.exception("a job of the compile thread failed")
             del job
+            self.finished += 1
             if rank is Rank.SPARE:
                 took = time.monotonic() - begun
                 self._rested = begun + took + min(_LONGEST_REST, took * (1 / _DUTY - 1))

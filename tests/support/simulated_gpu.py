@@ -58,6 +58,12 @@ def work(seconds: float) -> None:
     zlib.crc32(_BUFFER[: round(min(1.0, seconds / 1e-3) * len(_BUFFER))] or _BUFFER[:8192])
 
 
+def _sleep_until(moment: float) -> None:
+    left = moment - time.perf_counter()
+    if left > 0.0:
+        time.sleep(left)
+
+
 @dataclass
 class Timing:
     """What things take, in seconds.
@@ -88,7 +94,7 @@ class _Stream:
         self.free = max(self.free, event.at)
 
     def synchronize(self) -> None:
-        time.sleep(max(0.0, self.free - time.perf_counter()))
+        _sleep_until(self.free)
 
 
 class _Event:
@@ -104,7 +110,7 @@ class _Event:
         return time.perf_counter() >= self.at
 
     def synchronize(self) -> None:
-        time.sleep(max(0.0, self.at - time.perf_counter()))
+        _sleep_until(self.at)
 
     def elapsed_time(self, end: _Event) -> float:
         return (end.at - self.at) * 1e3

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from torch_mux.bench.load import Client, Finished, Server, Shot
 from torch_mux.bench.workloads import Tenants
 
 __all__ = ["PEERS", "MuxServer", "default_peers"]
-
-_SIZES: Final = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 class MuxServer:
@@ -51,7 +49,7 @@ class MuxServer:
             for index in range(len(models), count):
                 model = torch.compile(self._served[name][index], backend="mux")
                 # Bundle sizes are a program's, not a model's: those of the first are everybody's.
-                sizes = (1,) if index else tuple(size for size in _SIZES if size <= most)
+                sizes = (1,) if index else range(most, 0, -1)
                 torch_mux.warmup(model, *tenants.requests[0][index], sizes=sizes)
                 models.append(model)
         if not state.engine().quiesce(300.0, ahead=True):
