@@ -37,7 +37,7 @@ _cuda: Any = torch.cuda
 
 
 def new_event(timing: bool = False) -> torch.cuda.Event:
-    """An event that is not recorded yet. Who waits for it sleeps: to spin takes a core while the device works."""
+    """An event that is not recorded yet; who waits for it sleeps, since to spin takes a core."""
     return cast(torch.cuda.Event, _cuda.Event(enable_timing=timing, blocking=True))
 
 

@@ -47,8 +47,8 @@ class Settings:
             for it.
         match: launches of programs that go out as one are made one where they match; off: they only run
             beside each other (``TORCH_MUX_MATCH``).
-        switch_interval: seconds for which what compiles or captures keeps the interpreter while other threads ask
-            for it, in place of Python's 5 ms, which is restored after each such job; 0: Python's.
+        switch_interval: seconds for which a compile or capture keeps the interpreter while others want it,
+            in place of Python's 5 ms, which is restored after each such job; 0: Python's.
         keep_plans: keep what lowering makes on disk for later processes (``TORCH_MUX_KEEP_PLANS``).
     """
 

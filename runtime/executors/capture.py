@@ -299,7 +299,6 @@ class Capturer:
         torch.cuda.current_stream(served.program.device).synchronize()
         del kept
 
-
     def _breathing(self, work: Work) -> Work:
         """Between two launches."""
         self._thread.breathe()

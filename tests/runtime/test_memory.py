@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from torch_mux import compat
 from torch_mux.errors import ClosedError, DeviceMismatch, ExecutionFailed, MemoryQuotaExceeded
 from torch_mux.runtime.lanes import Lane
 from torch_mux.types import Quota
@@ -226,10 +226,11 @@ def test_outputs_that_find_no_memory(lab: Any, ready: Any, monkeypatch: pytest.M
 
 
 def test_the_pool_of_a_lanes_graphs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [{"total_size": 100, "segment_pool_id": (0, 0)}, {"total_size": 7, "segment_pool_id": (0, 3)}]
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: parts * 2)
+    parts = {(0, 0): [{"total_size": 100}], (0, 3): [{"total_size": 7}] * 2}
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", parts.__getitem__)
     lane: Any = object.__new__(Lane)
-    lane.pool = SimpleNamespace(key=(0, 3))
+    lane.pool = object.__new__(compat.Pool)
+    lane.pool.key = (0, 3)
     lane.measure_pool()
     assert lane.pool_bytes == 14
 

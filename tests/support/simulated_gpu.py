@@ -39,6 +39,7 @@ __all__ = ["SimulatedGpu", "SimulatedPlan", "Timing", "burn", "hold", "simulated
 
 _addresses = itertools.count(1 << 20)
 _BUFFER = bytes(1 << 20)
+_PROPERTIES = mock.Mock(multi_processor_count=132)
 
 
 def burn(seconds: float) -> None:
@@ -152,7 +153,15 @@ class _Native:
         events[event].at = time.perf_counter()
 
     def enqueue(
-        self, stream: int, marks: list[int], start: int, table: int, host: int, size: int, graph: int, end: int
+        self,
+        stream: int,
+        marks: list[int],
+        start: int,
+        table: int,
+        host: int,
+        size: int,
+        graph: int,
+        end: int,
     ) -> None:
         work(self.timing.enqueue)
         on = streams[stream]
@@ -222,7 +231,7 @@ class SimulatedGpu(CudaExecutor):
         self.capturer = _Capturer(engine.compile_thread, steps, engine.compile_lock, Any)  # type: ignore[arg-type]
         self.capturer.timing, self.capturer.captured = timing, []
         self.timing = timing
-        with mock.patch("torch.cuda.get_device_properties", lambda device: mock.Mock(multi_processor_count=132)):
+        with mock.patch("torch.cuda.get_device_properties", return_value=_PROPERTIES):
             super().__init__(device, steps, self.capturer, lambda sms: _NoMixes(), engine.clock)  # type: ignore[arg-type, return-value]
         self.simulated_steps = steps
 
@@ -262,7 +271,7 @@ class _Storage:
 
 
 class SimulatedPlan:
-    """Plays the part of lowering's ``CompiledPlan``; the device takes its time, and answers are not computed."""
+    """Plays the part of lowering's ``CompiledPlan``; answers are not computed."""
 
     coalesced = capturable = True
     small = from_disk = False

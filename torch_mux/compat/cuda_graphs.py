@@ -39,7 +39,8 @@ class Pool:
     def nbytes(self) -> int:
         """What it takes of the device."""
         # Of this pool alone: a snapshot of everything holds the interpreter for tens of milliseconds.
-        segments: list[dict[str, Any]] = torch.cuda.memory_snapshot(self.key)
+        cuda: Any = torch.cuda
+        segments: list[dict[str, Any]] = cuda.memory_snapshot(self.key)
         return sum(segment["total_size"] for segment in segments)
 
     @contextmanager

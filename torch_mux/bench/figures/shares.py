@@ -101,8 +101,6 @@ def measure_weights(stage: Stage) -> Finding:
             for client, weight in zip(clients, _WEIGHTS, strict=True)
         ]
         found = data[kind] = _saturated(stage, weighted, 0.0)
-        rows.append(
-            Row(f"worst error of a share, {kind}", _worst(found), 5.0, unit="%", void=_idle(found))
-        )
+        rows.append(Row(f"worst error of a share, {kind}", _worst(found), 5.0, unit="%", void=_idle(found)))
         rows.append(_busy(kind, found))
     return Finding(tuple(rows), {"weights": list(_WEIGHTS), **data})
