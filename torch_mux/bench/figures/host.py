@@ -67,8 +67,10 @@ def decision_seconds(tenants: int, backlog: int, rounds: int = 300) -> float:
         queue.requests.append(_Ticket(0.0, number, quotas[number % tenants]))
     spent, served, seq, now = 0.0, 0, tenants * backlog, 0.0
     for turn in range(2 * rounds):
+        fresh = [queue] if queue.requests.stirred else []
+        queue.requests.stirred = False
         before = time.thread_time()
-        decision = policy.form(View([queue], lanes), now, settings)
+        decision = policy.form(View([queue], lanes, None, fresh), now, settings)
         spent += time.thread_time() - before
         assert isinstance(decision, Issue)
         gone = [request for request in decision.requests if isinstance(request, _Ticket)]
