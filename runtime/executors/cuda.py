@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 #: Of a lane: as many programs' bundles overlap.
 BRANCHES: Final = 4
 _ATTEMPTS = 3
-_GLANCE = 100e-6
+#: Between two looks at several lanes, and for how long the lanes that are looked at stay the same.
+_GLANCE, _LOOK = 100e-6, 1e-3
 
 
 class CudaExecutor:
@@ -348,7 +349,11 @@ class CudaExecutor:
                 return
             if any(passed(head.end.event) for head in heads):
                 return
-            time.sleep(_GLANCE)
+            native = compat.native.enqueue()
+            if native is None:
+                time.sleep(_GLANCE)
+            else:
+                native.await_any([head.end.address for head in heads], _LOOK)
 
     def join(self, requests: Sequence[Request]) -> None:
         """The caller's current stream waits for the requests' bundles."""

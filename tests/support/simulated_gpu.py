@@ -172,6 +172,12 @@ class _Native:
         on.free = max(time.perf_counter(), on.free) + graphs[graph].seconds(active)
         events[end].record(on)
 
+    def await_any(self, watched: list[int], seconds: float) -> bool:
+        end = time.perf_counter() + seconds
+        first = min(events[address].at for address in watched)
+        _sleep_until(min(first, end))
+        return first <= end
+
 
 class _Steps:
     """Kernels that are launched one by one."""

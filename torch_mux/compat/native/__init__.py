@@ -116,6 +116,14 @@ class Enqueue(Protocol):
         """
         ...
 
+    def await_any(self, events: list[int], seconds: float, /) -> bool:
+        """Blocks, without the GIL, until one of the events was reached; False: none was in that time.
+
+        Raises:
+            RuntimeError: what CUDA says.
+        """
+        ...
+
 
 class PythonChecks:
     """The same in Python."""

@@ -3,6 +3,9 @@
 #include <Python.h>
 
 #include <dlfcn.h>
+#include <time.h>
+
+#include <vector>
 
 #include "enqueue.h"
 
@@ -14,6 +17,7 @@ struct Runtime {
   int (*record)(void* event, void* stream);
   int (*copy)(void* to, const void* from, size_t bytes, int kind, void* stream);
   int (*launch)(void* graph, void* stream);
+  int (*query)(void* event);
   const char* (*explain)(int error);
   int (*forget)();
 
@@ -27,11 +31,12 @@ struct Runtime {
     find(record, "cudaEventRecord");
     find(copy, "cudaMemcpyAsync");
     find(launch, "cudaGraphLaunch");
+    find(query, "cudaEventQuery");
     find(explain, "cudaGetErrorString");
     find(forget, "cudaGetLastError");
   }
 
-  bool found() const { return wait && record && copy && launch && explain && forget; }
+  bool found() const { return wait && record && copy && launch && query && explain && forget; }
 };
 
 const Runtime& runtime() {
@@ -40,6 +45,14 @@ const Runtime& runtime() {
 }
 
 constexpr int kHostToDevice = 1;
+constexpr int kNotReady = 600;
+constexpr long kGlance = 20'000;  // nanoseconds
+
+double now() {
+  timespec moment;
+  clock_gettime(CLOCK_MONOTONIC, &moment);
+  return static_cast<double>(moment.tv_sec) + 1e-9 * static_cast<double>(moment.tv_nsec);
+}
 
 // The error is told here: the next kernel of this thread, which may be another tenant's, must not find it.
 PyObject* failed(int error) {
@@ -89,4 +102,33 @@ PyObject* torch_mux_enqueue(PyObject*, PyObject* args) {
   Py_END_ALLOW_THREADS;
   if (error) return failed(error);
   Py_RETURN_NONE;
+}
+
+// await_any(events: list[int], seconds: float) -> bool
+PyObject* torch_mux_await_any(PyObject*, PyObject* args) {
+  PyObject* given;
+  double seconds;
+  if (!PyArg_ParseTuple(args, "O!d", &PyList_Type, &given, &seconds)) return nullptr;
+  const Runtime& cuda = runtime();
+  if (!cuda.found()) return PyErr_Format(PyExc_RuntimeError, "no CUDA runtime is loaded");
+  std::vector<void*> events;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given); ++i) {
+    void* event = PyLong_AsVoidPtr(PyList_GET_ITEM(given, i));
+    if (event == nullptr && PyErr_Occurred()) return nullptr;
+    events.push_back(event);
+  }
+  int error = kNotReady;
+  Py_BEGIN_ALLOW_THREADS;
+  const double end = now() + seconds;
+  while (true) {
+    for (void* event : events)
+      if ((error = cuda.query(event)) != kNotReady) break;
+    if (error != kNotReady || now() >= end) break;
+    const timespec glance{0, kGlance};
+    nanosleep(&glance, nullptr);
+  }
+  Py_END_ALLOW_THREADS;
+  cuda.forget();  // that one was not reached is no error, but the runtime remembers it as the last
+  if (error && error != kNotReady) return failed(error);
+  return PyBool_FromLong(error == 0);
 }
