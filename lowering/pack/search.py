@@ -99,7 +99,7 @@ def pack(
         units: equal parts of the device that caps are made of; no more strands run beside each other.
         match: whether launches may be made one.
         beam: alternatives kept open, instead of :data:`BEAM`; more find better schedules and take longer.
-        pause: called again and again, by some thousands of alternatives a second, to let others compute.
+        pause: called between alternatives, so that others may compute.
 
     Raises:
         ValueError: no members.
