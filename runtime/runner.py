@@ -246,6 +246,8 @@ class Runner:
         for request in requests:
             if request.state is not _CANCELLED and request.state is not _EXPIRED:
                 request.state = _DONE if request.error is None else _ERROR
+            if request.state is not _DONE:
+                request.outputs = []  # an error that is kept, with its frames, keeps no memory of a device
         self._accounting.ended(requests, now)
         with self.mutex:
             go_out(requests)
