@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch_mux.bench.load import Client, Finished, Server, Shot
 from torch_mux.bench.workloads import Tenants
 
 __all__ = ["PEERS", "MuxServer", "default_peers"]
+
+
+_DENSE: Final = 16
 
 
 class MuxServer:
@@ -49,7 +52,7 @@ class MuxServer:
             for index in range(len(models), count):
                 model = torch.compile(self._served[name][index], backend="mux")
                 # Bundle sizes are a program's, not a model's: those of the first are everybody's.
-                sizes = (1,) if index else range(most, 0, -1)
+                sizes = (1,) if index else warmed(most, every=len(self._models) == 1)
                 torch_mux.warmup(model, *tenants.requests[0][index], sizes=sizes)
                 models.append(model)
         if not state.engine().quiesce(300.0, ahead=True):
@@ -72,6 +75,15 @@ class MuxServer:
             for model in models:
                 torch_mux.remove(model)
         self._models, self._served, self._scopes = {}, {}, {}
+
+
+def warmed(most: int, every: bool) -> Sequence[int]:
+    """Bundle sizes to capture, the largest first: it serves those that are to come.
+
+    Args:
+        every: all up to ``most``, as for the architecture of most figures; of the others, only some above 16.
+    """
+    return [size for size in range(most, 0, -1) if every or size <= _DENSE or size % 4 == 0 or size == most]
 
 
 def _tell(number: int, finished: Finished, future: Any) -> None:
