@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 #: Of a lane: as many programs' bundles overlap.
 BRANCHES: Final = 4
 _ATTEMPTS = 3
-#: Between two looks at several lanes, and for how long the lanes that are looked at stay the same.
+#: Seconds between two looks at the lanes, and for which those that are looked at stay the same.
 _GLANCE, _LOOK = 100e-6, 1e-3
 
 
@@ -342,18 +342,17 @@ class CudaExecutor:
         return found
 
     def await_end(self) -> None:
-        """One lane's event is waited for; of several, whose bundles may come meanwhile, all are looked at."""
+        """All lanes are looked at again and again, without the interpreter's lock where that can be."""
+        native = compat.native.enqueue()
         while heads := [head for lane in self._lanes if (head := lane.head) is not None]:
-            if len(self._lanes) == 1:
-                heads[0].end.wait()
+            if native is not None:
+                # For a moment only: bundles may come on other lanes meanwhile.
+                if native.await_any([head.end.address for head in heads], _LOOK):
+                    return
+            elif any(passed(head.end.event) for head in heads):
                 return
-            if any(passed(head.end.event) for head in heads):
-                return
-            native = compat.native.enqueue()
-            if native is None:
-                time.sleep(_GLANCE)
             else:
-                native.await_any([head.end.address for head in heads], _LOOK)
+                time.sleep(_GLANCE)
 
     def join(self, requests: Sequence[Request]) -> None:
         """The caller's current stream waits for the requests' bundles."""
