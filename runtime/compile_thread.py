@@ -43,7 +43,7 @@ class CompileThread:
     """Runs jobs one by one on a daemon thread that the first one starts; by rank, then in order.
 
     They are Python, and while one runs, threads that serve wait for the interpreter. So it changes hands
-    faster meanwhile (:func:`torch_mux.compat.brisk`), a job may :meth:`breathe`, and what would only run
+    faster then (:func:`torch_mux.compat.quick_switching`), a job may :meth:`breathe`, and what would only run
     better takes a tenth of the time at most. What nobody asked for yet starts in a quiet moment: a
     process that is just making its models is short of the interpreter, too. Who waits in :meth:`quiesce`
     ends all of that: nobody is being served then who would notice.
@@ -52,8 +52,9 @@ class CompileThread:
         finished: jobs that have ended.
 
     Args:
-        quiet: seconds after the last other job or :meth:`stir`, for jobs of the lowest rank.
+        quiet: seconds after the end of the last other job or :meth:`stir`, for jobs of the lowest rank.
         interval: seconds for which a job may keep the interpreter while others ask for it; 0: Python's own.
+            Asked at the beginning of each.
     """
 
     def __init__(self, quiet: float = _QUIET, interval: Callable[[], float] = lambda: 0.0) -> None:
@@ -158,12 +159,14 @@ class CompileThread:
                 self._running = rank
             begun = time.monotonic()
             try:
-                with compat.brisk(self._interval()):
+                with compat.quick_switching(self._interval()):
                     job()
-            except Exception:
+            except BaseException:  # were the thread to end, requests would wait for their plans for ever
                 logger.exception("a job of the compile thread failed")
             del job
             self.finished += 1
+            if rank < Rank.AHEAD:
+                self.stir()  # whoever waited for it goes on now
             if rank is Rank.SPARE:
                 took = time.monotonic() - begun
                 self._rested = begun + took + min(_LONGEST_REST, took * (1 / _DUTY - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import sys
@@ -33,20 +34,32 @@ def _interval() -> Iterator[None]:
 
 
 def test_the_interval_is_what_it_was_when_all_have_left() -> None:
-    with compat.brisk(1e-3):
+    with compat.quick_switching(1e-3):
         assert sys.getswitchinterval() == pytest.approx(1e-3)
-        with pytest.raises(ValueError, match="inside"), compat.brisk(1e-4):
+        with pytest.raises(ValueError, match="inside"), compat.quick_switching(1e-4):
             raise ValueError("inside")
         assert sys.getswitchinterval() == pytest.approx(1e-3)
     assert sys.getswitchinterval() == pytest.approx(PYTHONS)
-    with compat.brisk(0.0):
+    with compat.quick_switching(0.0):
         assert sys.getswitchinterval() == pytest.approx(PYTHONS)
-    with compat.brisk(1.0):
+    with compat.quick_switching(1.0):
+        assert sys.getswitchinterval() == pytest.approx(PYTHONS)
+
+
+def test_who_leaves_first_does_not_decide() -> None:
+    other, mine = compat.quick_switching(1e-3), compat.quick_switching(1e-4)
+    for first, second in ((other, mine), (compat.quick_switching(1e-4), compat.quick_switching(1e-3))):
+        with contextlib.ExitStack() as stack:
+            first.__enter__()
+            stack.enter_context(second)
+            assert sys.getswitchinterval() == pytest.approx(1e-4)
+            first.__exit__(None, None, None)
+            assert sys.getswitchinterval() == pytest.approx(1e-4 if second is mine else 1e-3)
         assert sys.getswitchinterval() == pytest.approx(PYTHONS)
 
 
 def test_an_interval_that_somebody_sets_meanwhile_stays() -> None:
-    with compat.brisk(1e-3):
+    with compat.quick_switching(1e-3):
         sys.setswitchinterval(2e-3)
     assert sys.getswitchinterval() == pytest.approx(2e-3)
     sys.setswitchinterval(PYTHONS)
@@ -54,7 +67,7 @@ def test_an_interval_that_somebody_sets_meanwhile_stays() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_has_the_interval_of_before() -> None:
-    with compat.brisk(1e-3):
+    with compat.quick_switching(1e-3):
         child = os.fork()
         if not child:
             os._exit(0 if abs(sys.getswitchinterval() - PYTHONS) < 1e-4 else 1)
@@ -162,6 +175,7 @@ def test_requests_get_the_interpreter_while_something_compiles(gpu: Any) -> None
     engine, _, go = gpu(Timing(), 1, switch_interval=1e-4)
 
     def latency() -> float:
+        go(1)  # somebody is being served
         stop = threading.Event()
 
         def job() -> None:

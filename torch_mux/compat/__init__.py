@@ -68,7 +68,7 @@ from .streams import (
     is_device_error,
     on_stream,
 )
-from .switching import brisk
+from .switching import quick_switching
 from .tracing import install_tracing_check
 from .user_kernels import user_kernel
 
@@ -78,7 +78,6 @@ __all__ = [
     "SymbolicWorld",
     "active_modes",
     "aot_inference",
-    "brisk",
     "cache_entries",
     "cache_folder",
     "caller_files",
@@ -117,6 +116,7 @@ __all__ = [
     "paused_collector",
     "plain_tracing",
     "precision_state",
+    "quick_switching",
     "raise_recompile_limits",
     "ranges",
     "replayed_constructors",
