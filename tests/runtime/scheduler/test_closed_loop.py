@@ -362,7 +362,7 @@ def check(spans: Sequence[BundleSpan], flying: int) -> None:
 def test_threads_before_a_simulated_gpu_share_it_by_weight(lab: Any) -> None:
     seconds = {"one": 5e-3, "two": 3e-3, "four": 4e-3, "eight": 3.5e-3}
     timing = Timing(bundle=lambda name, slots: seconds[name], capture=1e-3)
-    with simulated_engine(timing, max_bundle=1) as (engine, _):
+    with simulated_engine(timing, max_bundle=1, branches=1) as (engine, _):
         check(flood(engine, lab, "cpu", contextlib.nullcontext), engine.settings.in_flight)
 
 
@@ -380,7 +380,7 @@ def test_the_bound_does_not_hold_for_who_is_served_in_turn() -> None:
 @pytest.mark.gpu
 def test_threads_before_a_gpu_share_it_by_weight(lab: Any) -> None:
     """Four programs of different length; their kernels only wait."""
-    engine = lab.gpu_engine(capture=False, max_bundle=1)
+    engine = lab.gpu_engine(capture=False, max_bundle=1, branches=1)
     cycles = {"one": 5_000_000, "two": 3_000_000, "four": 4_000_000, "eight": 3_500_000}
     for name in WEIGHTS:
         engine.register(lab.program(name, device="cuda:0"))

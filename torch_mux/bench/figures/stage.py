@@ -168,10 +168,13 @@ class Stage:
         self._settled.add(key)
         begun, first = time.perf_counter(), _jobs()
         one, load = self.server(server), [replace(one, start=0.0) for one in traffics]
+        # Mixes of programs are made only when they have come for a while; beside a reserve there are none.
+        mixed = len(kinds) > 1 and not any(reserve for _, reserve in kinds)
+        seconds = _SETTLING + (settings.pack_after if mixed else 0.0)
         quiet = False
         while not quiet and time.perf_counter() - begun < _PATIENCE:
             before = _jobs()
-            drive(one, load, Window(_SETTLING, 0.0), process=self.options.process, seed=self.options.seed)
+            drive(one, load, Window(seconds, 0.0), process=self.options.process, seed=self.options.seed)
             if (engine := state.peek()) is not None:
                 engine.quiesce(_PATIENCE)
             quiet = _jobs() == before
