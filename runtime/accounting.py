@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from torch_mux.errors import ExecutionFailed
 from torch_mux.runtime.memory import MemoryLedger
@@ -16,9 +17,11 @@ from torch_mux.runtime.shares import PICOSECONDS, divided
 from torch_mux.runtime.tally import TenantStats, TenantTally
 from torch_mux.types import Quota
 
-__all__ = ["Accounting", "StatsSnapshot", "TenantStats"]
+__all__ = ["OTHERS", "Accounting", "StatsSnapshot", "TenantStats"]
 
-_WINDOW = 2048
+#: Tenants that are counted by name at most, and who stands for those that were.
+_MOST = 4096
+OTHERS: Final = "(others)"
 _DONE, _CANCELLED, _EXPIRED = RequestState.DONE, RequestState.CANCELLED, RequestState.EXPIRED
 
 
@@ -44,6 +47,9 @@ class StatsSnapshot:
 class Accounting:
     """Counters a tenant, of bounded size; safe from any thread.
 
+    Of more than 4,096 tenants, those with the fewest requests lately and nothing pending are counted as one,
+    ``"(others)"``: sums stay what they are, and who comes again begins anew.
+
     Args:
         memory: what tenants hold; it is told of every end.
         quarantine: how many failures in a row are too many; see :class:`Quarantine`.
@@ -55,6 +61,7 @@ class Accounting:
         self.rates = Rates()
         self._lock = threading.Lock()
         self._tenants: dict[str, TenantTally] = {}
+        self._gather_at = _MOST
         self._bundles = 0
         self._requests = 0
         self._device_time = 0
@@ -63,8 +70,22 @@ class Accounting:
     def _tenant(self, name: str) -> TenantTally:
         tenant = self._tenants.get(name)
         if tenant is None:
-            tenant = self._tenants[name] = TenantTally()
+            if len(self._tenants) >= self._gather_at:
+                self._gather_idle()
+            tenant = self._tenants.setdefault(name, TenantTally())
         return tenant
+
+    def _gather_idle(self) -> None:
+        """Counts the half of the tenants who were idle longest as one; the lock is held."""
+        idle = [(one.lately, name) for name, one in self._tenants.items() if not one.pending]
+        others = self._tenants.pop(OTHERS, None) or TenantTally()
+        for _, name in sorted(idle)[: _MOST // 2]:
+            if name != OTHERS:
+                others.add(self._tenants.pop(name))
+        for one in self._tenants.values():
+            one.marked = one.accepted
+        self._tenants[OTHERS] = others
+        self._gather_at = max(_MOST, len(self._tenants) + _MOST // 4)
 
     def accepted(self, quotas: Sequence[Quota]) -> None:
         """Requests under these quotas are about to be queued."""

@@ -12,42 +12,65 @@ import time
 from collections.abc import Callable
 from enum import IntEnum
 
+from torch_mux import compat
+
 __all__ = ["CompileThread", "Rank"]
 
 logger = logging.getLogger(__name__)
 
 _QUIET = 1.0
+#: Of the time, at most, that jobs take which nobody waits for; and for how long one may put them off.
+_DUTY = 0.1
+_LONGEST_REST = 10.0
+#: How long a job works before it leaves the interpreter to others, and for how long.
+_STINT, _BREATH = 1e-3, 1e-3
 
 
 class Rank(IntEnum):
-    """Which jobs go first: plans that requests wait for, captures, then what nobody asked for yet."""
+    """Which jobs go first.
+
+    ``URGENT``: plans that requests wait for. ``WANTED``: what runs launch by launch until it is there.
+    ``SPARE``: what would only run better. ``AHEAD``: what nobody asked for yet.
+    """
 
     URGENT = 0
     WANTED = 1
-    AHEAD = 2
+    SPARE = 2
+    AHEAD = 3
 
 
 class CompileThread:
     """Runs jobs one by one on a daemon thread that the first one starts; by rank, then in order.
 
-    What nobody asked for yet starts in a quiet moment: a process that is just making its models is short of
-    the interpreter's lock.
+    They are Python, and while one runs, threads that serve wait for the interpreter. So it changes hands
+    faster then (:func:`torch_mux.compat.quick_switching`), a job may :meth:`breathe`, and what would only run
+    better takes a tenth of the time at most. What nobody asked for yet starts in a quiet moment: a
+    process that is just making its models is short of the interpreter, too. Who waits in :meth:`quiesce`
+    ends all of that: nobody is being served then who would notice.
+
+    Attributes:
+        finished: jobs that have ended.
 
     Args:
-        quiet: seconds after the end of the last other job or :meth:`stir`; whoever waits in :meth:`quiesce`
-            for jobs of the lowest rank ends the wait.
+        quiet: seconds after the end of the last other job or :meth:`stir`, for jobs of the lowest rank.
+        interval: seconds for which a job may keep the interpreter while others ask for it; 0: Python's own.
+            Asked at the beginning of each.
     """
 
-    def __init__(self, quiet: float = _QUIET) -> None:
+    def __init__(self, quiet: float = _QUIET, interval: Callable[[], float] = lambda: 0.0) -> None:
         self._quiet = quiet
-        self._stirred = float("-inf")
-        self._hurried = 0
+        self._interval = interval
+        self._stirred = self._rested = float("-inf")
+        self._breathed = 0.0
+        self._waiting: list[Rank] = []
         self._jobs: list[tuple[Rank, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._running: Rank | None = None
         self._closed = False
+        self.finished = 0
+        self._held_back: list[Callable[[], object]] = []
 
     def submit(self, job: Callable[[], object], rank: Rank = Rank.WANTED) -> None:
         """Queues ``job``; what it raises is logged. After :meth:`close` it is dropped.
@@ -66,21 +89,33 @@ class CompileThread:
                 self._thread.start()
             self._changed.notify_all()
 
-    def quiesce(self, timeout: float | None = None, rank: Rank = Rank.WANTED) -> bool:
+    def holds_back(self, release: Callable[[], object]) -> None:
+        """``release`` submits what its owner has not found worth a job yet; who waits for quiet wants it."""
+        self._held_back.append(release)
+
+    def quiesce(self, timeout: float | None = None, rank: Rank = Rank.SPARE) -> bool:
         """Waits until nothing up to ``rank`` is queued or running; False when ``timeout`` seconds passed."""
         if threading.current_thread() is self._thread:
             return False
+        for release in self._held_back:
+            release()
         with self._changed:
-            self._hurried += rank is Rank.AHEAD
+            self._waiting.append(rank)
             self._changed.notify_all()
             try:
                 return self._changed.wait_for(lambda: not self._busy(rank), timeout)
             finally:
-                self._hurried -= rank is Rank.AHEAD
+                self._waiting.remove(rank)
 
     def stir(self) -> None:
         """Something new is under way: puts off what nobody asked for yet."""
         self._stirred = time.monotonic()
+
+    def breathe(self) -> None:
+        """For jobs, now and then: leaves the interpreter to others if it has had it for a while."""
+        if time.perf_counter() - self._breathed > _STINT and not self._waiting:
+            time.sleep(_BREATH)
+            self._breathed = time.perf_counter()
 
     def _busy(self, rank: Rank) -> bool:
         waiting = bool(self._jobs) and self._jobs[0][0] <= rank
@@ -89,15 +124,17 @@ class CompileThread:
     @property
     def hurried(self) -> bool:
         """Whether somebody waits for jobs of the lowest rank."""
-        return self._hurried > 0
+        return Rank.AHEAD in self._waiting
 
     def _pause(self) -> float | None:
         """Seconds before the first job may start; None: there is none."""
         if not self._jobs:
             return None
-        if self._jobs[0][0] < Rank.AHEAD or self._hurried:
+        rank = self._jobs[0][0]
+        if rank < Rank.SPARE or any(rank <= other for other in self._waiting):
             return 0.0
-        return max(0.0, self._stirred + self._quiet - time.monotonic())
+        begin = self._rested if rank is Rank.SPARE else self._stirred + self._quiet
+        return max(0.0, begin - time.monotonic())
 
     def close(self, timeout: float) -> None:
         """Drops what is queued and waits at most ``timeout`` seconds for what is running."""
@@ -120,10 +157,16 @@ class CompileThread:
                     return
                 rank, _, job = heapq.heappop(self._jobs)
                 self._running = rank
+            begun = time.monotonic()
             try:
-                job()
-            except Exception:
+                with compat.quick_switching(self._interval()):
+                    job()
+            except BaseException:  # were the thread to end, requests would wait for their plans for ever
                 logger.exception("a job of the compile thread failed")
+            del job
+            self.finished += 1
             if rank < Rank.AHEAD:
                 self.stir()  # whoever waited for it goes on now
-            del job
+            if rank is Rank.SPARE:
+                took = time.monotonic() - begun
+                self._rested = begun + took + min(_LONGEST_REST, took * (1 / _DUTY - 1))

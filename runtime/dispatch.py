@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _LIVENESS = 1.0
 _QUIET = 2e-3
 _PAUSE = 200e-6
+_LATELY = 1.0
 
 
 class Dispatcher:
@@ -75,6 +76,10 @@ class Dispatcher:
     def policy(self) -> Policy:
         """Who goes out together, on which lane."""
         return self._driver.policy
+
+    def serves(self) -> bool:
+        """Whether a bundle went out within the last second."""
+        return self._clock() - self._runner.went < _LATELY
 
     def enqueue(self, requests: Sequence[Request]) -> None:
         """Appends requests, all at once: none of them goes out before the last is there.

@@ -90,9 +90,14 @@ class Engine:
         self._admission = gate = Admission(self._accounting, self._memory.owns)
         self._submission = Submission(gate, self._memory, self.clock, lambda: self.settings, self._catch_up)
         self._forecasts = Forecasts(self._folder)
-        self.compile_thread = CompileThread()
+        self.compile_thread = CompileThread(interval=self._interval)
         self._dispatchers: dict[torch.device, Dispatcher] = {}
         self._served: dict[str, ServedProgram] = {}
+
+    def _interval(self) -> float:
+        """For which compiling keeps the interpreter; where nobody is served, nobody has to wait."""
+        serves = any(dispatcher.serves() for dispatcher in list(self._dispatchers.values()))
+        return self.settings.switch_interval if serves else 0.0
 
     # Programs and instances.
 
@@ -286,7 +291,7 @@ class Engine:
         Args:
             ahead: waits for kernels of bundle sizes that nobody asked for yet, too.
         """
-        return self.compile_thread.quiesce(timeout, Rank.AHEAD if ahead else Rank.WANTED)
+        return self.compile_thread.quiesce(timeout, Rank.AHEAD if ahead else Rank.SPARE)
 
     def stats(self) -> StatsSnapshot:
         """What every tenant got so far; on an asynchronous device, of what has ended there."""

@@ -37,8 +37,8 @@ _cuda: Any = torch.cuda
 
 
 def new_event(timing: bool = False) -> torch.cuda.Event:
-    """An event that is not recorded yet."""
-    return cast(torch.cuda.Event, _cuda.Event(enable_timing=timing))
+    """An event that is not recorded yet; who waits for it sleeps, since to spin takes a core."""
+    return cast(torch.cuda.Event, _cuda.Event(enable_timing=timing, blocking=True))
 
 
 def new_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
@@ -306,10 +306,8 @@ class Lane:
         self.executables[key] = {**kept, executable.slots: executable}
 
     def measure_pool(self) -> None:
-        """Notes what the graphs' pool takes of the device; takes milliseconds."""
-        key = None if self.pool is None else self.pool.key
-        snapshot: list[dict[str, Any]] = _cuda.memory_snapshot()
-        self.pool_bytes = sum(part["total_size"] for part in snapshot if part["segment_pool_id"] == key)
+        """Notes what the graphs' pool takes of the device."""
+        self.pool_bytes = 0 if self.pool is None else self.pool.nbytes()
 
     def forget(self, key: str) -> None:
         """Drops a program's graphs."""

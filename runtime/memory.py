@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryLedger", "make_room", "out_of_memory"]
 
+_MOST = 4096
 _CPU_MESSAGE = "can't allocate memory"
 
 
@@ -40,7 +41,8 @@ class MemoryLedger:
 
     A tenant holds the weights of the models it has used with what was prepared from them, its part of the
     buffers that plans run in, and the outputs of its requests under way. What several tenants use is divided
-    evenly among them. A model that was removed or collected counts no longer.
+    evenly among them. A model that was removed or collected counts no longer. Of a model that 4,096 have used
+    it is forgotten who they were: those who ask again hold it.
 
     Args:
         instances: every instance that there is.
@@ -82,6 +84,8 @@ class MemoryLedger:
                     name = quota.tenant
                     before = None if quota.memory is None else self._held(name)
                     if name not in instance.tenants:
+                        if len(instance.tenants) >= _MOST:
+                            instance.tenants, self._kept = frozenset(), None
                         instance.tenants |= {name}
                         joined.append((instance, name))
                         if self._kept is not None:

@@ -61,7 +61,7 @@ class Quarantine:
         """A request of the tenant to the model raised while it ran."""
         with self._lock:
             if len(self._records) >= _KEPT:
-                self._records = {k: one for k, one in self._records.items() if now < one.seen + 2 * _MOST}
+                self._make_room(now)
             record = self._records.setdefault(key, _Record())
             self.watching = True
             record.failures += 1
@@ -70,6 +70,14 @@ class Quarantine:
             over = record.failures - limit
             if limit and over >= 0:
                 record.until = now + min(_MOST, _FIRST * 2.0 ** min(over, 32))
+
+    def _make_room(self, now: float) -> None:
+        """Forgets who failed long ago; of too many, first those who are not held off, the oldest first."""
+        kept = {key: one for key, one in self._records.items() if now < one.seen + 2 * _MOST}
+        if len(kept) >= _KEPT:
+            ordered = sorted(kept.items(), key=lambda item: (item[1].held(now), item[1].seen))
+            kept = dict(ordered[len(kept) - _KEPT // 2 :])
+        self._records = kept
 
     def held(self, key: Key, now: float) -> tuple[float, int, str] | None:
         """(seconds left, failures in a row, the last cause) of who is held off, or None."""

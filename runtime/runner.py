@@ -42,6 +42,7 @@ class Runner:
         dead: instances to forget once nothing of them is under way; appended to from anywhere.
         retirement: which plans rest.
         watched: somebody wants to be told when what is under way ends.
+        went: seconds on the clock when the last bundle went out.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Runner:
         self._busy = BusyTime()
         self.dead: deque[Instance] = deque()
         self.watched = False
+        self.went = float("-inf")
 
     def pop(self, issue: Issue, now: float) -> Bundle:
         """Takes an issue's requests out of the line; the mutex is held."""
@@ -75,6 +77,7 @@ class Runner:
             request.started = now
         bundle = Bundle(served, requests, issue)
         self._underway.append(bundle)
+        self.went = now
         self._policy.issued(issue, now)
         return bundle
 
@@ -246,6 +249,8 @@ class Runner:
         for request in requests:
             if request.state is not _CANCELLED and request.state is not _EXPIRED:
                 request.state = _DONE if request.error is None else _ERROR
+            if request.state is not _DONE:
+                request.outputs = []  # an error that is kept, with its frames, keeps no memory of a device
         self._accounting.ended(requests, now)
         with self.mutex:
             go_out(requests)

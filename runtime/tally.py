@@ -154,10 +154,10 @@ class Tally:
 class TenantTally:
     """Counters of one tenant; guarded by the accounting's lock."""
 
-    __slots__ = ("_models", "accepted", "latencies", "refused", "reserve", "weight")
+    __slots__ = ("_models", "accepted", "latencies", "marked", "refused", "reserve", "weight")
 
     def __init__(self) -> None:
-        self.accepted = self.refused = 0
+        self.accepted = self.refused = self.marked = 0
         self.weight, self.reserve = 1.0, 0.0
         self.latencies: deque[float] = deque(maxlen=_WINDOW)
         self._models: dict[str, Tally] = {}
@@ -171,6 +171,19 @@ class TenantTally:
     def pending(self) -> int:
         """Requests queued or under way."""
         return self.accepted - sum([model.ended for model in self._models.values()])
+
+    @property
+    def lately(self) -> int:
+        """Requests since ``marked`` was set."""
+        return self.accepted - self.marked
+
+    def add(self, other: TenantTally) -> None:
+        """Counts what another tenant had as this one's."""
+        self.accepted += other.accepted
+        self.refused += other.refused
+        self.latencies.extend(other.latencies)
+        for name, tally in other._models.items():
+            self._models[name] = Tally.sum([self.model(name), tally])
 
     def model(self, name: str) -> Tally:
         """The counters of one model."""

@@ -70,6 +70,46 @@ def test_closing_tells_every_client_that_waits_for_a_compile(monkeypatch: pytest
         close(ask(entry, model, x), expected(model, x))
 
 
+def test_a_reset_asks_again_for_what_waits_for_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    x = torch.randn(4, 6)
+    model: Any = torch.compile(Normed().eval(), backend="mux", dynamic=False)
+    threads, seen = clients(model, x)
+    assert held.entered.wait(60)
+    time.sleep(0.2)
+    threading.Timer(0.5, held.gate.set).start()
+    torch_mux.reset()
+    joined(threads)
+    for answer in seen:
+        close(answer, expected(model, x))
+    assert len(seen) == len(ENTRIES)
+
+
+def test_resets_lose_no_call() -> None:
+    x = torch.randn(4, 6)
+    model = taught(Normed, "cpu", x)
+    done, failed, answers = threading.Event(), [], []
+
+    def client(entry: str) -> None:
+        try:
+            while not done.is_set():
+                answers.append(ask(entry, model, x))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=client, args=(entry,)) for entry in ENTRIES]
+    for thread in threads:
+        thread.start()
+    for _ in range(30):
+        time.sleep(0.02)
+        torch_mux.reset()
+    done.set()
+    joined(threads)
+    assert not failed
+    for answer in answers[:: max(1, len(answers) // 50)]:
+        close(answer, expected(model, x))
+
+
 def test_closing_serves_those_that_wait_for_companions() -> None:
     x = torch.randn(4, 6)
     model = taught(Normed, "cpu", x)

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from torch_mux import compat, recording, state, together
 from torch_mux.breaks import continued
-from torch_mux.errors import MuxError, RefreshNeeded, UnknownOption
+from torch_mux.errors import ClosedError, MuxError, RefreshNeeded, UnknownOption
 from torch_mux.quotas import current_quota
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
@@ -50,10 +50,13 @@ class Entry:
     def engine(self) -> Engine:
         """The process's engine; a new one after ``torch_mux.reset()``."""
         engine = state.engine()
+        self._join(engine)
+        return engine
+
+    def _join(self, engine: Engine) -> None:
         if engine is not self._engine:
             self._program = engine.register(self._captured)
             self._engine = engine
-        return engine
 
     @property
     def program(self) -> Program:
@@ -63,7 +66,16 @@ class Entry:
 
     def __call__(self, args: list[object]) -> list[object]:
         """Runs one request and returns the graph's outputs; ``args`` is emptied."""
-        engine = self.engine
+        while True:
+            engine = state.engine()
+            try:
+                self._join(engine)
+                return self._run(engine, args)
+            except ClosedError:
+                if not state.replaced(engine):
+                    raise
+
+    def _run(self, engine: Engine, args: list[object]) -> list[object]:
         program = self._program
         inputs, parameters = program.split(args)
         if self._reformed:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torch_mux import compat, state
-from torch_mux.errors import DeviceMismatch, MuxError, NotCompiled, RefreshNeeded
+from torch_mux.errors import ClosedError, DeviceMismatch, MuxError, NotCompiled, RefreshNeeded
 from torch_mux.learned import learn, name_of
 from torch_mux.routes import ATTRIBUTE, Arranged, Here, Route, RouteTable, arrange, table_of
 from torch_mux.types import FallbackKind, FallbackReason, Quota
@@ -81,7 +81,12 @@ class Prepared:
     def submit(self, quota: Quota) -> Any:
         """Queues the request of a learned signature; never waits."""
         assert self.route is not None
-        return self.route.engine.submit(*self.request(quota))
+        try:
+            return self.route.engine.submit(*self.request(quota))
+        except ClosedError:
+            if not state.replaced(self.route.engine):
+                raise
+        return state.engine().submit(*self.request(quota))
 
     def finish(self, request: Any) -> Any:
         """The model's result from its request; made again on the guarded path if the model has changed.
@@ -103,8 +108,8 @@ class Prepared:
             return self._relearn()
         try:
             return route.finish(request.outcome(), self.arranged.leaves)
-        except RefreshNeeded:
-            return self._relearn()
+        except (ClosedError, RefreshNeeded) as error:
+            return self._again(error)
 
     def settle(self, request: Any) -> Any:
         """The model's result from a request whose route was checked before it was submitted."""
@@ -112,8 +117,15 @@ class Prepared:
         assert route is not None
         try:
             return route.finish(request.result(), self.arranged.leaves)
-        except RefreshNeeded:
-            return self._relearn()
+        except (ClosedError, RefreshNeeded) as error:
+            return self._again(error)
+
+    def _again(self, error: MuxError) -> Any:
+        """Another call, where the model has changed or a reset let go of the request before it went out."""
+        assert self.route is not None
+        if isinstance(error, ClosedError) and not state.replaced(self.route.engine):
+            raise error
+        return self._relearn()
 
     def _relearn(self) -> Any:
         assert self.route is not None and self.arranged.key is not None

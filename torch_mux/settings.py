@@ -47,6 +47,8 @@ class Settings:
             for it.
         match: launches of programs that go out as one are made one where they match; off: they only run
             beside each other (``TORCH_MUX_MATCH``).
+        switch_interval: seconds for which a compile or capture keeps the interpreter while others want it,
+            in place of Python's 5 ms, which is restored after each such job; 0: Python's.
         keep_plans: keep programs and plans on disk for later processes (``TORCH_MUX_KEEP_PLANS``).
     """
 
@@ -65,4 +67,5 @@ class Settings:
     beside: float | None = None
     pack_after: float = 1.0
     match: bool = field(default_factory=lambda: _flag("TORCH_MUX_MATCH", True))
+    switch_interval: float = 100e-6
     keep_plans: bool = field(default_factory=lambda: _flag("TORCH_MUX_KEEP_PLANS", True))

@@ -15,7 +15,19 @@ from torch_mux.types import FallbackReason
 if TYPE_CHECKING:
     from torch_mux.runtime.engine import Engine
 
-__all__ = ["close", "configure", "engine", "epoch", "note", "notes", "on_reset", "peek", "reset", "settings"]
+__all__ = [
+    "close",
+    "configure",
+    "engine",
+    "epoch",
+    "note",
+    "notes",
+    "on_reset",
+    "peek",
+    "replaced",
+    "reset",
+    "settings",
+]
 
 _NOTES = 512
 
@@ -61,6 +73,11 @@ def engine() -> Engine:
 def peek() -> Engine | None:
     """The engine if there is one."""
     return _state.engine
+
+
+def replaced(engine: object) -> bool:
+    """Whether ``reset`` let go of this engine: what it refused or had not begun is to be asked for again."""
+    return _state.engine is not engine and not _state.closed
 
 
 def epoch() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch_mux.lowering import kept
@@ -21,17 +21,23 @@ _FOLDER = "schedules"
 
 
 def schedule_of(
-    members: Sequence[Sequence[Operation]], sms: int, *, match: bool = True, keep: bool = True
+    members: Sequence[Sequence[Operation]],
+    sms: int,
+    *,
+    match: bool = True,
+    keep: bool = True,
+    pause: Callable[[], object] = lambda: None,
 ) -> Schedule:
     """The schedule of several members' launches by :class:`KernelCosts`; see :func:`pack`.
 
     Args:
         keep: reads it from disk where it is there, and leaves it there where it is not.
+        pause: see :func:`pack`.
     """
     name = kept.digest_of(members, sms, match)
     found = _read(name, members) if keep else None
     if found is None:
-        found = pack(members, KernelCosts(sms), sms, match=match)
+        found = pack(members, KernelCosts(sms), sms, match=match, pause=pause)
         if keep:
             _write(name, found)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from torch_mux.lowering.kernels.operation import Operation
@@ -84,6 +84,7 @@ def pack(
     units: int = 8,
     match: bool = True,
     beam: int | None = None,
+    pause: Callable[[], object] = lambda: None,
 ) -> Schedule:
     """The schedule of several members' launches, each member's in its own order.
 
@@ -98,6 +99,7 @@ def pack(
         units: equal parts of the device that caps are made of; no more strands run beside each other.
         match: whether launches may be made one.
         beam: alternatives kept open, instead of :data:`BEAM`; more find better schedules and take longer.
+        pause: called between alternatives, so that others may compute.
 
     Raises:
         ValueError: no members.
@@ -113,6 +115,7 @@ def pack(
     for level in levels[:-1]:
         ranked = sorted(level.items(), key=lambda item: (item[1].elapsed + outlook.of(item[0]), item[0]))
         for at, state in ranked[:beam]:
+            pause()
             for word in problem.next_words(at):
                 _reach(levels, at, state, word)
     final = levels[-1][problem.lengths]

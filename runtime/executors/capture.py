@@ -6,14 +6,16 @@ import contextlib
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from torch_mux import compat
 from torch_mux.lowering.kernels.ahead import FIRST_SIZES, Builder
-from torch_mux.lowering.kernels.interception import recording
+from torch_mux.lowering.kernels.interception import Work, intercepted, recording
 from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.executors.base import Stack
 from torch_mux.runtime.lanes import Executable, Lane, Side
@@ -29,6 +31,18 @@ __all__ = ["Capturer", "Move", "Steps", "idle_table"]
 logger = logging.getLogger(__name__)
 
 _TRIES = 3
+#: Bundles of a size that a larger graph serves, after which it is worth a graph of its own.
+_OFTEN = 64
+#: Number of a lane, slots, generation of the storage.
+_Wish = tuple[int, int, int]
+
+
+@dataclass
+class _Served:
+    """A size that a larger graph serves."""
+
+    lane: ref[Lane]
+    bundles: int = 0
 
 
 class Move(Protocol):
@@ -86,6 +100,9 @@ class Steps:
 class Capturer:
     """Captures graphs on the compile thread, each size of each program once a lane and generation.
 
+    A size whose bundles go out launch by launch is captured at once; one that a larger graph serves already
+    when it has come often, or when somebody waits for quiet.
+
     Args:
         compile_lock: held while Inductor's kernels may be compiled.
         builder: compiles super-kernels.
@@ -105,18 +122,48 @@ class Capturer:
         self._lock = threading.Lock()
         self._sides: dict[torch.device, Side] = {}
         self._rehearsed: set[ServedProgram] = set()
-        self._wanted: dict[ServedProgram, set[tuple[int, int, int]]] = {}
+        self._wanted: dict[ServedProgram, set[_Wish]] = {}
+        self._served: dict[ServedProgram, dict[_Wish, _Served]] = {}
+        self._built: dict[ServedProgram, set[int]] = {}
+        thread.holds_back(self.want_served)
         self._failures: dict[ServedProgram, list[str]] = {}
 
-    def want(self, lane: Lane, served: ServedProgram, slots: int) -> None:
-        """Asks for the graph of a bundle size; a second time, or after a failure, nothing happens."""
+    def want(self, lane: Lane, served: ServedProgram, slots: int, fits: bool) -> None:
+        """A bundle of a size without a graph; asked for again, or after a failure, nothing happens.
+
+        Args:
+            fits: whether the graph of a larger size serves it.
+        """
         wish = (lane.number, slots, served.storage.generation)
         with self._lock:
             wishes = self._wanted.setdefault(served, set())
             if wish in wishes:
                 return
+            if fits:
+                found = self._served.setdefault(served, {}).setdefault(wish, _Served(ref(lane)))
+                found.bundles += 1
+                if found.bundles < _OFTEN:
+                    return
             wishes.add(wish)
-        self._thread.submit(lambda: self._attempt(lane, served, slots))
+        self._submit(lane, served, slots, Rank.SPARE if fits else Rank.WANTED)
+
+    def want_served(self) -> None:
+        """Has all sizes captured that came and that larger graphs serve."""
+        found: list[tuple[Lane, ServedProgram, int]] = []
+        with self._lock:
+            for served, sizes in self._served.items():
+                wishes = self._wanted.setdefault(served, set())
+                for wish, one in sizes.items():
+                    lane = one.lane()
+                    if lane is not None and wish not in wishes and wish[2] == served.storage.generation:
+                        wishes.add(wish)
+                        found.append((lane, served, wish[1]))
+            self._served.clear()
+        for lane, served, slots in found:
+            self._submit(lane, served, slots, Rank.SPARE)
+
+    def _submit(self, lane: Lane, served: ServedProgram, slots: int, rank: Rank) -> None:
+        self._thread.submit(lambda: self._attempt(lane, served, slots, rank), rank)
 
     def failures(self, served: ServedProgram) -> tuple[str, ...]:
         """Why sizes of a program could not be captured."""
@@ -128,6 +175,8 @@ class Capturer:
         with self._lock:
             self._rehearsed.discard(served)
             self._wanted.pop(served, None)
+            self._served.pop(served, None)
+            self._built.pop(served, None)
             self._failures.pop(served, None)
 
     def rehearse(self, served: ServedProgram, most: int) -> None:
@@ -151,9 +200,17 @@ class Capturer:
         self._build_later(served, _likely_first(most))
 
     def _build(self, served: ServedProgram, sizes: Sequence[int]) -> None:
+        with self._lock:
+            built = self._built.get(served, set())
+        sizes = [slots for slots in sizes if slots not in built]
         with self._compile_lock:
             launches = [launch for slots in sizes for launch in self._steps.launches(served, slots)]
         self._builder.finish(launches)
+        self._note_built(served, sizes)
+
+    def _note_built(self, served: ServedProgram, sizes: Sequence[int]) -> None:
+        with self._lock:
+            self._built.setdefault(served, set()).update(sizes)
 
     def _build_later(self, served: ServedProgram, sizes: Sequence[int]) -> None:
         """One size a job, so that captures and new plans go first."""
@@ -169,14 +226,20 @@ class Capturer:
                 count = len(launches) if self._thread.hurried else 1
                 self._builder.finish(launches[:count])
                 launches = launches[count:]
+            self._note_built(served, sizes[:1])
             self._build_later(served, sizes[1:])
 
         if sizes:
             self._thread.submit(job, Rank.AHEAD)
 
-    def _attempt(self, lane: Lane, served: ServedProgram, slots: int) -> None:
+    def _attempt(self, lane: Lane, served: ServedProgram, slots: int, rank: Rank) -> None:
+        generation = served.storage.generation
         with self._lock:
             if served not in self._wanted:
+                return
+            if rank is Rank.WANTED and lane.executable(served.key, slots, generation) is not None:
+                # A larger size that was asked for before serves it now.
+                self._wanted[served].discard((lane.number, slots, generation))
                 return
         executable: Executable | None = None
         for left in reversed(range(_TRIES)):
@@ -217,7 +280,7 @@ class Capturer:
             with torch.cuda.stream(side):
                 self._rehearse(served, layout)
                 side.synchronize()
-            with torch.cuda.stream(lane.recorder), compat.capturing():
+            with torch.cuda.stream(lane.recorder), compat.capturing(), intercepted(self._breathing):
                 graph = compat.captured(lambda: self._steps.run(served, layout, lane.ring.table), lane.pool)
         return Executable(graph, slots, served.storage.generation)
 
@@ -230,9 +293,15 @@ class Capturer:
     def _rehearse(self, served: ServedProgram, layout: TableLayout) -> None:
         """Runs the steps once on zeros with no slot active, so that capturing compiles and loads nothing."""
         table, kept = idle_table(served, layout)
-        self._steps.run(served, layout, table)
+        with intercepted(self._breathing):
+            self._steps.run(served, layout, table)
         torch.cuda.current_stream(served.program.device).synchronize()
         del kept
+
+    def _breathing(self, work: Work) -> Work:
+        """Between two launches."""
+        self._thread.breathe()
+        return work
 
 
 def idle_table(served: ServedProgram, layout: TableLayout) -> tuple[Tensor, object]:

@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 #: Of a lane: as many programs' bundles overlap.
 BRANCHES: Final = 4
 _ATTEMPTS = 3
-_GLANCE = 100e-6
+#: Seconds between two looks at the lanes, and for which those that are looked at stay the same.
+_GLANCE, _LOOK = 100e-6, 1e-3
 
 
 class CudaExecutor:
@@ -255,7 +256,7 @@ class CudaExecutor:
         count = len(bundle.requests)
         executable = lane.executable(served.key, count, plan.storage.generation)
         if executable is None or executable.slots != count:
-            self._capturer.want(lane, served, count)
+            self._capturer.want(lane, served, count, fits=executable is not None)
         return executable
 
     def _filled(
@@ -341,14 +342,17 @@ class CudaExecutor:
         return found
 
     def await_end(self) -> None:
-        """One lane's event is waited for; of several, whose bundles may come meanwhile, all are looked at."""
+        """All lanes are looked at again and again, without the interpreter's lock where that can be."""
+        native = compat.native.enqueue()
         while heads := [head for lane in self._lanes if (head := lane.head) is not None]:
-            if len(self._lanes) == 1:
-                heads[0].end.wait()
+            if native is not None:
+                # For a moment only: bundles may come on other lanes meanwhile.
+                if native.await_any([head.end.address for head in heads], _LOOK):
+                    return
+            elif any(passed(head.end.event) for head in heads):
                 return
-            if any(passed(head.end.event) for head in heads):
-                return
-            time.sleep(_GLANCE)
+            else:
+                time.sleep(_GLANCE)
 
     def join(self, requests: Sequence[Request]) -> None:
         """The caller's current stream waits for the requests' bundles."""

@@ -21,7 +21,7 @@ from torch_mux.lowering.pack.costs import capped_grid
 from torch_mux.lowering.pack.kept import schedule_of
 from torch_mux.lowering.pack.schedule import Schedule
 from torch_mux.runtime import verdicts
-from torch_mux.runtime.compile_thread import CompileThread
+from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.executors.capture import Steps, idle_table
 from torch_mux.runtime.lanes import Lane, Side
 from torch_mux.runtime.mixes import Mix, MixBook, MixState
@@ -165,12 +165,12 @@ class JointCapturer:
     def want(self, lane: Lane, mix: Mix, members: Sequence[Member]) -> None:
         """Asks for the graph of a mix on a lane."""
         mix.state = MixState.BUILDING
-        self._thread.submit(lambda: self._attempt(lane, mix, members))
+        self._thread.submit(lambda: self._attempt(lane, mix, members), Rank.SPARE)
 
     def decided(self, mix: Mix) -> None:
         """It is known which way a mix is faster: kept for later processes."""
         if self._keep:
-            self._thread.submit(lambda: verdicts.write(self._name(mix), mix.verdict))
+            self._thread.submit(lambda: verdicts.write(self._name(mix), mix.verdict), Rank.SPARE)
 
     def _name(self, mix: Mix) -> str:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -273,7 +273,9 @@ class JointCapturer:
         match = self._match and _tiles_may_change(device)
         schedule = mix.schedule
         if schedule is None or list(map(list, schedule.members)) != operations:
-            schedule = mix.schedule = schedule_of(operations, sms, match=match, keep=self._keep)
+            breathe = self._thread.breathe
+            schedule = schedule_of(operations, sms, match=match, keep=self._keep, pause=breathe)
+            mix.schedule = schedule
         self._builder.finish(_variants(schedule, cast("list[list[Launch]]", seen)))
         self._trunk.stream.synchronize()
         del seen

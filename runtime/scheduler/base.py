@@ -284,6 +284,8 @@ def share_of(requests: Sequence[Ticket]) -> float:
     for request in requests:
         quota = request.quota
         if quota is not last:
+            if quota.sms >= 1.0:
+                return 1.0
             last = quota
             limits[quota.tenant] = max(limits.get(quota.tenant, 0.0), quota.sms)
     return min(1.0, sum(limits.values()))

@@ -13,11 +13,15 @@ class TokenBucket:
 
     A clock that jumps forward fills the bucket to its burst at most; one that jumps back adds nothing, and
     time goes on from there.
+
+    Attributes:
+        full_at: seconds on the clock from which on it is as good as new, by what was last asked.
     """
 
     def __init__(self) -> None:
         self._tokens: float | None = None
         self._seen = 0.0
+        self.full_at = 0.0
 
     def wait(self, now: float, rate: float, burst: int, before: int = 0) -> float:
         """Seconds until there is a token, when ``before`` others have been promised one. Takes none.
@@ -33,6 +37,7 @@ class TokenBucket:
         """Takes a token, or promises one that is still to come; seconds until it is there."""
         tokens = self._refill(now, rate, burst) - 1
         self._tokens = tokens
+        self.full_at = self._seen + _wait(tokens - burst, rate)
         return _wait(tokens, rate)
 
     def put_back(self) -> None:

@@ -322,7 +322,8 @@ class FairPolicy:
         )
         units = self._charge(issue, each)
         self._flying[issue] = _Charge(each, units)
-        levels = {request.quota.priority for request in issue.requests}
+        classes = len(self._times) > 1
+        levels = {request.quota.priority for request in issue.requests} if classes else self._times.keys()
         priority = max(levels)
         if len(levels) == 1:
             self._absent.charged(issue, priority, list(units))
@@ -343,12 +344,15 @@ class FairPolicy:
     def _charge(self, issue: Issue, each: float) -> dict[Account, float]:
         """Charges ``each`` device seconds a slot; returns slots over weight by account."""
         units: dict[Account, float] = {}
-        last: Quota | None = None
+        weight, last, level = self._weight, None, None
         for request in issue.requests:
             quota = request.quota
             if quota is not last:
                 last = quota
-                account, unit = self._time(quota.priority).account(quota.tenant), 1.0 / self._weight(quota)
+                if quota.priority != level:
+                    level = quota.priority
+                    time = self._time(level)
+                account, unit = time.account(quota.tenant), 1.0 / weight(quota)
             units[account] = units.get(account, 0.0) + unit
         for account, unit in units.items():
             account.charge(each * unit)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch_mux.runtime.accounting import Accounting
+from torch_mux.errors import ExecutionFailed
+from torch_mux.runtime import accounting as accounting_module
+from torch_mux.runtime.accounting import OTHERS, Accounting
+from torch_mux.runtime.rates import Rates
 from torch_mux.runtime.shares import PICOSECONDS, divided
 from torch_mux.types import Quota
 
@@ -78,3 +84,56 @@ def test_a_request_costs_what_its_plan_says(lab: Any, monkeypatch: pytest.Monkey
     request = lab.submit(engine, lab.program(), lab.Affine())
     request.result()
     assert request.work == 7
+
+
+def test_tenants_without_end_are_counted_as_one_in_the_end(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting_module, "_MOST", 64)
+    engine, program, model = lab.engine(), lab.program(), lab.Affine()
+    engine.register(program)
+    assert engine.quiesce(10)
+    accounting = engine._accounting
+    pending = [Quota(f"pending{number}") for number in range(3)]
+    accounting.accepted(pending)
+    for number in range(900):
+        lab.submit(engine, program, model, quota=Quota(f"t{number}")).result()
+        if number % 10 == 0:
+            lab.submit(engine, program, model, quota=Quota("regular")).result()
+    found = engine.stats()
+    assert len(found.tenants) <= 80
+    assert OTHERS in found.tenants and "t899" in found.tenants and "t0" not in found.tenants
+    assert found.tenants["regular"].accepted == 90
+    assert all(found.tenants[quota.tenant].pending == 1 for quota in pending)
+    assert sum(one.accepted for one in found.tenants.values()) == 993
+    assert sum(one.ok for one in found.tenants.values()) == 990
+    whole = sum(one.device_seconds for one in found.tenants.values())
+    assert whole == pytest.approx(found.device_seconds, abs=1e-9)
+
+
+def test_buckets_that_are_full_are_forgotten_and_others_are_not() -> None:
+    rates = Rates()
+    slow = Quota("slow", rate=0.001, burst=1)
+    rates.take(slow, 0.0)
+    for number in range(5000):
+        rates.take(Quota(f"t{number}", rate=100.0, burst=1), 0.01 * number)
+    assert len(rates._buckets) <= 1024
+    assert rates.wait(slow, 50.0) == pytest.approx(950.0)
+
+
+def test_a_failed_request_holds_no_outputs(lab: Any) -> None:
+    engine, program, model = lab.engine(), lab.program(), lab.Affine()
+    lab.call(engine, program, model)
+
+    def fail(inputs: list[torch.Tensor]) -> None:
+        raise ValueError("broken")
+
+    lab.plans["affine"].before = fail
+    request = lab.submit(engine, program, model)
+    outputs = [weakref.ref(output) for output in request.outputs]
+    gc.disable()
+    try:
+        with pytest.raises(ExecutionFailed) as caught:
+            request.result()
+        assert all(output() is None for output in outputs)
+    finally:
+        gc.enable()
+    assert caught.value is request.error

@@ -55,6 +55,9 @@ class Jobs:
     def submit(self, job: Any, rank: Any = None) -> None:
         self.jobs.append(job)
 
+    def breathe(self) -> None:
+        pass
+
     def work(self) -> None:
         while self.jobs:
             self.jobs.pop(0)()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from torch_mux import compat
 from torch_mux.errors import ClosedError, DeviceMismatch, ExecutionFailed, MemoryQuotaExceeded
+from torch_mux.runtime import memory as memory_module
 from torch_mux.runtime.lanes import Lane
 from torch_mux.types import Quota
 
@@ -226,10 +227,11 @@ def test_outputs_that_find_no_memory(lab: Any, ready: Any, monkeypatch: pytest.M
 
 
 def test_the_pool_of_a_lanes_graphs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [{"total_size": 100, "segment_pool_id": (0, 0)}, {"total_size": 7, "segment_pool_id": (0, 3)}]
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: parts * 2)
+    parts = {(0, 0): [{"total_size": 100}], (0, 3): [{"total_size": 7}] * 2}
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", parts.__getitem__)
     lane: Any = object.__new__(Lane)
-    lane.pool = SimpleNamespace(key=(0, 3))
+    lane.pool = object.__new__(compat.Pool)
+    lane.pool.key = (0, 3)
     lane.measure_pool()
     assert lane.pool_bytes == 14
 
@@ -243,3 +245,15 @@ def test_weights_without_a_storage_are_counted_too(lab: Any, ready: Any) -> None
     engine._memory.reserve([(instance, Quota("alice"))])
     assert engine._memory.held("alice") >= 4 * 4 * 4 + OUTPUTS
     engine._memory.cancel([(instance, Quota("alice"))])
+
+
+def test_who_used_a_model_is_remembered_up_to_a_number(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "_MOST", 8)
+    engine, program, model = lab.engine(), lab.program(), lab.Affine()
+    for number in range(20):
+        lab.submit(engine, program, model, quota=Quota(f"t{number}")).result()
+    instance = engine.instance(program, model.tensors())
+    assert len(instance.tenants) <= 8 and "t19" in instance.tenants
+    lab.submit(engine, program, model, quota=Quota("t0")).result()
+    held = {name: one.held for name, one in engine.stats().tenants.items()}
+    assert held["t0"] == held["t19"] > 0 and held["t1"] == 0

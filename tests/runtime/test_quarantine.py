@@ -104,3 +104,13 @@ def _wait() -> None:
 def test_the_setting_is_checked(value: object) -> None:
     with pytest.raises(torch_mux.InvalidSetting, match="quarantine"):
         torch_mux.configure(quarantine=value)
+
+
+def test_records_are_bounded_and_who_is_held_off_stays_so() -> None:
+    quarantine = Quarantine(lambda: 2)
+    for _ in range(3):
+        quarantine.failed(A, 0.0, ValueError("bad"))
+    for number in range(5000):
+        quarantine.failed((f"t{number}", "Net"), 0.1, ValueError("once"))
+    assert len(quarantine._records) <= 1024
+    assert quarantine.held(A, 0.15) is not None

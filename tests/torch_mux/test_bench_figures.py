@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import random
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,8 +18,12 @@ import pytest
 
 from torch_mux.bench import plot_serve, serve
 from torch_mux.bench.figures import host, knob, mlperf, prediction, shares
+from torch_mux.bench.figures import stage as stage_module
+from torch_mux.bench.figures.base import Row, cells
 from torch_mux.bench.figures.deadlines import bundle_seconds
 from torch_mux.bench.figures.oracle import most_in_time
+from torch_mux.bench.figures.stage import Stage
+from torch_mux.bench.load import Client, Traffic
 from torch_mux.bench.plot import BEGIN, END
 from torch_mux.runtime.timeline import BundleSpan, RequestSpan
 
@@ -157,6 +163,29 @@ def test_a_composition_counts_the_bundles_under_way_on_other_lanes() -> None:
 def test_the_worst_share_is_that_of_the_weights() -> None:
     assert shares._worst({"device seconds": [1.0, 2.0, 4.0, 8.0]}) == pytest.approx(0.0)
     assert shares._worst({"device seconds": [2.0, 1.0, 4.0, 8.0]}) == pytest.approx(100.0)
+
+
+def test_shares_of_a_device_that_rests_miss_their_target() -> None:
+    equal = {"device seconds": [1.0, 1.0], "busy": 0.5}
+    row = Row("shares", 0.0, 2.0, void=shares._idle(equal))
+    assert row.passed is False and cells("shares", row.data())[-1] == "MISS, not saturated"
+    assert Row("shares", 0.0, 2.0, void=shares._idle(equal | {"busy": 0.95})).passed
+
+
+def test_traffic_is_settled_once_a_kind_until_nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    jobs = iter([0, 0, 3, 3, 5, 5, 5, 5])  # begun; before and after each load; done
+    monkeypatch.setattr(stage_module, "_jobs", lambda: next(jobs))
+    monkeypatch.setattr(stage_module, "drive", lambda server, traffics, *_, **__: runs.append(len(traffics)))
+    stage = Stage(SimpleNamespace(process="poisson", seed=0))
+    client = Client("tiny", 0, (), {"tenant": "a"})
+    stage.settle([Traffic(client, rate=1.0)])
+    stage.settle([Traffic(client, depth=4), Traffic(client, rate=2.0)])
+    gc.unfreeze()
+    assert runs == [1, 1, 1]
+    (phase,) = stage.settling
+    assert phase["jobs"] == 5 and phase["quiet"] and phase["workloads"] == ["tiny"]
+    assert serve._warmth(stage.settling)[0].endswith("with 5 compiles and captures")
 
 
 def test_steps_of_a_curve_rise_but_for_noise() -> None:

@@ -19,6 +19,7 @@ from torch_mux.bench.arrivals import PROCESSES, arrivals
 from torch_mux.bench.figures.base import Finding, Row
 from torch_mux.bench.figures.stage import Stage
 from torch_mux.bench.load import Client, Finished, Got, Outcome, Shot, Traffic, Window, drive, search
+from torch_mux.bench.servers import warmed
 
 
 @pytest.mark.parametrize("process", sorted(PROCESSES))
@@ -222,3 +223,9 @@ def test_wrong_arguments_are_named(flags: list[str], words: str, capsys: pytest.
         serve.main([*flags, "--device", "cpu"])
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_all_sizes_of_the_main_architecture_are_warmed() -> None:
+    assert warmed(5, every=True) == [5, 4, 3, 2, 1]
+    assert warmed(64, every=True) == list(range(64, 0, -1))
+    assert warmed(26, every=False) == [26, 24, 20, *range(16, 0, -1)]

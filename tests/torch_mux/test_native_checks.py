@@ -234,6 +234,10 @@ int cudaMemcpyAsync(void* t, const void* f, size_t n, int k, void* s) {
   printf("copy %zu %zu %zu %d %zu\\n", (size_t)t, (size_t)f, n, k, (size_t)s); return 0; }
 int cudaGraphLaunch(void* g, void* s) {
   printf("launch %zu %zu\\n", (size_t)g, (size_t)s); fflush(stdout); return calls++ ? 700 : 0; }
+int cudaEventQuery(void* e) {
+  static int asked = 0;
+  if ((size_t)e == 13) return 700;
+  return (size_t)e == 12 && ++asked > 3 ? 0 : 600; }
 int cudaGetLastError(void) { printf("forget\\n"); fflush(stdout); return 0; }
 const char* cudaGetErrorString(int e) { return e == 700 ? "an illegal access" : "?"; }
 """
@@ -246,6 +250,9 @@ native.build()
 enqueue = native.enqueue()
 enqueue.record(7, 1)
 enqueue.enqueue(1, [2, 3], 4, 5, 6, 80, 9, 10)
+library.fflush(None)
+waits = [enqueue.await_any(*one) for one in (([11], 1e-4), ([11, 12], 60.0), ([11, 13], 60.0))]
+print(*waits, flush=True)
 try:
     enqueue.enqueue(1, [], 4, 5, 6, 80, 9, 10)
 except RuntimeError as error:
@@ -267,6 +274,7 @@ def test_a_bundle_is_enqueued_in_order_and_errors_are_said(tmp_path: Path) -> No
     assert done.stdout.splitlines() == [
         "record 7 1",
         *("wait 1 2", "wait 1 3", "record 4 1", "copy 5 6 80 1 1", "launch 9 1", "record 10 1"),
+        *("forget", "forget", "forget", "False True True"),
         *("record 4 1", "copy 5 6 80 1 1", "launch 9 1", "forget"),
         "CUDA error: an illegal access",
     ]

@@ -148,6 +148,7 @@ class Outcome:
         lag: 0.99 quantile of seconds by which open-loop requests were injected too late.
         cost: CPU seconds a request of the generator itself.
         host: CPU seconds a request of the process in all, but for the generator's own.
+        jobs: compiles and captures that ended during it, where somebody counted.
         probes: what the probe said at the beginning and at the end of the window, and when all had ended.
     """
 
@@ -157,6 +158,7 @@ class Outcome:
     lag: float
     cost: float
     host: float
+    jobs: int = 0
     probes: tuple[Any, ...] = field(default=(), repr=False)
 
     def _of(self, clients: Iterable[int] | None) -> list[Got]:
@@ -198,6 +200,7 @@ class Outcome:
             "lag": self.lag,
             "generator": self.cost,
             "host": self.host,
+            "jobs": self.jobs,
         }
 
 
@@ -355,7 +358,7 @@ def drive(
     whole = time.process_time() - whole - own
     count = max(1, len(one.sent))
     lag = quantile(sorted(one.lags), 0.99) if one.lags else 0.0
-    return Outcome(window, one.got(), len(one.sent), lag, own / count, whole / count, tuple(probes))
+    return Outcome(window, one.got(), len(one.sent), lag, own / count, whole / count, probes=tuple(probes))
 
 
 def search(

@@ -21,7 +21,8 @@ from torch_mux.bench.workloads import Tenants
 
 __all__ = ["PEERS", "MuxServer", "default_peers"]
 
-_SIZES: Final = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+_DENSE: Final = 16
 
 
 class MuxServer:
@@ -51,7 +52,7 @@ class MuxServer:
             for index in range(len(models), count):
                 model = torch.compile(self._served[name][index], backend="mux")
                 # Bundle sizes are a program's, not a model's: those of the first are everybody's.
-                sizes = (1,) if index else tuple(size for size in _SIZES if size <= most)
+                sizes = (1,) if index else warmed(most, every=len(self._models) == 1)
                 torch_mux.warmup(model, *tenants.requests[0][index], sizes=sizes)
                 models.append(model)
         if not state.engine().quiesce(300.0, ahead=True):
@@ -74,6 +75,15 @@ class MuxServer:
             for model in models:
                 torch_mux.remove(model)
         self._models, self._served, self._scopes = {}, {}, {}
+
+
+def warmed(most: int, every: bool) -> Sequence[int]:
+    """Bundle sizes to capture, the largest first: it serves those that are to come.
+
+    Args:
+        every: all up to ``most``, as for the architecture of most figures; of the others, only some above 16.
+    """
+    return [size for size in range(most, 0, -1) if every or size <= _DENSE or size % 4 == 0 or size == most]
 
 
 def _tell(number: int, finished: Finished, future: Any) -> None:

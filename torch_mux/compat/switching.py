@@ -1,4 +1,4 @@
-"""How long a thread may keep the interpreter while another one waits for it."""
+"""How long a thread may keep the interpreter while others wait for it."""
 
 from __future__ import annotations
 
@@ -10,49 +10,57 @@ from contextlib import contextmanager
 
 __all__ = ["quick_switching"]
 
-_QUICK = 1e-3
-
 
 class _Switching:
+    """The process's interval, which is the least that anybody inside asks for.
+
+    Whatever somebody else sets meanwhile stays.
+    """
+
     def __init__(self) -> None:
         self._start()
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._held = 0
-        self._before: float | None = None
+        self._asked: dict[object, float] = {}
+        self._before = self._ours = 0.0
 
     @contextmanager
-    def quick(self) -> Iterator[None]:
-        """Threads take turns every millisecond meanwhile; may be nested and entered from several threads.
+    def quick(self, seconds: float = 1e-3) -> Iterator[None]:
+        """Threads hand the interpreter over after ``seconds`` meanwhile; nested, and from several threads.
 
-        Reading a file or loading a kernel lets go of the interpreter at each step, and gets it back from a
-        thread that is busy after Python's 5 ms only: a hash of Triton's 400 MB took two seconds beside a
-        trace, and half a second alone.
+        Python's own interval is 5 ms. Whoever serves asks for the interpreter several times a request, and a
+        thread that reads a file or loads a kernel after each step: beside one thread that computes each of
+        these takes as long (a hash of Triton's 400 MB two seconds beside a trace, half a second alone).
+
+        Args:
+            seconds: 0 changes nothing, nor does more than the interval there is.
         """
-        mine = self._lock
+        me = object()
         with self._lock:
-            if not self._held and sys.getswitchinterval() > _QUICK:
-                self._before = sys.getswitchinterval()
-                sys.setswitchinterval(_QUICK)
-            self._held += 1
+            if not self._asked:
+                self._before = self._ours = sys.getswitchinterval()
+            if seconds:
+                self._asked[me] = seconds
+                self._apply()
         try:
             yield
         finally:
             with self._lock:
-                if mine is self._lock:  # else this is the child of a fork that happened inside
-                    self._held -= 1
-                    if not self._held:
-                        self._restore()
+                if self._asked.pop(me, None) is not None:  # else this is the child of a fork
+                    self._apply()
 
-    def _restore(self) -> None:
-        """The interval is as it was, unless somebody has set another one meanwhile."""
-        before, self._before = self._before, None
-        if before is not None and abs(sys.getswitchinterval() - _QUICK) < 1e-5:
-            sys.setswitchinterval(before)
+    def _apply(self) -> None:
+        if sys.getswitchinterval() == self._ours:
+            wanted = min([self._before, *self._asked.values()])
+            if wanted != self._ours:
+                sys.setswitchinterval(wanted)
+                self._ours = sys.getswitchinterval()
 
     def after_fork(self) -> None:
-        self._restore()
+        """In a forked child: nobody is inside."""
+        self._asked.clear()
+        self._apply()
         self._start()
 
 

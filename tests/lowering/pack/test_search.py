@@ -163,6 +163,14 @@ def test_what_does_not_pay_is_not_matched() -> None:
     assert schedule.matched == 0
 
 
+def test_a_search_pauses_often() -> None:
+    graphs = [[operation(f"{member}", 30, 10) for _ in range(12)] for member in range(3)]
+    pauses: list[int] = []
+    paused = pack(graphs, Waves(), SMS, pause=lambda: pauses.append(1))
+    assert paused == pack(graphs, Waves(), SMS)
+    assert len(pauses) >= 36
+
+
 def test_no_members_are_an_error() -> None:
     with pytest.raises(ValueError, match="at least one member"):
         pack([], Waves(), SMS)

@@ -25,6 +25,7 @@ class Row:
         bound: the target, None where none is set.
         most: whether the target is the most it may be, or else the least.
         unit: of both.
+        void: why the measurement does not count, if so: it misses its target then.
     """
 
     name: str
@@ -32,13 +33,14 @@ class Row:
     bound: float | None
     most: bool = True
     unit: str = ""
+    void: str = ""
 
     @property
     def passed(self) -> bool | None:
         """Whether the target is met; None where there is none."""
         if self.bound is None:
             return None
-        if self.measured is None or not math.isfinite(self.measured):
+        if self.void or self.measured is None or not math.isfinite(self.measured):
             return False
         return self.measured <= self.bound if self.most else self.measured >= self.bound
 
@@ -51,6 +53,7 @@ class Row:
             "bound": self.bound,
             "most": self.most,
             "unit": self.unit,
+            "void": self.void,
             "passed": self.passed,
         }
 
@@ -100,4 +103,6 @@ def cells(figure: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     if row["bound"] is not None:
         target = f"{'<=' if row['most'] else '>='} {_number(row['bound'], row['unit'])}"
         verdict = "pass" if row["passed"] else "MISS"
+        if row.get("void"):
+            verdict += f", {row['void']}"
     return figure, row["name"], target, _number(row["measured"], row["unit"]), verdict

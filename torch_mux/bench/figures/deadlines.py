@@ -47,9 +47,11 @@ def measure(stage: Stage) -> Finding:
         own = [found[name] for name in names if name in found]
         return Counter({what: sum(getattr(one, what) for one in own) for what in _OUTCOMES})
 
+    traffics = [Traffic(*both) for both in zip(clients, rates, strict=True)]
+    stage.settle(traffics)
     before = counted()
     with torch_mux.trace() as timeline:
-        run = stage.drive([Traffic(*both) for both in zip(clients, rates, strict=True)], probe=counted)
+        run = stage.drive(traffics, probe=counted)
     ends = {what: run.probes[-1][what] - before[what] for what in _OUTCOMES}
     seconds = run.window.seconds + run.window.lead
     trace = arrivals(options.process, rates, seconds, len(clients[0].inputs), options.seed)

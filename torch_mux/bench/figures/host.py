@@ -22,6 +22,8 @@ __all__ = ["decision_seconds", "measure"]
 _TENANTS: Final = 64
 _BACKLOG: Final = 16
 _LOAD: Final = 0.5
+#: Requests that each tenant has under way where the device is saturated.
+_DEPTH: Final = 2
 _SLOT: Final = 1e-4
 
 
@@ -65,8 +67,10 @@ def decision_seconds(tenants: int, backlog: int, rounds: int = 300) -> float:
         queue.requests.append(_Ticket(0.0, number, quotas[number % tenants]))
     spent, served, seq, now = 0.0, 0, tenants * backlog, 0.0
     for turn in range(2 * rounds):
+        fresh = [queue] if queue.requests.stirred else []
+        queue.requests.stirred = False
         before = time.thread_time()
-        decision = policy.form(View([queue], lanes), now, settings)
+        decision = policy.form(View([queue], lanes, None, fresh), now, settings)
         spent += time.thread_time() - before
         assert isinstance(decision, Issue)
         gone = [request for request in decision.requests if isinstance(request, _Ticket)]
@@ -86,17 +90,20 @@ def decision_seconds(tenants: int, backlog: int, rounds: int = 300) -> float:
 
 
 def measure(stage: Stage) -> Finding:
-    """The policy alone, and an open loop of 64 tenants at half of the load."""
+    """The policy alone, an open loop of 64 tenants at half of the load, and closed loops of all of them."""
     light, heavy = (decision_seconds(_TENANTS, backlog) for backlog in (1, _BACKLOG))
     clients = stage.clients(stage.main, _TENANTS, "host")
     rate = _LOAD * stage.most()
     run = stage.drive([Traffic(one, rate=rate / len(clients)) for one in clients])
+    full = stage.drive([Traffic(one, depth=_DEPTH) for one in clients])
     rows = (
         Row("policy decision a request, 64 tenants", 1e6 * light, 3.0, unit="us"),
         Row(f"the same with {_BACKLOG} pending each", 1e6 * heavy, 3.0, unit="us"),
         Row("host CPU a request, submit to completion", 1e6 * run.host, 25.0, unit="us"),
+        Row("the same, saturated", 1e6 * full.host, 25.0, unit="us"),
         Row("the generator's own cost a request", 1e6 * run.cost, None, unit="us"),
     )
-    errors = (f"requests failed: {dict(run.errors)}",) if run.errors else ()
-    data = {"tenants": _TENANTS, "backlog": _BACKLOG, "rate": rate, "run": run.data()}
+    failed = run.errors + full.errors
+    errors = (f"requests failed: {dict(failed)}",) if failed else ()
+    data = {"tenants": _TENANTS, "backlog": _BACKLOG, "rate": rate, "run": run.data(), "full": full.data()}
     return Finding(rows, data, errors, lateness((run,)))

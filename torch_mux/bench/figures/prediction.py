@@ -100,6 +100,7 @@ def measure(stage: Stage) -> Finding:
     seconds = stage.options.seconds
     most = stage.drive([Traffic(one, depth=2) for one in clients], 0.4 * seconds).throughput()
     traffics = [Traffic(one, rate=_LOAD * most / len(clients)) for one in clients]
+    stage.settle(traffics)
     with torch_mux.trace() as timeline:
         run = stage.drive(traffics, 2 * seconds, process="bursty")
     spans = timeline.spans

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch_mux
 from torch_mux.bench.figures.base import Finding, Row, ratio
@@ -13,17 +14,29 @@ from torch_mux.bench.load import Client, Traffic
 __all__ = ["measure", "measure_weights"]
 
 #: So small that every tenant has more pending than two bundles can hold: nobody ever runs dry.
-_BUNDLE: Final = 8
+_BUNDLE: Final = 16
 _DEPTH: Final = 4 * _BUNDLE
 _WEIGHTS: Final = (1, 2, 4, 8)
+#: Part of the time that a device is at work which counts as saturated.
+_BUSY: Final = 0.9
 
 
-def device_seconds(tenants: Sequence[str]) -> Callable[[], dict[str, float]]:
+class Used(NamedTuple):
+    """What each tenant had of the device so far, and the device in all, at a moment; seconds."""
+
+    tenants: dict[str, float]
+    device: float
+    moment: float
+
+
+def device_seconds(tenants: Sequence[str]) -> Callable[[], Used]:
     """A probe of what each of these tenants had of the device so far."""
 
-    def probe() -> dict[str, float]:
-        found = torch_mux.stats().tenants
-        return {name: found[name].device_seconds if name in found else 0.0 for name in tenants}
+    def probe() -> Used:
+        said, moment = torch_mux.stats(), time.perf_counter()
+        found = said.tenants
+        times = {name: found[name].device_seconds if name in found else 0.0 for name in tenants}
+        return Used(times, said.device_seconds, moment)
 
     return probe
 
@@ -39,7 +52,8 @@ def _saturated(stage: Stage, clients: Sequence[Client], gap: float) -> dict[str,
     return {
         "tenants": names,
         "models": [client.workload for client in clients],
-        "device seconds": [after[name] - before[name] for name in names],
+        "device seconds": [after.tenants[name] - before.tenants[name] for name in names],
+        "busy": (after.device - before.device) / (after.moment - before.moment),
         "requests": [got.served for got in run.clients],
         "run": run.data(),
     }
@@ -53,8 +67,18 @@ def measure(stage: Stage) -> Finding:
     found = _saturated(stage, clients, 0.03 * stage.options.seconds)
     times = found["device seconds"]
     gap = ratio(max(times) - min(times), min(times))
-    row = Row("fastest to slowest tenant by device time", None if gap is None else 100 * gap, 2.0, unit="%")
-    return Finding((row,), found)
+    percent = None if gap is None else 100 * gap
+    row = Row("fastest to slowest tenant by device time", percent, 2.0, unit="%", void=_idle(found))
+    return Finding((row, _busy("shares", found)), found)
+
+
+def _idle(found: Mapping[str, Any]) -> str:
+    """Why shares were not those of a saturated device, if so."""
+    return "" if found["busy"] >= _BUSY else "not saturated"
+
+
+def _busy(name: str, found: Mapping[str, Any]) -> Row:
+    return Row(f"device at work, {name}", 100 * found["busy"], None, unit="%")
 
 
 def _worst(found: Mapping[str, Any]) -> float | None:
@@ -77,5 +101,6 @@ def measure_weights(stage: Stage) -> Finding:
             for client, weight in zip(clients, _WEIGHTS, strict=True)
         ]
         found = data[kind] = _saturated(stage, weighted, 0.0)
-        rows.append(Row(f"worst error of a share, {kind}", _worst(found), 5.0, unit="%"))
+        rows.append(Row(f"worst error of a share, {kind}", _worst(found), 5.0, unit="%", void=_idle(found)))
+        rows.append(_busy(kind, found))
     return Finding(tuple(rows), {"weights": list(_WEIGHTS), **data})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import gc
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -19,6 +21,9 @@ __all__ = ["Options", "Stage"]
 
 #: Requests that each closed-loop client has under way where the most is looked for.
 _DEPTHS: Final = (1, 4)
+#: Seconds of load at a time before a kind of traffic is measured, and for how long at most.
+_SETTLING: Final = 0.25
+_PATIENCE: Final = 6.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,11 @@ class Options:
 
 
 class Stage:
-    """Models and servers that figures take turns with; each is made when it is first asked for."""
+    """Models and servers that figures take turns with; each is made when it is first asked for.
+
+    Attributes:
+        settling: how each kind of traffic was warmed up before it was measured.
+    """
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -63,6 +72,8 @@ class Stage:
         self._peers: dict[str, Server] = {}
         self._most: dict[str, float] = {}
         self._sustained: dict[str, tuple[float, list[Outcome]]] = {}
+        self._settled: set[Hashable] = set()
+        self.settling: list[dict[str, Any]] = []
 
     @property
     def main(self) -> str:
@@ -127,16 +138,58 @@ class Stage:
         process: str | None = None,
         probe: Callable[[], Any] = lambda: None,
     ) -> Outcome:
-        """One run; its length is that of the options, a fifth of it before anything counts."""
+        """One run of settled traffic; as long as the options say, a fifth of it before anything counts."""
+        self.settle(traffics, server)
         length = self.options.seconds if seconds is None else seconds
         window = Window(length, length / 5 if lead is None else lead)
-        return drive(
+        before = _jobs()
+        found = drive(
             self.server(server),
             traffics,
             window,
             process=process or self.options.process,
             seed=self.options.seed,
             probe=probe,
+        )
+        return replace(found, jobs=_jobs() - before)
+
+    def settle(self, traffics: Sequence[Traffic], server: str = MuxServer.name) -> None:
+        """Loads a server with this kind of traffic until it compiles and captures nothing more for it.
+
+        What there is by then is no garbage: the collector, which would stop every thread to look through the
+        objects of all compiles, leaves it alone from then on, as a server is advised to do. Peers are treated
+        alike.
+        """
+        settings = state.settings()
+        kinds = {(one.client.workload, bool(one.client.quota.get("reserve"))) for one in traffics}
+        key = (server, frozenset(kinds), settings.max_bundle, settings.max_wait)
+        if key in self._settled:
+            return
+        self._settled.add(key)
+        begun, first = time.perf_counter(), _jobs()
+        one, load = self.server(server), [replace(one, start=0.0) for one in traffics]
+        # Mixes of programs are made only when they have come for a while; beside a reserve there are none.
+        mixed = len(kinds) > 1 and not any(reserve for _, reserve in kinds)
+        seconds = _SETTLING + (settings.pack_after if mixed else 0.0)
+        quiet = False
+        while not quiet and time.perf_counter() - begun < _PATIENCE:
+            before = _jobs()
+            drive(one, load, Window(seconds, 0.0), process=self.options.process, seed=self.options.seed)
+            if (engine := state.peek()) is not None:
+                engine.quiesce(_PATIENCE)
+            quiet = _jobs() == before
+        gc.collect()
+        gc.freeze()
+        self.settling.append(
+            {
+                "server": server,
+                "workloads": sorted({name for name, _ in kinds}),
+                "reserve": any(reserve for _, reserve in kinds),
+                "max_bundle": settings.max_bundle,
+                "seconds": time.perf_counter() - begun,
+                "jobs": _jobs() - first,
+                "quiet": quiet,
+            }
         )
 
     def rivals(self, server: str) -> list[Client]:
@@ -189,7 +242,14 @@ class Stage:
         for server in self._peers.values():
             server.release()
         self.mux.release()
+        gc.unfreeze()
         self._peers, self._tenants = {}, {}
+
+
+def _jobs() -> int:
+    """Compiles and captures of the runtime that have ended."""
+    engine = state.peek()
+    return 0 if engine is None else engine.compile_thread.finished
 
 
 @contextmanager

@@ -116,6 +116,13 @@ class Enqueue(Protocol):
         """
         ...
 
+    def await_any(self, events: list[int], seconds: float, /) -> bool:
+        """Blocks, without the GIL, until one of the events was reached; False: none was in that time.
+
+        What CUDA reports in place of an event ends the wait too; who asks for that event gets it.
+        """
+        ...
+
 
 class PythonChecks:
     """The same in Python."""

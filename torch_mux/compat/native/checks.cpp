@@ -174,6 +174,7 @@ PyMethodDef methods[] = {
     {"can_enqueue", torch_mux_can_enqueue, METH_NOARGS, "Whether a CUDA runtime is loaded."},
     {"record", torch_mux_record, METH_VARARGS, "Records an event on a stream, both by address."},
     {"enqueue", torch_mux_enqueue, METH_VARARGS, "Puts one captured bundle on a stream."},
+    {"await_any", torch_mux_await_any, METH_VARARGS, "Waits until one of some events has been reached."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -3,6 +3,10 @@
 #include <Python.h>
 
 #include <dlfcn.h>
+#include <time.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "enqueue.h"
 
@@ -14,6 +18,7 @@ struct Runtime {
   int (*record)(void* event, void* stream);
   int (*copy)(void* to, const void* from, size_t bytes, int kind, void* stream);
   int (*launch)(void* graph, void* stream);
+  int (*query)(void* event);
   const char* (*explain)(int error);
   int (*forget)();
 
@@ -27,11 +32,12 @@ struct Runtime {
     find(record, "cudaEventRecord");
     find(copy, "cudaMemcpyAsync");
     find(launch, "cudaGraphLaunch");
+    find(query, "cudaEventQuery");
     find(explain, "cudaGetErrorString");
     find(forget, "cudaGetLastError");
   }
 
-  bool found() const { return wait && record && copy && launch && explain && forget; }
+  bool found() const { return wait && record && copy && launch && query && explain && forget; }
 };
 
 const Runtime& runtime() {
@@ -40,6 +46,15 @@ const Runtime& runtime() {
 }
 
 constexpr int kHostToDevice = 1;
+constexpr int kNotReady = 600;
+// Seconds between two looks: a part of what was waited already, so that long waits take few.
+constexpr double kShortest = 20e-6, kLongest = 100e-6, kPart = 1.0 / 16;
+
+double now() {
+  timespec moment;
+  clock_gettime(CLOCK_MONOTONIC, &moment);
+  return static_cast<double>(moment.tv_sec) + 1e-9 * static_cast<double>(moment.tv_nsec);
+}
 
 // The error is told here: the next kernel of this thread, which may be another tenant's, must not find it.
 PyObject* failed(int error) {
@@ -89,4 +104,33 @@ PyObject* torch_mux_enqueue(PyObject*, PyObject* args) {
   Py_END_ALLOW_THREADS;
   if (error) return failed(error);
   Py_RETURN_NONE;
+}
+
+// await_any(events: list[int], seconds: float) -> bool
+PyObject* torch_mux_await_any(PyObject*, PyObject* args) {
+  PyObject* given;
+  double seconds;
+  if (!PyArg_ParseTuple(args, "O!d", &PyList_Type, &given, &seconds)) return nullptr;
+  const Runtime& cuda = runtime();
+  if (!cuda.found()) return PyErr_Format(PyExc_RuntimeError, "no CUDA runtime is loaded");
+  std::vector<void*> events;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given); ++i) {
+    void* event = PyLong_AsVoidPtr(PyList_GET_ITEM(given, i));
+    if (event == nullptr && PyErr_Occurred()) return nullptr;
+    events.push_back(event);
+  }
+  int error = kNotReady;
+  Py_BEGIN_ALLOW_THREADS;
+  const double begin = now();
+  while (true) {
+    for (void* event : events)
+      if ((error = cuda.query(event)) != kNotReady) break;
+    const double waited = now() - begin;
+    if (error != kNotReady || waited >= seconds) break;
+    const timespec glance{0, static_cast<long>(1e9 * std::clamp(kPart * waited, kShortest, kLongest))};
+    nanosleep(&glance, nullptr);
+  }
+  Py_END_ALLOW_THREADS;
+  cuda.forget();  // that one was not reached is no error, but the runtime remembers it as the last
+  return PyBool_FromLong(error != kNotReady);
 }

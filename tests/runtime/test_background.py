@@ -1,0 +1,194 @@
+"""What is made off the request path leaves the interpreter to those who serve."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from simulated_gpu import SimulatedGpu, Timing, burn, simulated_engine
+
+from torch_mux import compat
+from torch_mux.runtime.compile_thread import CompileThread, Rank
+from torch_mux.runtime.engine import Engine
+from torch_mux.types import Quota
+
+PYTHONS = 0.005
+
+
+@pytest.fixture(autouse=True)
+def _interval() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(PYTHONS)
+    yield
+    left = sys.getswitchinterval()
+    sys.setswitchinterval(before)
+    assert left == pytest.approx(PYTHONS)
+
+
+def test_the_interval_is_what_it_was_when_all_have_left() -> None:
+    with compat.quick_switching(1e-3):
+        assert sys.getswitchinterval() == pytest.approx(1e-3)
+        with pytest.raises(ValueError, match="inside"), compat.quick_switching(1e-4):
+            raise ValueError("inside")
+        assert sys.getswitchinterval() == pytest.approx(1e-3)
+    assert sys.getswitchinterval() == pytest.approx(PYTHONS)
+    with compat.quick_switching(0.0):
+        assert sys.getswitchinterval() == pytest.approx(PYTHONS)
+    with compat.quick_switching(1.0):
+        assert sys.getswitchinterval() == pytest.approx(PYTHONS)
+
+
+def test_who_leaves_first_does_not_decide() -> None:
+    other, mine = compat.quick_switching(1e-3), compat.quick_switching(1e-4)
+    for first, second in ((other, mine), (compat.quick_switching(1e-4), compat.quick_switching(1e-3))):
+        with contextlib.ExitStack() as stack:
+            first.__enter__()
+            stack.enter_context(second)
+            assert sys.getswitchinterval() == pytest.approx(1e-4)
+            first.__exit__(None, None, None)
+            assert sys.getswitchinterval() == pytest.approx(1e-4 if second is mine else 1e-3)
+        assert sys.getswitchinterval() == pytest.approx(PYTHONS)
+
+
+def test_an_interval_that_somebody_sets_meanwhile_stays() -> None:
+    with compat.quick_switching(1e-3):
+        sys.setswitchinterval(2e-3)
+    assert sys.getswitchinterval() == pytest.approx(2e-3)
+    sys.setswitchinterval(PYTHONS)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_has_the_interval_of_before() -> None:
+    with compat.quick_switching(1e-3):
+        child = os.fork()
+        if not child:
+            os._exit(0 if abs(sys.getswitchinterval() - PYTHONS) < 1e-4 else 1)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_the_interval_is_short_while_a_job_runs_only() -> None:
+    thread, seen = CompileThread(interval=lambda: 2e-4), []
+    thread.submit(lambda: seen.append(sys.getswitchinterval()))
+    assert thread.quiesce(10)
+    assert seen == [pytest.approx(2e-4)]
+    thread.close(10)
+
+
+def test_what_would_only_run_better_takes_a_part_of_the_time_unless_somebody_waits() -> None:
+    thread, begun = CompileThread(), []
+
+    def job() -> None:
+        begun.append(time.monotonic())
+        time.sleep(0.05)
+
+    for _ in range(2):
+        thread.submit(job, Rank.SPARE)
+    time.sleep(0.2)
+    assert len(begun) == 1
+    asked = threading.Event()
+    thread.submit(asked.set)  # something that a request needs
+    assert asked.wait(0.3) and len(begun) == 1
+    time.sleep(0.6)
+    assert len(begun) == 2 and begun[1] - begun[0] > 0.45
+    thread.submit(job, Rank.SPARE)
+    before = time.monotonic()
+    assert thread.quiesce(10) and time.monotonic() - before < 0.3
+    assert len(begun) == 3
+    thread.close(10)
+
+
+@pytest.fixture
+def gpu(lab: Any) -> Iterator[Callable[..., tuple[Engine, SimulatedGpu, Any]]]:
+    """A simulated GPU that serves one program, with sizes captured."""
+    left: list[Any] = []
+
+    def make(timing: Timing, *sizes: int, **settings: Any) -> tuple[Engine, SimulatedGpu, Any]:
+        context = simulated_engine(timing, **settings)
+        engine, made = context.__enter__()
+        left.append(context)
+        model, program = lab.Affine(2.0), lab.program()
+
+        def go(slots: int) -> float:
+            begun, ended = time.perf_counter(), threading.Semaphore(0)
+            instance = engine.instance(program, model.tensors())
+            for request in engine.submit_all([(instance, [lab.x()], Quota("t"))] * slots):
+                request.add_done_callback(lambda _: ended.release())
+            engine.kick()
+            for _ in range(slots):
+                assert ended.acquire(timeout=20)
+            return time.perf_counter() - begun
+
+        go(1)
+        for slots in sizes:
+            go(slots)
+            assert engine.quiesce(20)
+        return engine, made[0], go
+
+    yield make
+    for context in left:
+        context.__exit__(None, None, None)
+
+
+def captured(device: SimulatedGpu) -> list[int]:
+    return [slots for _, slots, _ in device.capturer.captured]
+
+
+def test_a_size_that_a_larger_graph_serves_is_captured_when_it_has_come_often(gpu: Any, lab: Any) -> None:
+    engine, device, go = gpu(Timing(capture=1e-3), 1, 8)
+    assert captured(device) == [1, 8]
+    for _ in range(3):
+        for slots in (4, 5, 6, 7):
+            go(slots)
+    time.sleep(0.1)
+    assert captured(device) == [1, 8]
+    for _ in range(64):
+        go(5)
+    lab.until(lambda: captured(device) == [1, 8, 5])
+    assert engine.quiesce(20)  # who waits for quiet wants what came
+    assert sorted(captured(device)) == [1, 4, 5, 6, 7, 8]
+    assert engine.quiesce(20) and len(captured(device)) == 6
+
+
+def test_a_size_without_any_graph_is_captured_at_once_and_serves_smaller_ones(gpu: Any, lab: Any) -> None:
+    engine, device, go = gpu(Timing(capture=30e-3), 1)
+    gate = threading.Event()
+    engine.compile_thread.submit(lambda: gate.wait(10))
+    for slots in (12, 7, 10):
+        go(slots)
+    gate.set()
+    lab.until(lambda: engine.compile_thread.finished >= 6)
+    assert captured(device) == [1, 12]
+    assert [plan.captured for plan in engine.plans()] == [((1, 12),)]
+
+
+def test_requests_get_the_interpreter_while_something_compiles(gpu: Any) -> None:
+    """With Python's interval each of some four handovers a request takes 5 ms."""
+    engine, _, go = gpu(Timing(), 1, switch_interval=1e-4)
+
+    def latency() -> float:
+        go(1)  # somebody is being served
+        stop = threading.Event()
+
+        def job() -> None:
+            while not stop.is_set():
+                burn(1e-3)
+
+        engine.compile_thread.submit(job)
+        try:
+            return statistics.median(go(1) for _ in range(40))
+        finally:
+            stop.set()
+            assert engine.quiesce(20)
+
+    ours = latency()
+    engine.configure(replace(engine.settings, switch_interval=0.0))
+    assert latency() > 3 * ours
