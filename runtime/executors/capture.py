@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,9 +16,11 @@ from torch_mux.lowering.kernels.ahead import FIRST_SIZES, Builder
 from torch_mux.lowering.kernels.interception import recording
 from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.executors.base import Stack
+from torch_mux.runtime.executors.segmenter import Segmenter, cut
 from torch_mux.runtime.lanes import Executable, Lane, Side
 from torch_mux.runtime.ring import RingEntry, TableLayout
 from torch_mux.runtime.served import ServedProgram
+from torch_mux.settings import Settings
 from torch_mux.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ class Capturer:
     Args:
         compile_lock: held while Inductor's kernels may be compiled.
         builder: compiles super-kernels.
+        segmenter: cuts what is captured; None: nothing is cut.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Capturer:
         steps: Steps,
         compile_lock: contextlib.AbstractContextManager[object],
         builder: Builder,
+        segmenter: Segmenter | None = None,
     ) -> None:
         self._thread = thread
         self._steps = steps
@@ -105,12 +109,23 @@ class Capturer:
         self._lock = threading.Lock()
         self._sides: dict[torch.device, Side] = {}
         self._rehearsed: set[ServedProgram] = set()
-        self._wanted: dict[ServedProgram, set[tuple[int, int, int]]] = {}
+        self._segmenter = segmenter
+        self._wanted: dict[ServedProgram, set[tuple[int, int, Hashable]]] = {}
         self._failures: dict[ServedProgram, list[str]] = {}
+
+    def configure(self, settings: Settings) -> None:
+        """Takes over new settings; graphs that would be others under them are captured again."""
+        if self._segmenter is not None:
+            self._segmenter.configure(settings)
+
+    def generation(self, served: ServedProgram) -> Hashable:
+        """Of the graphs that may be used now: where the tables are, and how plans are cut."""
+        stamp = None if self._segmenter is None else self._segmenter.stamp
+        return served.storage.generation, stamp
 
     def want(self, lane: Lane, served: ServedProgram, slots: int) -> None:
         """Asks for the graph of a bundle size; a second time, or after a failure, nothing happens."""
-        wish = (lane.number, slots, served.storage.generation)
+        wish = (lane.number, slots, self.generation(served))
         with self._lock:
             wishes = self._wanted.setdefault(served, set())
             if wish in wishes:
@@ -217,10 +232,21 @@ class Capturer:
                 lane.pool = compat.Pool(device)
             with torch.cuda.stream(side):
                 self._rehearse(served, layout)
+                if self._segmenter is not None:
+                    self._segmenter.prepare()
                 side.synchronize()
+            generation, segments = self.generation(served), 1
+
+            def run() -> None:
+                nonlocal segments
+                table = lane.ring.table
+                with cut(self._segmenter, lane.kind, layout, table) as found:
+                    self._steps.run(served, layout, table)
+                segments = 1 if found is None else max(1, found.count)
+
             with torch.cuda.stream(lane.recorder), compat.capturing():
-                graph = compat.captured(lambda: self._steps.run(served, layout, lane.ring.table), lane.pool)
-        return Executable(graph, slots, served.storage.generation)
+                graph = compat.captured(run, lane.pool)
+        return Executable(graph, slots, generation, segments)
 
     def _side(self, device: torch.device) -> torch.cuda.Stream:
         """Where the compile thread runs what it rehearses."""
