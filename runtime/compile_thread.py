@@ -121,6 +121,6 @@ class CompileThread:
                 self._running, _, job = heapq.heappop(self._jobs)
             try:
                 job()
-            except Exception:
+            except BaseException:  # were the thread to end, requests would wait for their plans for ever
                 logger.exception("a job of the compile thread failed")
             del job
