@@ -215,7 +215,7 @@ class _Capturer(Capturer):
             self._thread.breathe()
         self.captured.append((served.program.name, slots, begun))
         graph: Any = _Graph(partial(self.timing.bundle, served.program.name), slots)
-        return Executable(graph, slots, served.storage.generation)
+        return Executable(graph, slots, self.generation(served))
 
 
 class _NoMixes:
