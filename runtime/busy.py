@@ -22,7 +22,8 @@ class BusyTime:
     A device is busy while a bundle is at work on any lane. Each moment is divided among the bundles that are
     at work then, in proportion to their caps; bundles that are one have one cap, and their parts by
     their work. So the sum over bundles is the busy time and not that of
-    every lane. One that is alone on the device is charged what it took.
+    every lane. One that is alone on the device is charged what it took. While a bundle goes before others,
+    which stop for it, the time is its own, and theirs is ``paused``.
     """
 
     def __init__(self) -> None:
@@ -60,6 +61,12 @@ class BusyTime:
 
 
 def _charge(flights: Sequence[Flight], time: int) -> None:
+    passing = [flight for flight in flights if flight.bundle.issue.passes]
+    if passing:
+        for flight in flights:
+            if not flight.bundle.issue.passes:
+                flight.paused += time / PICOSECONDS
+        flights = passing
     weights = [flight.bundle.share * flight.bundle.part for flight in flights]
     parts = divided(time, [max(1, round(weight * _PARTS)) for weight in weights])
     for flight, part in zip(flights, parts, strict=True):

@@ -27,7 +27,7 @@ def with_companions(
 
     Nothing waits for companions, and what is not taken is decided on again. They must be of other programs
     that can be packed, on the same lane or another branch, without a cap (beside each other, capped bundles
-    of one tenant would take more than his cap), while nobody with a reserve was about for a minute. Where
+    of one tenant would take more than his cap), while no reserve is in use, and go before nobody. Where
     somebody has to end by some time, all of them together must be forecast to end before that.
 
     Args:
@@ -59,8 +59,14 @@ def with_companions(
 
 def _packable(issue: Issue, executor: Executor) -> bool:
     served = cast(Request, issue.requests[0]).served
-    whole = issue.share >= 1.0 and not issue.reserved and issue.reserve == 0.0
-    return whole and not served.ordered and served.retired is None and executor.packs(served)
+    whole = issue.share >= 1.0 and not issue.reserved and issue.kept == 0.0
+    return (
+        whole
+        and not issue.passes
+        and not served.ordered
+        and served.retired is None
+        and executor.packs(served)
+    )
 
 
 def _due(requests: Sequence[object]) -> float:

@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -20,6 +20,7 @@ from torch_mux import compat
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Flight
 from torch_mux.runtime.ring import TableRing
+from torch_mux.runtime.scheduler.base import LaneKind
 
 __all__ = ["CudaFlight", "Executable", "Lane", "Mark", "Marks", "Side", "apart", "new_event", "passed"]
 
@@ -178,12 +179,14 @@ class Executable:
     Attributes:
         graph: the captured graph.
         slots: the bundle size it was captured for.
-        generation: the storage's generation then; tables that moved since make it invalid.
+        generation: of the storage and the settings then; tables that moved since make it invalid.
+        segments: between which a more urgent bundle may go first.
     """
 
     graph: compat.Graph
     slots: int
-    generation: int
+    generation: Hashable
+    segments: int = 1
 
 
 class Lane:
@@ -191,6 +194,7 @@ class Lane:
 
     Args:
         context: the part of the device that it runs on, if not the whole.
+        kind: who it is for.
 
     Attributes:
         number: no other lane of the process has it.
@@ -213,8 +217,10 @@ class Lane:
         device: torch.device,
         priority: int = 0,
         context: compat.green.GreenContext | None = None,
+        kind: LaneKind = LaneKind.COMMON,
     ) -> None:
         self.index = index
+        self.kind = kind
         self.number = next(_numbers)
         self.context = context
         self._side = Side(device, priority, context)
@@ -281,7 +287,7 @@ class Lane:
         """Words in a table of any lane."""
         return _WORDS
 
-    def executable(self, key: str, slots: int, generation: int) -> Executable | None:
+    def executable(self, key: str, slots: int, generation: Hashable) -> Executable | None:
         """The best captured graph: of that size, or the smallest that is at most twice as large."""
         sizes = self.executables.get(key)
         if not sizes:

@@ -32,6 +32,7 @@ class ProgramReport:
         plan: lowering's own report, or None while it compiles.
         captured: bundle sizes captured as CUDA graphs, by lane.
         capture_failures: why sizes could not be captured.
+        segments: of the captured graph with the most, between which a more urgent bundle may go first.
         sizes: bundles that went out, by number of slots.
         compile_seconds: how long the plan took to make, or to load.
         from_disk: whether an earlier process had left the plan.
@@ -51,6 +52,7 @@ class ProgramReport:
     plan: object
     captured: tuple[tuple[int, ...], ...]
     capture_failures: tuple[str, ...]
+    segments: int
     sizes: Mapping[int, int]
     compile_seconds: float
     from_disk: bool
@@ -77,6 +79,7 @@ def report_of(served: ServedProgram) -> ProgramReport:
         plan=None if plan is None else plan.report,
         captured=executor.captured,
         capture_failures=executor.failures,
+        segments=executor.segments,
         sizes=dict(sorted(served.sizes.items())),
         compile_seconds=served.compile_seconds,
         from_disk=plan is not None and plan.from_disk,

@@ -221,8 +221,9 @@ class Runner:
             for request in flight.bundle.requests:
                 if flight.error is not None and request.error is None:
                     request.error = flight.error
+            seconds = max(0.0, flight.seconds - flight.paused)
             charge = flight.charge / PICOSECONDS
-            self._settle(flight.bundle, flight.ended, flight.seconds, charge)
+            self._settle(flight.bundle, flight.ended, seconds, charge)
             if flight.bundle.run is not None:
                 flight.bundle.run.landed(charge, flight.error is not None)
         if self.watched and not self._executor.flying():

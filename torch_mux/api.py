@@ -43,9 +43,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_DURATIONS = ("max_wait", "linger", "pack_after", "switch_interval")
+_DURATIONS = ("max_wait", "linger", "pack_after", "segment", "switch_interval")
 _COUNTS = ("max_bundle", "lanes", "in_flight", "pack", "branches")
-_OR_NONE = ("pack", "branches", "beside")
+_OR_NONE = ("pack", "branches", "beside", "segment")
 _SWITCHES = ("enabled", "capture", "keep_plans", "match")
 _ISOLATION = ("off", "priority", "caps", "green")
 
@@ -256,10 +256,13 @@ def configure(**settings: Any) -> Settings:
 
 
 def _setting(name: str, value: Any) -> Any:
-    if name in _DURATIONS:
-        return parse_duration(value)
     if name in _OR_NONE and value is None:
         return value
+    if name in _DURATIONS:
+        seconds = parse_duration(value)
+        if name == "segment" and seconds <= 0.0:
+            raise InvalidSetting(name=name, value=value, detail="a duration above 0, or None for no segments")
+        return seconds
     if name == "beside" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
         raise InvalidSetting(name=name, value=value, detail="a number above 0, or None for no limit")
     if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -104,6 +104,7 @@ class ProgramExplanation:
         bundles: bundles that went out, by number of slots.
         captured: bundle sizes captured as CUDA graphs, by lane.
         capture_failures: why sizes could not be captured.
+        segments: of the captured graph with the most, between which a more urgent bundle may go first.
     """
 
     name: str
@@ -126,6 +127,7 @@ class ProgramExplanation:
     flops_alone: int = 0
     compile_seconds: float = 0.0
     from_disk: bool = False
+    segments: int = 1
 
     @property
     def coalesced_flops(self) -> float | None:
@@ -154,8 +156,11 @@ class ProgramExplanation:
                 + ", ".join(f"{count} of {slots}" for slots, count in sorted(self.bundles.items()))
             )
         if any(self.captured):
+            cut = f" (in up to {self.segments} segments)" if self.segments > 1 else ""
             lines.append(
-                "  captured for: " + "; ".join(", ".join(map(str, sizes)) for sizes in self.captured if sizes)
+                "  captured for: "
+                + "; ".join(", ".join(map(str, sizes)) for sizes in self.captured if sizes)
+                + cut
             )
         lines += [f"  not captured: {failure}" for failure in self.capture_failures]
         for reason in self.reasons:
@@ -252,7 +257,9 @@ def _isolation(settings: Settings) -> str:
     if branches is None:
         branches = 4 if torch.cuda.is_available() else 1
     lanes += "" if branches == 1 else f" of {branches} branches"
-    return f"{lanes} for everybody" + _KEPT[settings.isolation]
+    passing = settings.segment is not None and settings.isolation != "green"
+    cut = f"; long plans are cut into segments of {_ms(settings.segment)} ms" if passing else ""
+    return f"{lanes} for everybody" + _KEPT[settings.isolation] + cut
 
 
 def _program(found: ProgramReport) -> ProgramExplanation:
@@ -278,6 +285,7 @@ def _program(found: ProgramReport) -> ProgramExplanation:
         flops_alone=plan.flops_alone if plan is not None else 0,
         compile_seconds=found.compile_seconds,
         from_disk=found.from_disk,
+        segments=found.segments,
     )
 
 

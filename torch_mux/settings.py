@@ -31,6 +31,8 @@ class Settings:
             whose work goes first; "caps": and the others keep to the multiprocessors that are left while one
             of them is at work; "green": and both run on multiprocessors of their own.
         in_flight: most bundles enqueued on one lane.
+        segment: seconds after which a captured plan lets a more urgent bundle go first, on a lane that is
+            made for it; None: a bundle that is under way is waited for. Not with isolation "green".
         linger: longest adaptive wait, in seconds, for closed-loop clients of the last bundle.
         capture: replay captured CUDA graphs (``TORCH_MUX_CAPTURE``); off launches directly.
         quarantine: requests in a row that raise while they run after which their tenant is refused, for 0.1 s
@@ -58,6 +60,7 @@ class Settings:
     lanes: int = 1
     isolation: str = "caps"
     in_flight: int = 2
+    segment: float | None = None
     linger: float = 200e-6
     capture: bool = field(default_factory=lambda: _flag("TORCH_MUX_CAPTURE", True))
     quarantine: int = 16

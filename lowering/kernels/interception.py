@@ -16,7 +16,17 @@ from torch_mux.lowering.kernels.operation import Operation
 if TYPE_CHECKING:
     from torch_mux.lowering.kernels.common import Launch
 
-__all__ = ["Take", "Turn", "Work", "handed", "intercepted", "intercepting", "left_while_handed", "recording"]
+__all__ = [
+    "Take",
+    "Turn",
+    "Work",
+    "handed",
+    "intercepted",
+    "intercepting",
+    "left_while_handed",
+    "noticed",
+    "recording",
+]
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,19 @@ def handed(work: Work) -> Work | None:
     """What is to be done instead of ``work``, None if nothing is left to do."""
     take = _hook.take
     return work if take is None else take(work)
+
+
+@contextlib.contextmanager
+def noticed(see: Callable[[Work], object]) -> Iterator[None]:
+    """``see`` is told of what this thread is about to launch inside, before whoever intercepts it gets it."""
+    outer = _hook.take
+
+    def take(work: Work) -> Work | None:
+        see(work)
+        return work if outer is None else outer(work)
+
+    with intercepted(take):
+        yield
 
 
 @contextlib.contextmanager

@@ -45,10 +45,12 @@ class ExecutorReport:
     Attributes:
         captured: bundle sizes captured, by lane.
         failures: why captures failed, one text each.
+        segments: of the captured graph with the most.
     """
 
     captured: tuple[tuple[int, ...], ...] = ()
     failures: tuple[str, ...] = ()
+    segments: int = 1
 
 
 @dataclass(eq=False)
@@ -62,6 +64,7 @@ class Flight:
         ended: seconds on the clock when the device finished it, once known.
         seconds: device seconds it took, once known.
         charge: picoseconds of the device's busy time that are its; see :class:`BusyTime`.
+        paused: seconds for which others went before it while it was under way.
         error: what the device reported, or None.
         finished: whether the device is known to have finished it.
     """
@@ -72,6 +75,7 @@ class Flight:
     ended: float = field(default=0.0)
     seconds: float = field(default=0.0)
     charge: int = field(default=0)
+    paused: float = field(default=0.0)
     error: Exception | None = field(default=None)
     finished: bool = field(default=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
@@ -18,9 +18,11 @@ from torch_mux.lowering.kernels.ahead import FIRST_SIZES, Builder
 from torch_mux.lowering.kernels.interception import Work, intercepted, recording
 from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.executors.base import Stack
+from torch_mux.runtime.executors.segmenter import Segmenter, cut
 from torch_mux.runtime.lanes import Executable, Lane, Side
 from torch_mux.runtime.ring import RingEntry, TableLayout
 from torch_mux.runtime.served import ServedProgram
+from torch_mux.settings import Settings
 from torch_mux.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -33,8 +35,8 @@ logger = logging.getLogger(__name__)
 _TRIES = 3
 #: Bundles of a size that a larger graph serves, after which it is worth a graph of its own.
 _OFTEN = 64
-#: Number of a lane, slots, generation of the storage.
-_Wish = tuple[int, int, int]
+#: Number of a lane, slots, generation of its graphs.
+_Wish = tuple[int, int, Hashable]
 
 
 @dataclass
@@ -106,6 +108,7 @@ class Capturer:
     Args:
         compile_lock: held while Inductor's kernels may be compiled.
         builder: compiles super-kernels.
+        segmenter: cuts what is captured; None: nothing is cut.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Capturer:
         steps: Steps,
         compile_lock: contextlib.AbstractContextManager[object],
         builder: Builder,
+        segmenter: Segmenter | None = None,
     ) -> None:
         self._thread = thread
         self._steps = steps
@@ -122,11 +126,22 @@ class Capturer:
         self._lock = threading.Lock()
         self._sides: dict[torch.device, Side] = {}
         self._rehearsed: set[ServedProgram] = set()
+        self._segmenter = segmenter
         self._wanted: dict[ServedProgram, set[_Wish]] = {}
         self._served: dict[ServedProgram, dict[_Wish, _Served]] = {}
         self._built: dict[ServedProgram, set[int]] = {}
         thread.holds_back(self.want_served)
         self._failures: dict[ServedProgram, list[str]] = {}
+
+    def configure(self, settings: Settings) -> None:
+        """Takes over new settings; graphs that would be others under them are captured again."""
+        if self._segmenter is not None:
+            self._segmenter.configure(settings)
+
+    def generation(self, served: ServedProgram) -> Hashable:
+        """Of the graphs that may be used now: where the tables are, and how plans are cut."""
+        stamp = None if self._segmenter is None else self._segmenter.stamp
+        return served.storage.generation, stamp
 
     def want(self, lane: Lane, served: ServedProgram, slots: int, fits: bool) -> None:
         """A bundle of a size without a graph; asked for again, or after a failure, nothing happens.
@@ -134,7 +149,7 @@ class Capturer:
         Args:
             fits: whether the graph of a larger size serves it.
         """
-        wish = (lane.number, slots, served.storage.generation)
+        wish = (lane.number, slots, self.generation(served))
         with self._lock:
             wishes = self._wanted.setdefault(served, set())
             if wish in wishes:
@@ -155,7 +170,7 @@ class Capturer:
                 wishes = self._wanted.setdefault(served, set())
                 for wish, one in sizes.items():
                     lane = one.lane()
-                    if lane is not None and wish not in wishes and wish[2] == served.storage.generation:
+                    if lane is not None and wish not in wishes and wish[2] == self.generation(served):
                         wishes.add(wish)
                         found.append((lane, served, wish[1]))
             self._served.clear()
@@ -233,7 +248,7 @@ class Capturer:
             self._thread.submit(job, Rank.AHEAD)
 
     def _attempt(self, lane: Lane, served: ServedProgram, slots: int, rank: Rank) -> None:
-        generation = served.storage.generation
+        generation = self.generation(served)
         with self._lock:
             if served not in self._wanted:
                 return
@@ -279,10 +294,21 @@ class Capturer:
                 lane.pool = compat.Pool(device)
             with torch.cuda.stream(side):
                 self._rehearse(served, layout)
+                if self._segmenter is not None:
+                    self._segmenter.prepare()
                 side.synchronize()
+            generation, segments = self.generation(served), 1
+
+            def run() -> None:
+                nonlocal segments
+                table = lane.ring.table
+                with cut(self._segmenter, lane.kind, layout, table) as found:
+                    self._steps.run(served, layout, table)
+                segments = 1 if found is None else max(1, found.count)
+
             with torch.cuda.stream(lane.recorder), compat.capturing(), intercepted(self._breathing):
-                graph = compat.captured(lambda: self._steps.run(served, layout, lane.ring.table), lane.pool)
-        return Executable(graph, slots, served.storage.generation)
+                graph = compat.captured(run, lane.pool)
+        return Executable(graph, slots, generation, segments)
 
     def _side(self, device: torch.device) -> torch.cuda.Stream:
         """Where the compile thread runs what it rehearses."""

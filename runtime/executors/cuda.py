@@ -81,6 +81,7 @@ class CudaExecutor:
     def configure(self, settings: Settings) -> None:
         """From the next bundle on lanes are those of ``settings``."""
         self._lanes.configure(settings, BRANCHES if settings.branches is None else settings.branches)
+        self._capturer.configure(settings)
         self._capture = settings.capture
         self._most = settings.max_bundle
         self.together = 8 if settings.pack is None else settings.pack
@@ -254,7 +255,7 @@ class CudaExecutor:
         if not (plan.capturable and self._capture):
             return None
         count = len(bundle.requests)
-        executable = lane.executable(served.key, count, plan.storage.generation)
+        executable = lane.executable(served.key, count, self._capturer.generation(served))
         if executable is None or executable.slots != count:
             self._capturer.want(lane, served, count, fits=executable is not None)
         return executable
@@ -385,8 +386,10 @@ class CudaExecutor:
     def report(self, served: ServedProgram) -> ExecutorReport:
         """Captured sizes by lane, and what could not be captured."""
         named = self._lanes.named()
-        captured = tuple(tuple(sorted(lane.executables.get(served.key, {}))) for lane in named)
-        return ExecutorReport(captured, self._capturer.failures(served))
+        graphs = [dict(lane.executables.get(served.key, {})) for lane in named]
+        segments = max((graph.segments for each in graphs for graph in each.values()), default=1)
+        captured = tuple(tuple(sorted(each)) for each in graphs)
+        return ExecutorReport(captured, self._capturer.failures(served), segments)
 
 
 def _announce(changed: Sequence[Instance]) -> bool:

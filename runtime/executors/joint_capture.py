@@ -23,6 +23,7 @@ from torch_mux.lowering.pack.schedule import Schedule
 from torch_mux.runtime import verdicts
 from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.executors.capture import Steps, idle_table
+from torch_mux.runtime.executors.segmenter import Segmenter, cut_members
 from torch_mux.runtime.lanes import Lane, Side
 from torch_mux.runtime.mixes import Mix, MixBook, MixState
 from torch_mux.runtime.ring import TableLayout
@@ -135,6 +136,7 @@ class JointCapturer:
         compile_lock: held while Inductor's kernels may be compiled.
         builder: compiles super-kernels.
         book: the mixes of the device.
+        segmenter: cuts what is captured; None: nothing is cut.
     """
 
     def __init__(
@@ -144,12 +146,15 @@ class JointCapturer:
         compile_lock: contextlib.AbstractContextManager[object],
         builder: Builder,
         book: MixBook,
+        segmenter: Segmenter | None = None,
     ) -> None:
         self._thread = thread
         self._steps = steps
         self._compile_lock = compile_lock
         self._builder = builder
         self._book = book
+        self._segmenter = segmenter
+        self._segment: float | None = None
         self._match = self._keep = True
         self._trunk: Side | None = None
         self._recorders: WeakKeyDictionary[Lane, list[Side]] = WeakKeyDictionary()
@@ -158,8 +163,8 @@ class JointCapturer:
     def configure(self, settings: Settings) -> None:
         """Takes over new settings; what was built under others is forgotten."""
         self._keep = settings.keep_plans
-        if settings.match != self._match:
-            self._match = settings.match
+        if (settings.match, settings.segment) != (self._match, self._segment):
+            self._match, self._segment = settings.match, settings.segment
             self._book.clear()
 
     def want(self, lane: Lane, mix: Mix, members: Sequence[Member]) -> None:
@@ -264,6 +269,8 @@ class JointCapturer:
         assert self._trunk is not None
         sides = [self._trunk] * len(members)
         with torch.cuda.stream(self._trunk.stream):
+            if self._segmenter is not None:
+                self._segmenter.prepare()
             idle = [idle_table(served, layout) for (served, _), layout in zip(members, layouts, strict=True)]
         self._trunk.stream.synchronize()
         bodies = self._bodies(members, layouts, [table for table, _ in idle], sides)
@@ -303,7 +310,8 @@ class JointCapturer:
 
         def run() -> None:
             with _forked(lane.recorder, branches) as issuer:
-                weave(self._steppers, bodies, schedule, issuer)
+                cutting = cut_members(self._segmenter, issuer, layouts, tables, branches)
+                weave(self._steppers, bodies, schedule, cutting)
 
         with compat.capturing(), torch.cuda.stream(lane.recorder):
             graph = compat.captured(run, lane.pool, allocating=False)

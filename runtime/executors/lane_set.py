@@ -107,8 +107,8 @@ class LaneSet:
         self, index: int, kind: LaneKind, context: compat.green.GreenContext | None, former: Lane | None
     ) -> Lane:
         """A lane in place of a former one, whose part of the device was another, when that is empty."""
-        priority = highest_priority() if kind is LaneKind.RESERVED else 0
-        lane = Lane(index, self._device, priority, context)
+        priority = highest_priority() if kind in (LaneKind.RESERVED, LaneKind.PASSING) else 0
+        lane = Lane(index, self._device, priority, context, kind)
         if former is not None:
             for flight in former.flights:
                 flight.end.wait()

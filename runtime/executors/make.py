@@ -36,11 +36,13 @@ def make_executor(engine: Engine, device: torch.device) -> Executor:
     from torch_mux.runtime.executors.cuda import CudaExecutor
     from torch_mux.runtime.executors.joint import JointLauncher
     from torch_mux.runtime.executors.joint_capture import JointCapturer
+    from torch_mux.runtime.executors.segmenter import Segmenter
 
     steps = Steps(stack_buffer, *_moves())
-    capturer = Capturer(engine.compile_thread, steps, engine.compile_lock, builder)
+    segmenter = Segmenter(device, torch.cuda.get_device_properties(device).multi_processor_count)
+    capturer = Capturer(engine.compile_thread, steps, engine.compile_lock, builder, segmenter)
     book = MixBook()
-    joint = JointCapturer(engine.compile_thread, steps, engine.compile_lock, builder, book)
+    joint = JointCapturer(engine.compile_thread, steps, engine.compile_lock, builder, book, segmenter)
     launcher = partial(JointLauncher, joint, book)
     return CudaExecutor(device, steps, capturer, launcher, engine.clock)
 

@@ -102,6 +102,15 @@ class Absent:
             flight.ended, flight.seconds = now, seconds
             self._ended.append(flight)
 
+    def put_off(self, due: Callable[[int], float]) -> None:
+        """Bundles under way end later, when their lanes will be free.
+
+        Args:
+            due: when a lane will be free.
+        """
+        for issue, flight in self._flights.items():
+            flight.due = max(flight.due, due(issue.lane))
+
     def _expected(self, now: float, linger: float) -> Iterator[tuple[_Flight, float | None]]:
         """The bundles whose tenants are expected, and until when."""
         for flight in self._flights.values():

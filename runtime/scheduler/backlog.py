@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from torch_mux.runtime.scheduler.base import Issue
+from torch_mux.runtime.scheduler.base import Issue, Ticket
 
 __all__ = ["Backlog"]
 
@@ -26,6 +26,10 @@ class Backlog:
 
     def issued(self, issue: Issue, now: float, seconds: float) -> None:
         """A bundle was enqueued that will take ``seconds``."""
+        if issue.passes:
+            for index, other in self._lanes.items():
+                if index != issue.lane and other.flying:
+                    other.free += seconds  # they stop for it
         lane = self._lanes.setdefault(issue.lane, _Lane())
         lane.flying.append((issue, seconds))
         lane.free = max(lane.free, now) + seconds
@@ -45,6 +49,11 @@ class Backlog:
         """Seconds on the clock when a bundle enqueued now would begin; never before ``now``."""
         found = self._lanes.get(lane)
         return now if found is None or not found.flying else max(now, found.free)
+
+    def tickets(self, lane: int) -> list[Ticket]:
+        """What is under way on a lane."""
+        found = self._lanes.get(lane)
+        return [] if found is None else [ticket for issue, _ in found.flying for ticket in issue.requests]
 
     def next_end(self) -> float | None:
         """Seconds on the clock when the first of the bundles under way will end; None where there is none."""

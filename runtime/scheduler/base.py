@@ -117,11 +117,13 @@ class LaneKind(Enum):
 
     ``COMMON``: everybody without a reserve, on the whole device. ``RESERVED``: tenants with a reserve; its
     work goes first. ``CONFINED``: those without one while a reserve is in use, where that is another lane.
+    ``PASSING``: those without one who go before long bundles that are under way, between two segments.
     """
 
     COMMON = "common"
     RESERVED = "reserved"
     CONFINED = "confined"
+    PASSING = "passing"
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ def idle_lanes(settings: Settings, branches: int = 1) -> tuple[LaneLoad, ...]:
         kinds.append(LaneKind.RESERVED)
     if settings.isolation == "green":
         kinds.append(LaneKind.CONFINED)
+    elif settings.segment is not None:
+        kinds.append(LaneKind.PASSING)
     numbers = iter(range(common * branches))
     kinds += [LaneKind.COMMON] * (common * (branches - 1))
     several = branches > 1
@@ -196,6 +200,8 @@ class Issue:
         reserve: part of the device that is set aside for tenants with a reserve.
         branch: which of its lane's branches that is, if it has several.
         beside: what it keeps to, a fraction of the device, so that bundles on other branches have room.
+        kept: part of it that is kept for them now, since a reserve is in use.
+        passes: it goes before bundles of the other lanes, which stop for it at the end of a segment.
     """
 
     key: str
@@ -208,6 +214,8 @@ class Issue:
     reserve: float = 0.0
     branch: int | None = None
     beside: float = 1.0
+    kept: float = 0.0
+    passes: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch_mux.runtime.scheduler.base import (
     QueueName,
     View,
 )
+from torch_mux.runtime.scheduler.overtaking import OvertakingPolicy
 from torch_mux.runtime.scheduler.policy import FairPolicy
 from torch_mux.runtime.scheduler.predictor import Predictor, context
 from torch_mux.runtime.scheduler.reserves import Reserves
@@ -46,7 +47,7 @@ class IsolatingPolicy:
 
     def __init__(self, predictor: Predictor | None = None) -> None:
         self.predictor = Predictor() if predictor is None else predictor
-        self.common = FairPolicy(self.predictor)
+        self.common = OvertakingPolicy(self.predictor)
         self.reserved = FairPolicy(self.predictor, attrgetter("reserve"))
         self._reserves = Reserves()
         self._flying: set[Issue] = set()
@@ -67,13 +68,13 @@ class IsolatingPolicy:
             usable = _of(lanes, LaneKind.RESERVED) or _of(lanes, LaneKind.COMMON)
             own = self.reserved.form(View(mine, lanes, usable, fresh), now, settings)
             if isinstance(own, Issue):
-                return self._bounded(own, active, mine, _contended(lanes, rest), settings)
+                return self._bounded(own, active, active, mine, _contended(lanes, rest), settings)
         if rest:
             confined = _of(lanes, LaneKind.CONFINED) if active else ()
             usable = confined or _of(lanes, LaneKind.COMMON)
             others = self.common.form(View(rest, lanes, usable, fresh), now, settings)
             if isinstance(others, Issue):
-                return self._bounded(others, 1.0 - active, mine, active > 0.0, settings)
+                return self._bounded(others, 1.0 - active, active, mine, active > 0.0, settings)
         return _both((own, mine), (others, rest))
 
     def _new(self, view: View) -> tuple[list[Queue], Collection[Queue] | None]:
@@ -94,14 +95,20 @@ class IsolatingPolicy:
         return list(self._mine), ()
 
     def _bounded(
-        self, issue: Issue, most: float, mine: Sequence[Queue], contended: bool, settings: Settings
+        self,
+        issue: Issue,
+        most: float,
+        kept: float,
+        mine: Sequence[Queue],
+        contended: bool,
+        settings: Settings,
     ) -> Issue:
-        """The issue with the cap that it may have."""
+        """The issue with the cap that it may have, while so much is kept for tenants with a reserve."""
         hard = settings.isolation == "green" and issue.reserved
         share = issue.share
         if hard or (contended and settings.isolation != "priority"):
             share = min(share, max(_LEAST, most))
-        return replace(issue, share=share, reserve=self._reserves.known(mine))
+        return replace(issue, share=share, reserve=self._reserves.known(mine), kept=kept)
 
     def issued(self, issue: Issue, now: float) -> None:
         """See :class:`Policy`."""

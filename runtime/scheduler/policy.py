@@ -107,12 +107,16 @@ class FairPolicy:
                     return search.nothing()
                 if self._whole(choice, search):
                     return self._issue(choice, tuple(queue.requests), None, search)
+        self._sort_in()
+        return self._first(search) or search.nothing()
+
+    def _sort_in(self) -> None:
+        """Takes what is new, and what became ready, into the order."""
         self.order.wake(self._time)
         if self._news:
             for queue in self._news.values():
                 self.order.put(queue, self._time)
             self._news.clear()
-        return self._first(search) or search.nothing()
 
     def note(self, fresh: Iterable[Queue]) -> None:
         """Something new is pending in these; see :class:`View`."""
@@ -224,11 +228,11 @@ class FairPolicy:
     def _entitled(self, choice: Open, longest: float, now: float) -> list[Urgent]:
         """Who of a program cannot wait for another bundle and is not ahead of others by more than that."""
         begin, alone = self._backlog.free_at(choice.lane, now), self._forecast(choice, 1).high
-        return [
-            one
-            for one in urgent(choice.queue, begin, alone, longest)
-            if self._time(one.flow[0]).lead(one.flow[1]) * self._weight(one.head.quota) <= longest
-        ]
+        return [one for one in urgent(choice.queue, begin, alone, longest) if self._lead(one) <= longest]
+
+    def _lead(self, one: Urgent) -> float:
+        """Device seconds by which somebody is ahead of virtual time."""
+        return self._time(one.flow[0]).lead(one.flow[1]) * self._weight(one.head.quota)
 
     def _smaller(self, choice: Open, urgent: Sequence[Urgent], now: float) -> Open:
         """A bundle that would make its most urgent tenant late has fewer slots."""

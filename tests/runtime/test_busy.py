@@ -15,8 +15,11 @@ from torch_mux.runtime.executors.base import Flight
 from torch_mux.runtime.shares import PICOSECONDS
 
 
-def flight(lane: int, began: float, ended: float, share: float = 1.0, part: float = 1.0) -> Flight:
-    bundle: Any = SimpleNamespace(lane=lane, share=share, part=part)
+def flight(
+    lane: int, began: float, ended: float, share: float = 1.0, part: float = 1.0, passes: bool = False
+) -> Flight:
+    issue = SimpleNamespace(passes=passes)
+    bundle: Any = SimpleNamespace(lane=lane, share=share, part=part, issue=issue)
     return Flight(bundle, began, began=began, ended=ended, seconds=ended - began)
 
 
@@ -50,6 +53,14 @@ def test_bundles_that_are_one_are_charged_by_their_parts() -> None:
     assert seconds([*pair, beside]) == [0.25, 0.75, 1.0], "as one they weigh as much as the other lane's"
 
 
+def test_while_one_goes_first_the_time_is_its_own() -> None:
+    busy, short, long = BusyTime(), flight(1, 1.0, 2.0, passes=True), flight(0, 0.0, 4.0)
+    busy.divide([short], [long])
+    busy.divide([long], [])
+    assert seconds([short, long]) == [1.0, 3.0]
+    assert (short.paused, long.paused) == (0.0, 1.0)
+
+
 @given(
     lanes=st.lists(
         st.lists(st.tuples(st.floats(0.0, 0.5), st.floats(0.01, 1.0), st.floats(0.01, 1.0)), max_size=8),
@@ -57,14 +68,17 @@ def test_bundles_that_are_one_are_charged_by_their_parts() -> None:
         max_size=3,
     ),
     looks=st.lists(st.floats(0.0, 8.0), max_size=10),
+    passing=st.integers(0, 3),
 )
-def test_the_sum_is_the_busy_time(lanes: list[list[tuple[float, float, float]]], looks: list[float]) -> None:
+def test_the_sum_is_the_busy_time(
+    lanes: list[list[tuple[float, float, float]]], looks: list[float], passing: int
+) -> None:
     """Whenever somebody looks: nothing is lost, nothing is counted twice, nobody pays for idle time."""
     flights: list[Flight] = []
     for lane, bundles in enumerate(lanes):
         now = 0.0
         for gap, took, share in bundles:
-            flights.append(flight(lane, now + gap, now + gap + took, share))
+            flights.append(flight(lane, now + gap, now + gap + took, share, passes=lane == passing))
             now += gap + took
     busy, left = BusyTime(), list(flights)
     for look in (*sorted(looks), 1e9):
@@ -79,4 +93,6 @@ def test_the_sum_is_the_busy_time(lanes: list[list[tuple[float, float, float]]],
         if any(one.began <= begin and one.ended >= end for one in flights)
     )
     assert sum(seconds(flights)) == pytest.approx(union, abs=1e-6)
-    assert all(0 < one.charge <= (one.seconds + 1e-9) * PICOSECONDS for one in flights)
+    assert all(0 <= one.charge <= (one.seconds + 1e-9) * PICOSECONDS for one in flights)
+    assert all(one.charge <= (one.seconds - one.paused + 1e-6) * PICOSECONDS for one in flights)
+    assert all(one.charge > 0 or one.paused for one in flights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -179,3 +180,13 @@ def test_device_time_is_divided_by_work_over_all_programs(lab: Any) -> None:
     first, second = timeline.spans
     assert (first.mix, first.leads, second.leads) == ("a x2 + b x1", True, False)
     assert first.whole == second.whole == pytest.approx(first.seconds + second.seconds)
+
+
+def test_a_reserve_that_is_no_longer_in_use_packs_nothing_apart(lab: Any) -> None:
+    """Its tenant asked once: while it is at work, or will be soon, bundles go out by themselves."""
+    place = Place(lab, ["a", "b"], isolation="caps")
+    place.submit(("a", Quota("reserved", reserve=0.25)))[0].result()
+    time.sleep(0.3)  # a hundred bundles
+    requests = place.submit(("a", Quota("x")), ("b", Quota("y")))
+    place.check(requests, ["a", "b"])
+    assert place.executor.joint == [[("a", 1), ("b", 1)]]

@@ -36,11 +36,16 @@ class Running:
     issued: float
     left: float
     began: float = _NEVER
+    segment: float = _NEVER  # what is left of it until others may go first
+    paused: float = 0.0
 
 
 @dataclass
 class LanedDevice:
     """The reserved lane runs at its cap, the others at theirs or at what it leaves them.
+
+    At worst a bundle that overtakes gets nothing before those under way have come to the end of a segment;
+    there they stop for it.
 
     Attributes:
         work: seconds of a bundle on the whole device, of its program and slots.
@@ -93,6 +98,14 @@ class LanedDevice:
 
     def _speeds(self) -> list[tuple[Running, float]]:
         heads = [(kind, lane[0]) for kind, lane in zip(self.kinds, self.lanes, strict=True) if lane]
+        passing = [one for kind, one in heads if kind is LaneKind.PASSING]
+        for _, one in heads:
+            if one.segment <= _SLACK and not passing:
+                one.segment = self.settings.segment or _NEVER
+        if passing:
+            running = [(kind, one) for kind, one in heads if one not in passing and one.segment > _SLACK]
+            stopped = not any(kind is not LaneKind.RESERVED for kind, _ in running)
+            heads = [*running, (LaneKind.PASSING, passing[0])] if stopped else running
         own = [one for kind, one in heads if kind is LaneKind.RESERVED]
         left = 1.0 - sum(one.issue.share for one in own)
         others = [one for kind, one in heads if kind is not LaneKind.RESERVED]
@@ -115,7 +128,10 @@ class LanedDevice:
             for ticket in taken:
                 self.waits[ticket.quota.tenant].append(self.now - ticket.arrival)
             assert len(self.lanes[decision.lane]) < self.settings.in_flight
-            self.lanes[decision.lane].append(Running(decision, self.now, self.work(decision.key, len(taken))))
+            made = Running(decision, self.now, self.work(decision.key, len(taken)))
+            if self.kinds[decision.lane] in (LaneKind.COMMON, LaneKind.CONFINED):
+                made.segment = 0.0 if self.settings.segment else _NEVER  # there is a stop before the first
+            self.lanes[decision.lane].append(made)
 
     def run(self, until: float) -> None:
         while self.now < until:
@@ -123,14 +139,19 @@ class LanedDevice:
             speeds = self._speeds()
             for one, _ in speeds:
                 one.began = min(one.began, self.now)
-            moments = [self.now + one.left / speed for one, speed in speeds]
+            moments = [self.now + min(one.left, one.segment) / speed for one, speed in speeds]
             moments += [wake + 1e-9, until] + [moment for moment, *_ in self._events[:1]]
             moment = min(moments)
             for one, speed in speeds:
                 done = min(one.left, (moment - self.now) * speed)
                 one.left -= done
+                one.segment -= done
                 for ticket in one.issue.requests:
                     self.served[ticket.quota.tenant] += done / len(one.issue.requests)  # type: ignore[assignment]
+            running = {id(one) for one, _ in speeds}
+            for lane in self.lanes:
+                if lane and lane[0].began < _NEVER and id(lane[0]) not in running:
+                    lane[0].paused += moment - self.now
             self.now = max(self.now, moment)
             for lane in self.lanes:
                 while lane and lane[0].left <= _SLACK:
@@ -139,7 +160,7 @@ class LanedDevice:
                 heappop(self._events)[2]()
 
     def _land(self, one: Running) -> None:
-        self.policy.completed(one.issue, self.now, self.now - one.began)
+        self.policy.completed(one.issue, self.now, self.now - one.began - one.paused)
         self.ended.append((one.issue, one.began, self.now))
         for ticket in one.issue.requests:
             assert isinstance(ticket, Ticket)

@@ -52,12 +52,21 @@ class SlowDevice(CpuExecutor):
         now = time.perf_counter()
         begin = max([now, *(flight.until for flight in lane)])
         seconds = self.seconds_of(bundle)
+        if bundle.issue.passes:
+            self._stop_others(lane, begin + seconds - now)
         flight = SlowFlight(bundle, now, began=begin, seconds=seconds, until=begin + seconds)
         for request in bundle.requests:
             request.flight = flight
         lane.append(flight)
         self.highest = max(self.highest, len(lane))
         return flight
+
+    def _stop_others(self, own: list[SlowFlight], seconds: float) -> None:
+        for lane in self.lanes:
+            if lane is not own and lane:
+                lane[0].seconds += seconds
+                for flight in lane:
+                    flight.until += seconds
 
     def reap(self) -> Sequence[Flight]:
         landed: list[Flight] = []

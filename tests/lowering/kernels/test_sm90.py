@@ -15,6 +15,7 @@ from torch_mux.lowering.kernels.conv import conv_launch, conv_problems
 from torch_mux.lowering.kernels.data import BitClass, Family, Part, Tile, Vector
 from torch_mux.lowering.kernels.depthwise import depthwise_launch
 from torch_mux.lowering.kernels.embedding import embedding_launch
+from torch_mux.lowering.kernels.gates import Gate
 from torch_mux.lowering.kernels.inspection import compile_launch
 from torch_mux.lowering.kernels.joint_conv import joint_conv_launch
 from torch_mux.lowering.kernels.joint_linear import joint_linear_launch
@@ -327,3 +328,15 @@ def test_copies_are_wide() -> None:
         scatter_launch(batched, ROWS, CONTROL, strides),
     ):
         assert "ld.global.v4" in compile_launch(launch).ptx
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_gates_read_past_the_cache_again_and_again_and_count_atomically(ends: bool) -> None:
+    gate = Gate(torch.device("cpu"))
+    stop = compile_launch(gate.stop(CONTROL, CONTROL))
+    assert len(re.findall(r"ld\.volatile\.global|ld\.relaxed\.sys\.global", stop.ptx)) == 5
+    assert stop.registers <= 32 and stop.stack == 0 and stop.shared == 0
+    count = compile_launch(gate.overtake(ends))
+    assert re.search(r"atom\.global\S*\.add|red\.\S*add", count.ptx)
+    claim = compile_launch(gate.claim(CONTROL, ends))
+    assert "st.global" in claim.ptx and ("ld.global" in claim.ptx) is not ends

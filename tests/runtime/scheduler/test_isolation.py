@@ -234,3 +234,22 @@ def test_a_tenant_that_gave_up_its_reserve_is_forgotten_after_a_minute() -> None
     assert send(Quota("latent"), 1.0).reserve == 0.25
     send(Quota("other"), 70.0)
     assert send(Quota("other"), 71.0).reserve == 0.0
+
+
+def test_what_is_kept_for_reserves_in_use_is_told_apart_from_all_of_them() -> None:
+    policy, made = IsolatingPolicy(), Settings()
+    lanes = [LaneLoad(), LaneLoad(0, LaneKind.RESERVED)]
+
+    def others(now: float) -> Issue:
+        decision = policy.form(View([Queue("large", [Ticket(now, 1, Quota("n"))])], lanes), now, made)
+        assert isinstance(decision, Issue)
+        return decision
+
+    mine = Queue("small", [Ticket(0.0, 2, LATENT)], reserved=True)
+    own = policy.form(View([mine], lanes), 0.0, made)
+    assert isinstance(own, Issue) and own.reserved
+    policy.issued(own, 0.0)
+    assert (others(0.001).kept, others(0.001).share) == (0.25, 0.75)
+    policy.completed(own, 0.002, 0.001)
+    later = others(1.0)
+    assert (later.kept, later.share, later.reserve) == (0.0, 1.0, 0.25)
