@@ -3,14 +3,20 @@
 A file is a SHA-256 digest and its payload. It is written beside its place and renamed, so readers never see a
 part of it, and of two processes that write one name the last wins; what does not match its digest counts as
 absent.
+
+A folder is pruned when something is written: what nobody read or wrote for 60 days goes, and beyond 512 MiB
+what was used longest ago. Other processes may read, write and prune meanwhile: who has opened a file keeps it,
+and a file that is gone counts as absent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Final
 
@@ -18,9 +24,15 @@ import torch
 
 from torch_mux import compat
 
-__all__ = ["Damaged", "digest_of", "model_of", "read", "sources", "write"]
+__all__ = ["MOST_AGE", "Damaged", "digest_of", "model_of", "read", "sources", "write"]
 
 _DIGEST: Final = hashlib.sha256().digest_size
+#: Seconds after which a file that nobody used goes.
+MOST_AGE: Final = 60 * 24 * 3600.0
+_MOST_BYTES: Final = 512 << 20
+#: What a file is called while it is written, and after how many seconds its writer is taken to be dead.
+_UNFINISHED: Final = ".new-"
+_DEAD: Final = 3600.0
 _SOURCES: Final = ("*.py", "*.json", "*.cpp", "*.h")
 
 
@@ -52,16 +64,38 @@ def model_of(device: torch.device) -> tuple[object, ...]:
 
 
 def write(folder: str, name: str, payload: bytes) -> None:
-    """Keeps ``payload`` in a folder of the cache.
+    """Keeps ``payload`` in a folder of the cache, and prunes the folder.
 
     Raises:
         OSError: a full disk, or a folder of somebody else.
     """
     place = compat.cache_folder(folder)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=place, delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=place, prefix=_UNFINISHED, delete=False) as file:
         file.write(hashlib.sha256(payload).digest() + payload)
     os.replace(file.name, place / name)
+    _prune(place, name)
+
+
+def _prune(place: Path, newest: str) -> None:
+    """Removes what is too old or too much, but not ``newest``."""
+    now = time.time()
+    found: list[tuple[float, int, Path]] = []
+    for path in place.iterdir():
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue  # another process pruned it, or has finished writing it
+        found.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for used, size, path in sorted(found):
+        if path.name.startswith(_UNFINISHED):
+            spent = now - used > _DEAD
+        else:
+            spent = path.name != newest and (now - used > MOST_AGE or total > _MOST_BYTES)
+        if spent:
+            path.unlink(missing_ok=True)
+            total -= size
 
 
 def read(folder: str, name: str) -> bytes | None:
@@ -70,10 +104,13 @@ def read(folder: str, name: str) -> bytes | None:
     Raises:
         Damaged: it is not what was written.
     """
+    path = compat.cache_folder(folder) / name
     try:
-        whole = (compat.cache_folder(folder) / name).read_bytes()
+        whole = path.read_bytes()
     except OSError:
         return None
+    with contextlib.suppress(OSError):  # of a cache that may only be read, nothing is pruned from here
+        os.utime(path)
     digest, payload = whole[:_DIGEST], whole[_DIGEST:]
     if hashlib.sha256(payload).digest() != digest:
         raise Damaged(f"{name} in {folder} is damaged")
