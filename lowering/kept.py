@@ -5,8 +5,8 @@ part of it, and of two processes that write one name the last wins; what does no
 absent.
 
 A folder is pruned when something is written: what nobody read or wrote for 60 days goes, and beyond 512 MiB
-what was used longest ago. Other processes may read, write and prune meanwhile: who has opened a file keeps it,
-and a file that is gone counts as absent.
+what was used longest ago. Other processes may read, write and prune meanwhile: who has opened a file keeps
+it, and a file that is gone counts as absent.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch_mux import compat
 from torch_mux.lowering.program import Program
 from torch_mux.settings import Settings
-from torch_mux.types import FallbackReason
+from torch_mux.types import FallbackKind, FallbackReason
 
 if TYPE_CHECKING:
     from torch_mux.lowering.plan import CompiledPlan
@@ -74,8 +74,14 @@ class Compiler:
     def detour(self, served: ReferenceType[ServedProgram], reason: FallbackReason) -> None:
         """The per-instance plan of a program, if it is still there, whose own plan is to be retired."""
         found = served()
-        if found is not None:
+        if found is None:
+            return
+        try:
             found.detour = self._plan(replace(found.program, fallback=reason))
+        except Exception as error:
+            logger.exception("%s has no plan to fall back to", found.program.name)
+            detail = f"of the plan to fall back to: {type(error).__name__}: {error}"
+            found.stuck = FallbackReason(FallbackKind.COMPILE_FAILED, found.program.name, detail)
 
     def _plan(self, program: Program) -> CompiledPlan:
         with compat.paused_collector():

@@ -85,8 +85,9 @@ def _storage(tensor: Tensor) -> tuple[object, int]:
 
 
 def prepared(instance: Instance) -> int:
-    """Bytes prepared for an instance, or that will be once it runs; 0 while its plan compiles."""
-    plan = instance.served.plan
-    if plan is None or not plan.coalesced:
+    """Bytes prepared for an instance, or that will be once it runs; 0 while its plan compiles or rests."""
+    served = instance.served
+    plan = served.plan
+    if plan is None or not plan.coalesced or (served.retired is not None and instance.row is None):
         return 0
     return plan.storage.nbytes(instance.row)

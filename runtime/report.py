@@ -74,7 +74,7 @@ def report_of(served: ServedProgram) -> ProgramReport:
         nbytes=sum(plan.storage.nbytes(row) for row in rows if row is not None) if plan is not None else 0,
         coalesced=None if plan is None else plan.coalesced and served.retired is None,
         capturable=None if plan is None else plan.capturable,
-        reasons=() if plan is None else tuple(filter(None, (served.retired, *plan.reasons))),
+        reasons=() if plan is None else tuple(filter(None, (served.retired, served.stuck, *plan.reasons))),
         changes=tuple(served.changes),
         plan=None if plan is None else plan.report,
         captured=executor.captured,

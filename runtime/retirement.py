@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 from weakref import WeakKeyDictionary
 
@@ -52,6 +52,7 @@ class _Watch:
         slow, raised: bundles in a row.
         bad: bundles in a row after which it is retired; few after it was tried again.
         reason: why it is to be retired, once the other plan is there.
+        again: when that is made again, where it could not be made; and the seconds until the next time.
         pause: seconds for which it is retired next.
         since, until: when it was retired, and until when.
         seen, ratio: the last bundle, and how many times its usual time it took.
@@ -63,6 +64,8 @@ class _Watch:
     good: int = 0
     bad: int = _RUN
     reason: FallbackReason | None = None
+    again: float | None = None
+    wait: float = _FIRST
     pause: float = _FIRST
     since: float = 0.0
     until: float = 0.0
@@ -91,7 +94,9 @@ class Retirement:
         if watch is None:
             return
         if served.retired is None:
-            if watch.reason is not None and served.detour is not None:
+            if watch.reason is not None and served.detour is None:
+                self._make_again(served, watch, now)
+            elif watch.reason is not None:
                 watch.since, watch.until = now, now + watch.pause
                 watch.pause = min(_MOST, 2 * watch.pause)
                 served.take(watch.reason)
@@ -104,6 +109,19 @@ class Retirement:
             served.take(None)
             logger.info("%s runs coalesced again, on trial", served.program.name)
             self._changed(served)
+
+    def _make_again(self, served: ServedProgram, watch: _Watch, now: float) -> None:
+        """The other plan is not there: if it could not be made, that is tried again, later each time."""
+        stuck = served.stuck
+        if stuck is None or watch.reason is None:
+            return
+        if watch.again is None:
+            detail = f"{stuck.detail}; it is tried again after {watch.wait:g} s"
+            served.stuck = replace(stuck, detail=detail)
+            watch.again, watch.wait = now + watch.wait, min(_MOST, 2 * watch.wait)
+        elif not watch.again - watch.wait <= now < watch.again:
+            watch.again = served.stuck = None
+            served.make_detour(watch.reason)
 
     def ran(self, served: ServedProgram, slots: int, seconds: float | None, now: float) -> None:
         """A bundle of a coalesced plan ended well after ``seconds`` of the device; None: nobody measured."""
@@ -118,6 +136,10 @@ class Retirement:
             return
         watch.slow = 0
         watch.good += 1
+        if watch.good == _RUN and watch.reason is not None and served.detour is None:
+            # It recovered before there was another; that one may come yet, and serves the next time.
+            watch.reason = watch.again = served.stuck = None
+            watch.wait = _FIRST
         if watch.good == _RUN and watch.bad == _PROBATION:
             watch.bad, watch.pause = _RUN, _FIRST
 

@@ -37,6 +37,7 @@ class ServedProgram:
         plan: None until it is compiled.
         detour: a per-instance plan for the time in which that one is retired, once it was needed.
         make_detour: has the detour made, off the request path.
+        stuck: why it could not be made the last time, or None.
         retired: why the plan is retired now, or None.
         changes: the reason of each retirement, and None of each return.
         error: why it did not compile, or None.
@@ -60,6 +61,7 @@ class ServedProgram:
         self.plan: CompiledPlan | None = None
         self.detour: CompiledPlan | None = None
         self.make_detour: Callable[[FallbackReason], object] = lambda reason: None
+        self.stuck: FallbackReason | None = None
         self.retired: FallbackReason | None = None
         self.changes: deque[FallbackReason | None] = deque(maxlen=_CHANGES)
         self._most = 1
@@ -141,6 +143,7 @@ class ServedProgram:
         self.retired = retired
         self.changes.append(retired)
         self.slots = self._most if retired is None else 1
+        self.memory_changed()
 
     def let_go(self) -> None:
         """It was dropped and serves nothing more: whoever still knows it keeps no tables of it alive."""

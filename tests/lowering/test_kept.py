@@ -1,4 +1,4 @@
-"""Files of the cache: bounded by bytes and by age, those used longest ago gone first, whoever else is at it."""
+"""Files of the cache: bounded by bytes and by age, those used longest ago gone first."""
 
 from __future__ import annotations
 

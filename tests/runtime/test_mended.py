@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from torch_mux.errors import ExecutionFailed, MemoryQuotaExceeded
 from torch_mux.runtime.forecasts import Forecasts
 from torch_mux.runtime.tally import TenantTally
-from torch_mux.types import Quota
+from torch_mux.types import FallbackKind, Quota
 
 CPU = torch.device("cpu")
 
@@ -76,3 +77,98 @@ def test_only_the_next_alarm_wakes_the_service_thread(lab: Any) -> None:
     lab.submit(engine, program, model, quota=Quota("a", deadline=50.0))
     assert len(pokes) == 1
     lab.slow["slow"].set()
+
+
+class Clock:
+    """Goes on by itself, and further when it is told to."""
+
+    def __init__(self) -> None:
+        self.skipped = 0.0
+
+    def __call__(self) -> float:
+        return time.perf_counter() + self.skipped
+
+
+def retired(lab: Any, **settings: Any) -> tuple[Any, Any, Clock]:
+    """An engine with a program whose plan raises, about to be retired, and the engine's clock."""
+    clock = Clock()
+    engine, program = lab.engine(clock=clock, quarantine=0, **settings), lab.program()
+    engine.register(program)
+    assert engine.quiesce(10)
+
+    def fail(inputs: list[torch.Tensor]) -> None:
+        raise ValueError("the plan is broken")
+
+    lab.plans["affine"].before = fail
+    return engine, program, clock
+
+
+def raises(lab: Any, engine: Any, program: Any, model: Any, times: int) -> None:
+    for _ in range(times):
+        with pytest.raises(ExecutionFailed, match="the plan is broken"):
+            lab.call(engine, program, model)
+    assert engine.quiesce(10)
+
+
+def test_a_fall_back_plan_that_did_not_compile_is_made_again_later(lab: Any) -> None:
+    engine, program, clock = retired(lab)
+    model = lab.Affine(2.0)
+    lab.broken.add("affine")
+    raises(lab, engine, program, model, 8)
+    raises(lab, engine, program, model, 1)
+    (report,) = engine.plans()
+    assert report.coalesced is True, "there is nothing else to run on"
+    assert [reason.kind for reason in report.reasons] == [FallbackKind.COMPILE_FAILED]
+    assert "no code for affine" in report.reasons[0].detail and "10 s" in report.reasons[0].detail
+    clock.skipped += 11.0
+    raises(lab, engine, program, model, 1)
+    raises(lab, engine, program, model, 1)
+    assert "20 s" in engine.plans()[0].reasons[0].detail, "it failed again"
+    lab.broken.clear()
+    clock.skipped += 11.0
+    raises(lab, engine, program, model, 1)
+    assert "20 s" in engine.plans()[0].reasons[0].detail, "too early"
+    clock.skipped += 11.0
+    raises(lab, engine, program, model, 1)
+    assert lab.call(engine, program, model, 3.0)[0].item() == 6.0
+    assert [reason.kind for reason in engine.plans()[0].reasons] == [FallbackKind.RETIRED]
+
+
+def test_a_plan_that_recovers_before_there_is_another_is_not_retired(lab: Any) -> None:
+    engine, program, clock = retired(lab)
+    model = lab.Affine(2.0)
+    lab.broken.add("affine")
+    raises(lab, engine, program, model, 8)
+    raises(lab, engine, program, model, 1)
+    lab.plans["affine"].before = lambda inputs: None
+    for _ in range(8):
+        assert lab.call(engine, program, model, 3.0)[0].item() == 6.0
+    lab.broken.clear()
+    clock.skipped += 100.0
+    assert lab.call(engine, program, model, 3.0)[0].item() == 6.0
+    assert engine.quiesce(10)
+    assert lab.call(engine, program, model, 3.0)[0].item() == 6.0
+    (report,) = engine.plans()
+    assert (report.coalesced, report.reasons, report.changes) == (True, (), ())
+
+
+def test_a_tenant_does_not_pay_for_copies_that_a_retired_plan_does_not_make(lab: Any) -> None:
+    """Of a model that came while the plan rests nothing is prepared; when it is, that is checked."""
+    engine, program, clock = retired(lab)
+    raises(lab, engine, program, lab.Affine(2.0), 8)
+    assert lab.call(engine, program, lab.Affine(2.0), 3.0)[0].item() == 6.0
+    # Weights, the outputs of one request and a part of the buffers, but no prepared copies of the weights.
+    limit = Quota("small", memory=32 + 32 + 31)
+    model = lab.Affine(5.0)
+    for _ in range(3):
+        assert lab.submit(engine, program, model, 3.0, quota=limit).result()[0][0].item() == 15.0
+    lab.plans["affine"].before = lambda inputs: None
+    clock.skipped += 11.0
+    try:  # the first may be queued while the plan still rests
+        request = lab.submit(engine, program, model, 3.0, quota=limit)
+    except MemoryQuotaExceeded:
+        request = None
+    if request is not None:
+        with pytest.raises(MemoryQuotaExceeded):
+            request.result()
+    assert lab.call(engine, program, lab.Affine(2.0), 3.0)[0].item() == 6.0, "nobody else is concerned"
