@@ -332,3 +332,50 @@ def test_a_plan_retired_on_a_gpu_serves_on(lab: Any) -> None:
     assert call() == 6.0
     assert engine.plans()[0].coalesced is False
     assert lab.plans["affine alone"].bundles
+
+
+def test_a_join_that_fails_is_its_callers_error(lab: Any) -> None:
+    """What the caller's stream cannot be made to wait for is no answer for him; nobody else notices."""
+    engine = lab.engine()
+    program, _ = served_by(lab, engine)
+    model = lab.Affine(2.0)
+    requests = [lab.submit(engine, program, model, 3.0, Quota(name)) for name in ("a", "b")]
+    error = RuntimeError("CUDA error: invalid resource handle")
+    with injected(engine, "join", once(error)):
+        with pytest.raises(RuntimeError, match="invalid resource handle"):
+            requests[0].result()
+        assert requests[1].result()[0][0].item() == 6.0
+    assert requests[0].result()[0][0].item() == 6.0, "the answer itself is there"
+    tenants = engine.stats().tenants
+    assert [(tenants[name].ok, tenants[name].pending) for name in ("a", "b")] == [(1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), RuntimeError("a job")])
+def test_the_compile_thread_outlives_whatever_its_jobs_raise(lab: Any, error: BaseException) -> None:
+    """Plans of other models come all the same: a thread that ended would leave their requests waiting."""
+    engine = lab.engine()
+
+    def job() -> None:
+        raise error
+
+    engine.compile_thread.submit(job)
+    assert engine.quiesce(10)
+    program, model = lab.program(), lab.Affine(2.0)
+    request = lab.submit(engine, program, model, 3.0)
+    engine.kick()
+    lab.until(request.done, 5.0)
+    assert request.result()[0][0].item() == 6.0
+
+
+@pytest.mark.parametrize("error", [ValueError("no code"), SystemExit(3)])
+def test_a_compiler_that_fails_is_an_error_for_its_model_only(lab: Any, error: BaseException) -> None:
+    engine = lab.engine()
+    program, _ = served_by(lab, engine)
+    other, model = lab.program("other"), lab.Affine(2.0)
+    with injected(engine, "compile", once(error)):
+        lost = lab.submit(engine, other, model)
+        with pytest.raises(ExecutionFailed):
+            lost.result()
+    assert lab.call(engine, program, model, 3.0)[0].item() == 6.0
+    got = engine.stats().tenants["default"]
+    assert (got.pending, got.errors) == (0, 1)

@@ -49,21 +49,28 @@ def quota_of(number: int) -> Quota:
 
 
 class Greedy:
-    """Keeps the greedy tenants backlogged and follows how far apart they are."""
+    """Keeps the greedy tenants backlogged and follows how far apart they are.
 
-    def __init__(self, day: Day) -> None:
-        self.day = day
+    Args:
+        tenants: their programs and weights.
+        longest: seconds of the longest bundle that is forecast.
+    """
+
+    def __init__(
+        self, day: Day, tenants: dict[str, tuple[str, float]] = GREEDY, longest: float = LONGEST
+    ) -> None:
+        self.day, self.tenants, self.longest = day, tenants, longest
         self.served: Counter[str] = Counter()
         self.start: Counter[str] | None = None
         self.wrong: list[float] = [0.0]
         self.issues = self.lent = 0
         day.on_issue = self.issued
-        for name in GREEDY:
+        for name in tenants:
             for _ in range(2 * day.settings.max_bundle):
                 self.refill(name)
 
     def refill(self, name: str) -> None:
-        key, weight = GREEDY[name]
+        key, weight = self.tenants[name]
         self.day.submit(key, Quota(name, weight=weight), client=hash(name))
 
     def issued(self, issue: Issue, seconds: float) -> None:
@@ -76,16 +83,20 @@ class Greedy:
         assert charge is not None, "the greedy are always left behind"
         self.wrong.append(abs(seconds - charge.each * slots))
         for request in issue.requests:
-            if request.quota.tenant in GREEDY:
+            if request.quota.tenant in self.tenants:
                 self.served[request.quota.tenant] += seconds / slots  # type: ignore[assignment]
                 self.refill(request.quota.tenant)
         if self.start is None:
             return
         # Two bundles are under way, and what was charged too much is taken off the next charge.
         slack = 3 * max(self.wrong)
-        lag = {name: (self.served[name] - self.start[name]) / weight for name, (_, weight) in GREEDY.items()}
-        bound = {name: (LONGEST + 4.25 / 0.88) / weight + slack for name, (_, weight) in GREEDY.items()}
-        for f, g in combinations(GREEDY, 2):
+        weights = {name: weight for name, (_, weight) in self.tenants.items()}
+        lag = {name: (self.served[name] - self.start[name]) / weight for name, weight in weights.items()}
+        least = min(weights.values())
+        bound = {
+            name: (self.longest + 4.25 / 0.88) / weight + slack / least for name, weight in weights.items()
+        }
+        for f, g in combinations(self.tenants, 2):
             assert abs(lag[f] - lag[g]) <= bound[f] + bound[g]
 
     def begin(self) -> None:
@@ -204,6 +215,69 @@ def test_what_is_pending_at_midnight_still_ends(day: Day) -> None:
     assert (day.policy.common._flying, len(day.policy.common.order)) == ({}, 0)
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 20),
+    most=st.sampled_from([16, 32, 64]),
+    isolation=st.sampled_from(["off", "priority", "caps"]),
+    segment=st.sampled_from([None, 6.0]),
+    weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0, 8.0]), min_size=4, max_size=4),
+    cv=st.sampled_from([1.0, 4.0, 8.0]),
+    faults=st.floats(0.0, 0.05),
+    slow=st.floats(0.0, 0.01),
+    gone=st.lists(st.integers(0, PROGRAMS - 1), max_size=3),
+    jumps=st.lists(st.tuples(st.floats(0.2, 1.0), st.floats(-300.0, 600.0)), max_size=2),
+)
+def test_any_hour_of_a_thousand_tenants(
+    seed: int,
+    most: int,
+    isolation: str,
+    segment: float | None,
+    weights: list[float],
+    cv: float,
+    faults: float,
+    slow: float,
+    gone: list[int],
+    jumps: list[tuple[float, float]],
+) -> None:
+    """The same for settings, weights, bursts and faults that nobody chose: lag, counts, nobody lost."""
+    draw = random.Random(seed)
+    greedy_programs = {key for key, _ in GREEDY.values()}
+    tenants = {name: (key, weight) for (name, (key, _)), weight in zip(GREEDY.items(), weights, strict=True)}
+    made = Settings(max_bundle=most, linger=5.0, in_flight=2, isolation=isolation, segment=segment)
+    day = Day(
+        made,
+        seconds,
+        faulty=lambda key: key not in greedy_programs and draw.random() < faults,
+        guilty=lambda: draw.random() < faults / 10,
+        slower=lambda: 3.0 if draw.random() < slow else 1.0,
+    )
+    for number in range(996):
+        quota, key = quota_of(number), f"p{number % PROGRAMS}"
+        for moment in bursts(draw, HOURS / 2, HOURS, cv):
+            day.at(moment, lambda key=key, quota=quota, number=number: day.submit(key, quota, number))
+    for turn, number in enumerate(gone):
+        program = day.program(f"p{number}")
+        if program.key not in greedy_programs:
+            day.at(600.0 * (turn + 1), lambda program=program: setattr(program, "ready", False))
+            day.at(600.0 * (turn + 1) + 500.0, lambda program=program: setattr(program, "ready", True))
+
+    def jump(by: float) -> None:
+        day.skew += by
+
+    for part, by in jumps:
+        day.at(part * HOURS, lambda by=by: jump(by))
+    reserved = sum(RESERVED.values()) if isolation == "caps" else 0.0
+    greedy = Greedy(day, tenants, (4.0 + most * 0.25) / (1.0 - reserved))
+    day.at(0.2 * HOURS, greedy.begin)
+    day.run(HOURS)
+    assert greedy.issues > 20 and len(day.requests) > 2000
+    day.on_issue = lambda issue, seconds: None
+    day.run()
+    assert all(request.out for request in day.requests)
+    check_counts(day)
+
+
 requests = st.tuples(
     st.integers(0, 6),
     st.sampled_from("abc"),
@@ -231,6 +305,7 @@ requests = st.tuples(
     most=st.integers(1, 8),
     lanes=st.integers(1, 3),
     isolation=st.sampled_from(["off", "priority", "caps", "green"]),
+    segment=st.sampled_from([None, 0.002]),
     wait=st.sampled_from([0.0, 0.004]),
     seed=st.integers(0, 1000),
     jumps=st.lists(st.tuples(st.floats(0.0, 1.0), st.floats(-0.5, 0.5)), max_size=3),
@@ -240,13 +315,22 @@ def test_whatever_comes_everybody_is_served_or_told(
     most: int,
     lanes: int,
     isolation: str,
+    segment: float | None,
     wait: float,
     seed: int,
     jumps: list[tuple[float, float]],
 ) -> None:
     draw = random.Random(seed)
     day = Day(
-        Settings(max_bundle=most, max_wait=wait, linger=0.002, in_flight=2, lanes=lanes, isolation=isolation),
+        Settings(
+            max_bundle=most,
+            max_wait=wait,
+            linger=0.002,
+            in_flight=2,
+            lanes=lanes,
+            isolation=isolation,
+            segment=segment,
+        ),
         lambda key, slots: 1e-3 + 1e-3 * slots,
         faulty=lambda key: draw.random() < 0.1,
         guilty=lambda: draw.random() < 0.05,
