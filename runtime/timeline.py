@@ -50,6 +50,7 @@ class BundleSpan:
         mix: the programs that went out as one, of which this is one; "" where it went out by itself.
         leads: whether it stands for all of them in a picture of the lane.
         whole: device seconds of all of them.
+        passes: it went before bundles of other lanes, between two of their segments.
     """
 
     program: str
@@ -65,6 +66,7 @@ class BundleSpan:
     mix: str = ""
     leads: bool = True
     whole: float = 0.0
+    passes: bool = False
 
 
 class Timeline:
@@ -97,6 +99,7 @@ class Timeline:
             bundle.mix,
             bundle.leads,
             bundle.whole,
+            bundle.issue.passes,
         )
         with self._lock:
             self._spans.append(span)

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from torch_mux import state
 from torch_mux.runtime.timeline import BundleSpan, Timeline, recorders
 
@@ -47,7 +49,16 @@ def trace(path: str | os.PathLike[str] | None = None) -> Iterator[Timeline]:
         finally:
             _await_ends()
             if path is not None:
-                Path(path).write_text(json.dumps({"traceEvents": events(timeline.spans)}))
+                spans = timeline.spans
+                written = {"traceEvents": events(spans), "otherData": _about(spans)}
+                Path(path).write_text(json.dumps(written))
+
+
+def _about(spans: Iterable[BundleSpan]) -> dict[str, str]:
+    """Where it was recorded."""
+    devices = sorted({span.device for span in spans})
+    names = [torch.cuda.get_device_name(each) if each.startswith("cuda") else each for each in devices]
+    return {"on": " and ".join(names) or "no device", "torch": torch.__version__}
 
 
 def _await_ends() -> None:
@@ -68,7 +79,7 @@ def events(spans: Iterable[BundleSpan]) -> list[dict[str, Any]]:
     for bundle, span in enumerate(spans):
         took = span.whole if span.mix else span.seconds
         began = span.ended - took
-        where = places.lane(span.device, span.lane, span.reserved)
+        where = places.lane(span)
         tenants = sorted({request.tenant for request in span.requests})
         about = {"bundle": bundle, "share": span.share, "tenants": tenants, "program": span.fingerprint[:12]}
         name = span.mix or f"{span.program} x{len(span.requests)}"
@@ -113,12 +124,13 @@ class _Places:
             self._name("thread_name", where, name)
         return where
 
-    def lane(self, device: str, lane: int, reserved: bool) -> dict[str, int]:
-        process = self._devices.get(device)
+    def lane(self, span: BundleSpan) -> dict[str, int]:
+        process = self._devices.get(span.device)
         if process is None:
-            process = self._devices[device] = _TENANTS + 1 + len(self._devices)
-            self._name("process_name", {"pid": process}, device)
-        return self._thread(process, lane, f"lane {lane}" + (" (reserve)" if reserved else ""))
+            process = self._devices[span.device] = _TENANTS + 1 + len(self._devices)
+            self._name("process_name", {"pid": process}, span.device)
+        kind = " (reserve)" if span.reserved else " (overtakes)" if span.passes else ""
+        return self._thread(process, span.lane, f"lane {span.lane}{kind}")
 
     def tenant(self, tenant: str) -> dict[str, int]:
         return self._thread(_TENANTS, tenant, tenant)
