@@ -286,6 +286,7 @@ class Capturer:
             reasons.append(f"{slots} slots: {type(error).__name__}: {error}")
 
     def _capture(self, lane: Lane, served: ServedProgram, slots: int) -> Executable:
+        generation = self.generation(served)  # before anything that settings decide
         device = served.program.device
         layout = TableLayout.of(served.program, slots)
         side = self._side(device)
@@ -297,7 +298,7 @@ class Capturer:
                 if self._segmenter is not None:
                     self._segmenter.prepare()
                 side.synchronize()
-            generation, segments = self.generation(served), 1
+            segments = 1
 
             def run() -> None:
                 nonlocal segments

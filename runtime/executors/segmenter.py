@@ -79,7 +79,7 @@ class Segmenter:
 
     def configure(self, settings: Settings) -> None:
         """Takes over new settings; graphs that were captured under others are not used any more."""
-        self._bound = settings.segment
+        self._bound = None if settings.isolation == "green" else settings.segment
         self._claims = settings.isolation == "caps"
         self.stamp = None if self._bound is None else (self._bound, self._claims)
 

@@ -36,8 +36,8 @@ class OvertakingPolicy(FairPolicy):
         """See :class:`FairPolicy`; what is under way may be overtaken."""
         self._passing = None
         decision = super().form(view, now, settings)
-        lane = _passing_lane(view)
-        if settings.segment is None or lane is None or decision is None:
+        lane = None if settings.segment is None or decision is None else _passing_lane(view)
+        if settings.segment is None or lane is None:
             return decision
         self._passing = lane, settings.segment
         begin = self._backlog.free_at(lane, now)

@@ -157,10 +157,11 @@ def test_graphs_of_other_settings_are_not_used() -> None:
         Settings(segment=2e-3),
         Settings(segment=1e-3),
         Settings(segment=1e-3, isolation="off"),
+        Settings(segment=1e-3, isolation="green"),
     ):
         made.configure(settings)
         stamps.append(made.stamp)
-    assert len(set(stamps)) == 4
+    assert len(set(stamps)) == 4 and stamps[4] == stamps[0]
     made.configure(Settings(max_bundle=3, isolation="off"))
     assert made.stamp == stamps[0], "without segments nothing is captured anew"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,3 +118,17 @@ def test_an_eval_call_with_grad_enabled() -> None:
         warnings.simplefilter("error")
         torch_mux.gather((model, torch.randn(2, 4)))
     assert [note.reason.kind for note in torch_mux.explain().notes] == [FallbackKind.TRAINING]
+
+
+def test_segments_are_a_setting_and_explained() -> None:
+    assert "segments" not in str(torch_mux.explain())
+    assert torch_mux.configure(segment="2ms").segment == 2e-3
+    assert "long plans are cut into segments of 2.00 ms" in str(torch_mux.explain())
+    for value in (0, "-1ms", 0.0):
+        with pytest.raises(torch_mux.MuxError):
+            torch_mux.configure(segment=value)
+    assert torch_mux.configure(segment=None).segment is None
+    assert "segments" not in str(torch_mux.explain())
+    one = ProgramExplanation("Net", "f" * 40, "ready", None, True, 1, 0, {}, 0, 0, 0, (), {}, ((1, 4),))
+    assert "captured for: 1, 4\n" in f"{one}\n"
+    assert "captured for: 1, 4 (in up to 5 segments)" in str(replace(one, segments=5))
