@@ -16,7 +16,7 @@ from torch_mux import state
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda:0")
-LAYERS, ROWS, WIDTH, SLOTS = 120, 1024, 2048, 4
+LAYERS, ROWS, WIDTH, SLOTS = 60, 2048, 2048, 4
 SEGMENT = 1e-3
 
 
@@ -212,6 +212,6 @@ def test_a_mix_that_is_cut_has_the_same_bits() -> None:
             races(long, short, x, y, high, 1)
             assert torch.equal(last, small)
             assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
-        (mix,) = torch_mux.explain().mixes
-        assert mix.joint > 0, mix
+        mixes = torch_mux.explain().mixes
+        assert any(mix.joint > 0 for mix in mixes), mixes
         torch.cuda.synchronize()
