@@ -1,4 +1,4 @@
-"""Capturing plans in segments, with the driver played by fakes: which launches a graph has, and which is used."""
+"""Capturing plans in segments, with the driver played by fakes: what a graph has, and which is used."""
 
 from __future__ import annotations
 
