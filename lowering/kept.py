@@ -86,7 +86,7 @@ def _prune(place: Path, newest: str) -> None:
             status = path.stat()
         except FileNotFoundError:
             continue  # another process pruned it, or has finished writing it
-        found.append((status.st_mtime, status.st_size, path))
+        found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
     total = sum(size for _, size, _ in found)
     for used, size, path in sorted(found):
         if path.name.startswith(_UNFINISHED):
@@ -110,7 +110,7 @@ def read(folder: str, name: str) -> bytes | None:
     except OSError:
         return None
     with contextlib.suppress(OSError):  # of a cache that may only be read, nothing is pruned from here
-        os.utime(path)
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     digest, payload = whole[:_DIGEST], whole[_DIGEST:]
     if hashlib.sha256(payload).digest() != digest:
         raise Damaged(f"{name} in {folder} is damaged")

@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_touched_is_read_all_the_same(
 ) -> None:
     kept.write("plans", "p", b"x")
 
-    def refuses(*_: object) -> None:
+    def refuses(*_: object, **named: object) -> None:
         raise PermissionError("read-only")
 
     monkeypatch.setattr(os, "utime", refuses)
