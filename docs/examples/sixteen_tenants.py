@@ -44,7 +44,7 @@ def main() -> None:
         for number in range(4)
     }
     images = torch.randn(8, 1, 8, 8, device=DEVICE)
-    torch_mux.configure(pack=8)
+    torch_mux.configure(pack=8, pack_after=0)
 
     def serve() -> None:
         threads = [

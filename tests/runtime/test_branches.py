@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +18,11 @@ from torch_mux.errors import ExecutionFailed
 from torch_mux.runtime import lanes
 from torch_mux.runtime.beside import apart, limited
 from torch_mux.runtime.bundle import Bundle
-from torch_mux.runtime.executors import cuda
+from torch_mux.runtime.executors import cuda, lane_set
 from torch_mux.runtime.executors.cuda import CudaExecutor
 from torch_mux.runtime.executors.joint import _flights
 from torch_mux.runtime.lanes import CudaFlight
-from torch_mux.runtime.scheduler.base import Issue
+from torch_mux.runtime.scheduler.base import Issue, LaneKind
 from torch_mux.runtime.timeline import Timeline, recorders
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
@@ -79,7 +80,9 @@ class World:
         monkeypatch.setattr(lanes, "Side", side)
         monkeypatch.setattr(lanes, "new_event", lambda timing=False: Event())
         steps: Any = SimpleNamespace(run=lambda *args: None)
-        capturer: Any = SimpleNamespace(want=lambda *args: None)
+        capturer: Any = SimpleNamespace(
+            want=lambda *args: None, configure=lambda settings: None, generation=lambda served: 0
+        )
         launcher: Any = SimpleNamespace(configure=lambda settings: None, launch=self._launch)
         device = torch.device("cpu")
         self.executor = CudaExecutor(device, steps, capturer, lambda sms: launcher, lambda: self.now)
@@ -146,6 +149,23 @@ def test_programs_on_different_branches_have_streams_of_their_own_and_wait_for_n
     (again,) = world.launch(world.bundle("e"))
     assert streams([again], world) == streams(flights[:1], world), "five programs on four branches"
     assert world.load() == [2, 1, 1, 1]
+
+
+def test_who_overtakes_waits_for_his_caller_only(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stops for him must not be what he waits for."""
+    monkeypatch.setattr(lane_set, "highest_priority", lambda: -5)
+    world = World(lab, monkeypatch, segment=1e-3, isolation="off")
+    alice = Quota("alice", sms=0.5)
+    before = world.launch(*(world.bundle(name, alice, 0.5) for name in "ab"))
+    bundle = world.bundle("a", alice, 0.5)
+    loads = world.executor.loads()
+    (lane,) = [index for index, load in enumerate(loads) if load.kind is LaneKind.PASSING]
+    bundle.issue = replace(bundle.issue, lane=lane, branch=None, passes=True)
+    (flight,) = world.launch(bundle)
+    (stream,) = streams([flight], world)
+    assert stream not in streams(before, world)
+    assert stream.waits == [bundle.requests[0].mark.event]
+    assert world.load() == [1, 1, 0, 0]
 
 
 def test_bundles_of_a_tenant_with_a_limit_do_not_overlap(world: World) -> None:

@@ -202,11 +202,11 @@ def test_changed_weights_are_written_while_somebody_is_stopped() -> None:
 
 def test_a_mix_that_is_cut_has_the_same_bits() -> None:
     with torch.inference_mode():
-        long, short, x, y, want, small = served(segment=SEGMENT, isolation="off", pack=8)
+        long, short, x, y, want, small = served(segment=SEGMENT, isolation="off", pack=8, pack_after=0)
         engine = state.engine()
         high = torch_mux.quota("high", priority=1)
         calls = [*((model, x) for model in long), (short, y)]
-        for _ in range(6):
+        for _ in range(8):
             *got, last = torch_mux.gather(*calls)
             assert engine.quiesce(120)
             races(long, short, x, y, high, 1)
