@@ -43,7 +43,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_DURATIONS = ("max_wait", "linger", "pack_after", "switch_interval", "segment")
+_DURATIONS = ("max_wait", "linger", "pack_after", "segment", "switch_interval")
 _COUNTS = ("max_bundle", "lanes", "in_flight", "pack", "branches")
 _OR_NONE = ("pack", "branches", "beside", "segment")
 _SWITCHES = ("enabled", "capture", "keep_plans", "match")

@@ -24,7 +24,7 @@ __all__ = [
     "intercepted",
     "intercepting",
     "left_while_handed",
-    "preceded",
+    "noticed",
     "recording",
 ]
 
@@ -70,8 +70,8 @@ def handed(work: Work) -> Work | None:
 
 
 @contextlib.contextmanager
-def preceded(see: Callable[[Work], object]) -> Iterator[None]:
-    """``see`` is called with what this thread is about to launch inside, before whoever gets it outside."""
+def noticed(see: Callable[[Work], object]) -> Iterator[None]:
+    """``see`` is told of what this thread is about to launch inside, before whoever intercepts it gets it."""
     outer = _hook.take
 
     def take(work: Work) -> Work | None:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _TRIES = 3
 #: Bundles of a size that a larger graph serves, after which it is worth a graph of its own.
 _OFTEN = 64
-#: Number of a lane, slots, generation of the graphs.
+#: Number of a lane, slots, generation of its graphs.
 _Wish = tuple[int, int, Hashable]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from torch_mux.lowering.kernels.interception import Turn, Work, preceded
+from torch_mux.lowering.kernels.interception import Turn, Work, noticed
 from torch_mux.lowering.pack.costs import KernelCosts
 from torch_mux.runtime.ring import TableLayout
 from torch_mux.runtime.scheduler.base import LaneKind
@@ -117,7 +117,7 @@ class Segmenter:
                 gate.claim(control, ends=True).start()
         else:
             cuts = self._cuts(bound, gate, layout, table)
-            with preceded(cuts.before):
+            with noticed(cuts.before):
                 yield cuts
 
     def members(

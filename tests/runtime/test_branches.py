@@ -81,7 +81,7 @@ class World:
         monkeypatch.setattr(lanes, "new_event", lambda timing=False: Event())
         steps: Any = SimpleNamespace(run=lambda *args: None)
         capturer: Any = SimpleNamespace(
-            want=lambda *args: None, configure=lambda settings: None, generation=lambda served: 0
+            want=lambda *args, **named: None, configure=lambda settings: None, generation=lambda served: 0
         )
         launcher: Any = SimpleNamespace(configure=lambda settings: None, launch=self._launch)
         device = torch.device("cpu")

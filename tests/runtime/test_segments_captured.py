@@ -43,7 +43,11 @@ class Place:
         monkeypatch.setattr(Launch, "start", lambda launch: self._start(launch))
         monkeypatch.setattr(Launch, "build", lambda launch: None)
         steps: Any = Steps(lab.stack, lambda *_: None, lambda *_: None)
-        thread: Any = SimpleNamespace(submit=lambda job, rank=None: self.jobs.append(job))
+        thread: Any = SimpleNamespace(
+            submit=lambda job, rank=None: self.jobs.append(job),
+            holds_back=lambda all_sizes: None,
+            breathe=lambda: None,
+        )
         builder: Any = SimpleNamespace(finish=lambda launches: None)
         self.segmenter = Segmenter(CPU, 132)
         self.capturer = Capturer(thread, steps, threading.RLock(), builder, self.segmenter)
@@ -80,7 +84,7 @@ class Place:
         self.log.clear()
         generation = self.capturer.generation(self.served)
         if lane.executable(self.served.key, slots, generation) is None:
-            self.capturer.want(lane, self.served, slots)
+            self.capturer.want(lane, self.served, slots, fits=False)
             while self.jobs:
                 self.jobs.pop(0)()
         return lane.executable(self.served.key, slots, generation)
