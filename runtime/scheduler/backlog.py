@@ -42,8 +42,14 @@ class Backlog:
         for entry in lane.flying:
             if entry[0] is issue:
                 lane.flying.remove(entry)
-                lane.free = now + sum([seconds for _, seconds in lane.flying])
+                begin = now if issue.passes else self._stopped(now)
+                lane.free = begin + sum([seconds for _, seconds in lane.flying])
                 return
+
+    def _stopped(self, now: float) -> float:
+        """Until when bundles stop for those that overtake."""
+        passing = [lane.free for lane in self._lanes.values() if lane.flying and lane.flying[0][0].passes]
+        return max([now, *passing])
 
     def free_at(self, lane: int, now: float) -> float:
         """Seconds on the clock when a bundle enqueued now would begin; never before ``now``."""

@@ -136,6 +136,27 @@ def test_who_is_asked_again_when_a_lane_is_full_is_woken_by_anybody() -> None:
     assert isinstance(decision, Busy) and decision.wake == {}
 
 
+def test_a_bundle_that_ends_while_another_overtakes_does_not_hide_that_the_rest_is_stopped() -> None:
+    made = LanedDevice(Settings(segment=SEGMENT, max_bundle=1, linger=0.0, in_flight=2), work)
+    known(made)
+    for moment, level in ((0.0, 0), (0.004, 0), (0.031, 0), (0.039, 1), (0.055, 2)):
+        quota = Quota(f"t{level}", priority=level)
+        made.at(moment, lambda quota=quota: made.submit("long-a", quota, hash(quota.tenant)))
+    made.run(0.2)
+    (wait,) = began(made, "t2")
+    assert wait == pytest.approx(0.06 - 0.055), (
+        "it follows the one that overtakes, and not those that stopped"
+    )
+
+
+def known(made: LanedDevice) -> None:
+    """What bundles take was measured before."""
+    for key in ("long-a", "long-b", "short-a", "short-b"):
+        for slots in (1, 2, 3, 4):
+            for _ in range(8):
+                made.policy.predictor.observe(key, slots, context(1.0, 0), work(key, slots))
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     arrivals=st.lists(
@@ -157,10 +178,7 @@ def test_the_highest_class_waits_for_its_own_and_no_bundle_of_others(
     made = LanedDevice(
         Settings(segment=segment, max_bundle=4, linger=0.0, isolation=isolation, in_flight=2), work
     )
-    for key in ("long-a", "long-b", "short-a", "short-b"):
-        for slots in (1, 2, 3, 4):
-            for _ in range(8):
-                made.policy.predictor.observe(key, slots, context(1.0, 0), work(key, slots))
+    known(made)
     now, count = 0.0, 0
     for gap, key, level, tenant in arrivals:
         now += gap
