@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -22,11 +20,8 @@ from torch_mux.runtime.executors.base import Flight
 from torch_mux.runtime.ring import TableRing
 from torch_mux.runtime.scheduler.base import LaneKind
 
-__all__ = ["CudaFlight", "Executable", "Lane", "Mark", "Marks", "Side", "apart", "new_event", "passed"]
+__all__ = ["CudaFlight", "Executable", "Lane", "Mark", "Marks", "Side", "new_event", "passed"]
 
-log = logging.getLogger(__name__)
-
-_POOL = 32  # streams that torch hands out before it begins again
 _WORDS = 1 << 15
 # More than are enqueued at once, so that a bundle that is enqueued again never meets its own entry.
 _ENTRIES = 8
@@ -42,52 +37,46 @@ def new_event(timing: bool = False) -> torch.cuda.Event:
     return cast(torch.cuda.Event, _cuda.Event(enable_timing=timing, blocking=True))
 
 
-def new_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
-    """A stream of its own; a lower ``priority`` number goes first."""
-    return cast(torch.cuda.Stream, _cuda.Stream(device, priority=priority))
-
-
 def highest_priority() -> int:
     """The number of the priority whose work goes first."""
     return int(_cuda.Stream.priority_range()[1])
 
 
 class Side:
-    """A stream that no other holder of this process draws, as a lane's is.
+    """A stream that nobody else of this process has meanwhile, as a lane's is.
+
+    Capturing on a stream on which somebody dispatches would fail both.
 
     Args:
+        priority: a lower number goes first.
         context: the part of the device that it runs on, if not the whole.
 
-    Torch hands out 32 streams a device in turn, the same again after that. Capturing on a stream on which
-    somebody dispatches meanwhile would fail both.
-
     Attributes:
-        stream: of torch's pool.
+        stream: not of torch's pool, which hands the same ones out again and again.
         address: its ``cudaStream_t``.
     """
 
     def __init__(
         self, device: torch.device, priority: int = 0, context: compat.green.GreenContext | None = None
     ) -> None:
-        draw = partial(new_stream, device, priority) if context is None else partial(context.stream, priority)
-        with _holding:
-            taken = {holder.address for holder in _holders}
-            self.stream = apart(draw, taken)
-            self.address: int = self.stream.cuda_stream
-            _holders.add(self)
+        draw = partial(compat.own_stream, device) if context is None else context.stream
+        self.stream = _lent(self, _returned[device, priority, context], lambda: draw(priority))
+        self.address: int = self.stream.cuda_stream
 
 
-_holding = threading.Lock()
-_holders: weakref.WeakSet[Side] = weakref.WeakSet()
+#: Streams whose holders are gone, by where and how urgently they run; they are lent again.
+_returned: defaultdict[Hashable, deque[torch.cuda.Stream]] = defaultdict(deque)
 
 
-def apart(draw: Callable[[], torch.cuda.Stream], taken: Collection[int]) -> torch.cuda.Stream:
-    """The first drawn stream whose address is not among ``taken``; the last one where all are taken."""
-    for _ in range(_POOL):
+def _lent(
+    holder: object, returned: deque[torch.cuda.Stream], draw: Callable[[], torch.cuda.Stream]
+) -> torch.cuda.Stream:
+    """A stream for as long as the holder lives: one that came back, or a new one."""
+    try:
+        stream = returned.pop()
+    except IndexError:
         stream = draw()
-        if stream.cuda_stream not in taken:
-            return stream
-    log.warning("more than %d streams are in use: dispatching and capturing may meet on one", _POOL)
+    weakref.finalize(holder, returned.append, stream).atexit = False
     return stream
 
 

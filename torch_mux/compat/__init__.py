@@ -15,6 +15,7 @@ from .dispatch import (
     fake_tensors,
     is_fake,
 )
+from .driver import own_stream
 from .dynamo import (
     active_modes,
     caller_files,
@@ -122,6 +123,7 @@ __all__ = [
     "on_stream",
     "only_passes_on",
     "original_module",
+    "own_stream",
     "paused_collector",
     "plain_tracing",
     "precision_state",

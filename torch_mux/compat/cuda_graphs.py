@@ -6,11 +6,11 @@ import ctypes
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
 
+from .driver import call, driver
 from .streams import current_stream
 
 __all__ = ["Graph", "Pool", "captured"]
@@ -65,7 +65,7 @@ class Graph:
     def __init__(self, address: int, pool: Pool) -> None:
         self.address = address
         self.pool = pool
-        weakref.finalize(self, _driver().cuGraphExecDestroy, ctypes.c_void_p(address)).atexit = False
+        weakref.finalize(self, driver().cuGraphExecDestroy, ctypes.c_void_p(address)).atexit = False
 
     def replay(self, stream: torch.cuda.Stream) -> None:
         """Launches it on ``stream``.
@@ -73,7 +73,7 @@ class Graph:
         Raises:
             RuntimeError: what CUDA says.
         """
-        _call("cuGraphLaunch", ctypes.c_void_p(self.address), ctypes.c_void_p(stream.cuda_stream))
+        call("cuGraphLaunch", ctypes.c_void_p(self.address), ctypes.c_void_p(stream.cuda_stream))
 
 
 def captured(run: Callable[[], object], pool: Pool, *, allocating: bool = True) -> Graph:
@@ -104,39 +104,21 @@ def captured(run: Callable[[], object], pool: Pool, *, allocating: bool = True) 
 def _recorded(run: Callable[[], object], stream: ctypes.c_void_p) -> ctypes.c_void_p:
     """The ``cudaGraph_t``."""
     recorded = ctypes.c_void_p()
-    _call("cuStreamBeginCapture_v2", stream, ctypes.c_int(_THREAD_LOCAL))
+    call("cuStreamBeginCapture_v2", stream, ctypes.c_int(_THREAD_LOCAL))
     try:
         run()
     except BaseException:
-        _driver().cuStreamEndCapture(stream, ctypes.byref(recorded))
-        _driver().cuGraphDestroy(recorded)
+        driver().cuStreamEndCapture(stream, ctypes.byref(recorded))
+        driver().cuGraphDestroy(recorded)
         raise
-    _call("cuStreamEndCapture", stream, ctypes.byref(recorded))
+    call("cuStreamEndCapture", stream, ctypes.byref(recorded))
     return recorded
 
 
 def _instantiated(recorded: ctypes.c_void_p) -> int:
     executable = ctypes.c_void_p()
     try:
-        _call("cuGraphInstantiateWithFlags", ctypes.byref(executable), recorded, ctypes.c_ulonglong(0))
+        call("cuGraphInstantiateWithFlags", ctypes.byref(executable), recorded, ctypes.c_ulonglong(0))
     finally:
-        _driver().cuGraphDestroy(recorded)
+        driver().cuGraphDestroy(recorded)
     return executable.value or 0
-
-
-@cache
-def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """A call of the driver, without the GIL.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    error = getattr(_driver(), name)(*arguments)
-    if error:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(ctypes.c_int(error), ctypes.byref(text))
-        raise RuntimeError(f"CUDA error: {(text.value or b'unknown').decode()} ({name}: {error})")
