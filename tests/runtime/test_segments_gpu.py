@@ -77,9 +77,11 @@ def test_a_stop_waits_for_who_overtakes_on_another_stream() -> None:
 def served(**settings: Any) -> tuple[list[Any], Any, Tensor, Tensor, list[Tensor], Tensor]:
     """Long models and a short one, with inputs and what each answers alone without segments."""
     torch.manual_seed(0)
-    long = [torch.compile(Long().eval().half().to(CUDA), backend="mux", dynamic=False) for _ in range(SLOTS)]
-    layers = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
-    short = torch.compile(layers.eval().half().to(CUDA), backend="mux", dynamic=False)
+    with torch.inference_mode(False):  # weights that may be written later
+        modules = [Long().eval().half().to(CUDA) for _ in range(SLOTS)]
+        layers = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)).eval().half().to(CUDA)
+    long = [torch.compile(module, backend="mux", dynamic=False) for module in modules]
+    short = torch.compile(layers, backend="mux", dynamic=False)
     x = torch.randn(ROWS, WIDTH, device=CUDA, dtype=torch.half)
     y = torch.randn(4, 256, device=CUDA, dtype=torch.half)
     torch_mux.configure(isolation="off")
