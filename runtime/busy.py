@@ -39,7 +39,7 @@ class BusyTime:
         for flight in landed:
             flight.began = flight.ended - flight.seconds
         lanes = {flight.bundle.lane for flight in (*landed, *at_work)}
-        if len(lanes) > 1 or any(flight.charge for flight in landed):
+        if len(lanes) > 1 or any(flight.charge or flight.paused for flight in landed):
             self._sweep(sorted(landed, key=_ended), at_work)
             return
         # Bundles of one lane follow each other: nothing is divided.

@@ -156,10 +156,6 @@ class CudaFlight(Flight):
     follows: bool = field(default=False, kw_only=True)
     after: tuple[CudaFlight, ...] = field(default=(), kw_only=True)
 
-    def begin(self, free_at: float) -> float:
-        """When the device came to it, if the bundles before it on its lane had ended at ``free_at``."""
-        return max([self.launched, free_at, *[flight.ended for flight in self.after]])
-
 
 @dataclass(frozen=True, eq=False)
 class Executable:
@@ -194,7 +190,6 @@ class Lane:
         marks: timing events for its flights.
         flights: bundles under way, oldest first.
         guests: bundles under way on another lane, with others as one, whose programs are at home here.
-        free_at: seconds on the clock when the last of those that ended did.
         executables: captured graphs by program key and number of slots.
         pool_bytes: what the pool takes of the device, measured after the last capture.
         pool: the memory pool that all of its graphs share, which they may since they run one after another.
@@ -222,7 +217,6 @@ class Lane:
         self.executables: dict[str, dict[int, Executable]] = {}
         self.pool: compat.Pool | None = None
         self.pool_bytes = 0
-        self.free_at = 0.0
         self._recorder: Side | None = None
 
     @property

@@ -25,6 +25,7 @@ from torch_mux.runtime.executors.base import (
     written_rows,
 )
 from torch_mux.runtime.executors.capture import Capturer, Steps
+from torch_mux.runtime.executors.device_clock import DeviceClock
 from torch_mux.runtime.executors.joint import JointLauncher
 from torch_mux.runtime.executors.lane_set import LaneSet
 from torch_mux.runtime.instance import Instance
@@ -72,6 +73,7 @@ class CudaExecutor:
         self._joint = joint(self.sms)
         self.together = 1
         self._clock = clock
+        self._times = DeviceClock()
         self._lanes = LaneSet(device)
         self._marks = Marks()
         self._capture = True
@@ -297,24 +299,21 @@ class CudaExecutor:
         while True:
             known = len(landed)
             for lane in self._lanes:
-                while lane.flights and self._ended(lane, lane.flights[0]):
+                while lane.flights and self._ended(lane.flights[0]):
                     landed.append(lane.flights.popleft())
             if len(landed) == known or len(self._lanes) == 1:
                 return landed
 
-    def _ended(self, lane: Lane, flight: CudaFlight) -> bool:
+    def _ended(self, flight: CudaFlight) -> bool:
         now = self._clock()
         try:
             if not all(other.finished for other in flight.after) or not passed(flight.end.event):
                 return False
-            flight.seconds = flight.start.event.elapsed_time(flight.end.event) * 1e-3
+            flight.ended, flight.seconds = self._times.ended(flight.start, flight.end, flight.launched, now)
         except Exception as error:
             self._examine(error)
             flight.error = failure(flight.bundle.served, error)
-        # It started when it was enqueued or when its predecessor ended; seen later, it still ended then.
-        if not flight.follows:
-            lane.free_at = min(now, flight.begin(lane.free_at) + flight.seconds)
-        flight.ended = lane.free_at
+            flight.ended = now
         flight.finished = True
         flight.kept = flight.after = ()
         return True
@@ -333,12 +332,13 @@ class CudaExecutor:
         return any(lane.flights for lane in self._lanes)
 
     def at_work(self) -> Sequence[Flight]:
-        """The first flight of each lane and those that are one with it, since all before it have ended."""
+        """The first flight of each lane and those that are one with it, where the device has come to them."""
         found: list[Flight] = []
+        now = self._clock()
         for lane in self._lanes:
             for head in lane.heads:
-                if all(flight.finished for flight in head.after):
-                    head.began = head.begin(lane.free_at)
+                if passed(head.start.event):
+                    head.began = self._times.reached(head.start, now)
                     found.append(head)
         return found
 

@@ -112,7 +112,7 @@ class LaneSet:
         if former is not None:
             for flight in former.flights:
                 flight.end.wait()
-            lane.flights, lane.free_at = former.flights, former.free_at
+            lane.flights = former.flights
         return lane
 
     def named(self) -> list[Lane]:

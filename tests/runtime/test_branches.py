@@ -119,10 +119,15 @@ class World:
     def load(self) -> list[int]:
         return [load.bundles for load in self.executor.loads() if load.branch is not None]
 
+    def begins(self, *flights: CudaFlight, at: float = 0.0) -> None:
+        for flight in flights:
+            start: Any = flight.start.event
+            start.at, start.done = at, True
+
     def ends(self, flight: CudaFlight, at: float, seconds: float) -> None:
         start: Any = flight.start.event
         end: Any = flight.end.event
-        start.at, end.at, end.done = at - seconds, at, True
+        start.at, start.done, end.at, end.done = at - seconds, True, at, True
 
 
 @pytest.fixture
@@ -178,6 +183,8 @@ def test_bundles_of_a_tenant_with_a_limit_do_not_overlap(world: World) -> None:
     assert not waits(second, one), "other tenants' limits are their own"
     assert waits(last, one) and not waits(last, other)
     assert not whole.waits[1:], "who has no limit waits for nobody but his caller"
+    assert world.executor.at_work() == []
+    world.begins(one, other, free)
     assert world.executor.at_work() == [one, other, free]
     world.now = 2.0
     world.ends(third, 2.0, 0.5)
@@ -212,6 +219,7 @@ def test_a_mix_goes_behind_what_its_programs_have_under_way_and_they_behind_it(w
     assert all(flight in first.flights for flight in flights)
     assert flights[0].after == (before[1],), "what is on the same stream comes first anyway"
     assert world.load() == [2, 2, 1, 0], "the first branch carries it, those of its programs have it as guest"
+    world.begins(*before)
     assert world.executor.at_work() == [before[0], before[1]]
     (again,) = world.launch(world.bundle("c"))
     assert waits(streams([again], world)[0], flights[0])
@@ -221,6 +229,7 @@ def test_a_mix_goes_behind_what_its_programs_have_under_way_and_they_behind_it(w
     landed = world.executor.reap()
     assert [flight.ended for flight in landed] == [1.0, 1.5, 2.5, 2.5]
     assert world.load() == [0, 0, 1, 0]
+    world.begins(again, at=2.5)
     assert world.executor.at_work() == [again] and again.began == 2.5
     assert again.after == tuple(flights[1:]), "it is let go of when that has ended"
 
