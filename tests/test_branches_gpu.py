@@ -79,7 +79,7 @@ def executor() -> Any:
 
 
 def test_kernels_of_two_programs_own_graphs_overlap(tmp_path: Path) -> None:
-    calls = calls_of()[:2]
+    calls = calls_of(16)[:2]
     rounds(calls)
     assert torch_mux.explain().mixes == (), "no joint plan"
     lanes = [lane for lane in executor()._lanes if lane.executables]
