@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from heapq import heappop, heappush, heapreplace
 from itertools import count
 
@@ -15,6 +15,8 @@ __all__ = ["Order", "Place"]
 
 #: Start tag, age, a number that tells equal ones apart, the program.
 Place = tuple[float, int, int, Turns]
+
+_NEVER = float("inf")
 
 
 class Order:
@@ -91,6 +93,24 @@ class Order:
         second = self._top(heap, level)
         heappush(heap, place)
         return None if second is None else second[0]
+
+    def ceilings(self, turns: Turns, absent: Mapping[int, float]) -> tuple[dict[int, float], int | None]:
+        """Start tags by class up to which a program's bundle may go, and the highest class of other programs.
+
+        Args:
+            absent: by class, the least start tag of those that are expected back.
+        """
+        found: dict[int, float] = {}
+        top: int | None = None
+        for level in self.levels():
+            least, tag = self.least(level, turns), absent.get(level)
+            if least is not None:
+                found[level] = least
+                top = level if top is None else max(top, level)
+            if tag is not None and (own := turns.first(level)) is not None:
+                # He need not wait for who is absent, so his bundle is not cut for their sake.
+                found[level] = min(found.get(level, _NEVER), max(tag, own[0]))
+        return found, top
 
     def _top(self, heap: list[Place], level: int) -> Place | None:
         while heap:

@@ -255,16 +255,7 @@ class FairPolicy:
         queue, (bars, expected) = choice.queue, absent
         turns = self.order.turns(queue.key)
         assert turns is not None
-        ceilings: dict[int, float] = {}
-        top: int | None = None
-        for one in self.order.levels():
-            least, bar = self.order.least(one, turns), bars.get(one)
-            if least is not None:
-                ceilings[one] = least
-                top = one if top is None else max(top, one)
-            if bar is not None and (own := turns.first(one)) is not None:
-                # He need not wait for who is absent, so his bundle is not cut for their sake.
-                ceilings[one] = min(ceilings.get(one, _NEVER), max(bar.tag, own[0]))
+        ceilings, top = self.order.ceilings(turns, {one: bar.tag for one, bar in bars.items()})
         count = len(queue.requests)
         if top is None and count <= choice.limit and self._free(queue.key, search.now):
             return self._issue(choice, tuple(queue.requests), None, search)
