@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import tempfile
 import time
@@ -25,6 +26,8 @@ import torch
 from torch_mux import compat
 
 __all__ = ["MOST_AGE", "Damaged", "digest_of", "model_of", "read", "sources", "write"]
+
+log = logging.getLogger(__name__)
 
 _DIGEST: Final = hashlib.sha256().digest_size
 #: Seconds after which a file that nobody used goes.
@@ -99,7 +102,7 @@ def _prune(place: Path, newest: str) -> None:
 
 
 def read(folder: str, name: str) -> bytes | None:
-    """What was kept under that name, or None.
+    """What was kept under that name, or None; a file that is there and cannot be read is logged.
 
     Raises:
         Damaged: it is not what was written.
@@ -107,7 +110,10 @@ def read(folder: str, name: str) -> bytes | None:
     path = compat.cache_folder(folder) / name
     try:
         whole = path.read_bytes()
+    except FileNotFoundError:
+        return None
     except OSError:
+        log.warning("%s cannot be read and is made anew", path, exc_info=True)
         return None
     with contextlib.suppress(OSError):  # of a cache that may only be read, nothing is pruned from here
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))

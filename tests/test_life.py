@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,7 +55,10 @@ def joined(threads: list[threading.Thread]) -> None:
         assert not thread.is_alive()
 
 
-def test_closing_tells_every_client_that_waits_for_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def ended_while_they_wait(
+    monkeypatch: pytest.MonkeyPatch, end: Callable[[], object]
+) -> tuple[Any, Tensor, list[Any]]:
+    """A model, an input and what each client got, where ``end`` came while all waited for its compile."""
     held = Held(monkeypatch)
     x = torch.randn(4, 6)
     model: Any = torch.compile(Normed().eval(), backend="mux", dynamic=False)
@@ -62,8 +66,13 @@ def test_closing_tells_every_client_that_waits_for_a_compile(monkeypatch: pytest
     assert held.entered.wait(60)
     time.sleep(0.2)
     threading.Timer(0.5, held.gate.set).start()
-    torch_mux.close()
+    end()
     joined(threads)
+    return model, x, seen
+
+
+def test_closing_tells_every_client_that_waits_for_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, seen = ended_while_they_wait(monkeypatch, torch_mux.close)
     assert [type(error) for error in seen] == [ClosedError] * len(ENTRIES)
     torch_mux.reset()
     for entry in ENTRIES:
@@ -71,15 +80,7 @@ def test_closing_tells_every_client_that_waits_for_a_compile(monkeypatch: pytest
 
 
 def test_a_reset_asks_again_for_what_waits_for_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(monkeypatch)
-    x = torch.randn(4, 6)
-    model: Any = torch.compile(Normed().eval(), backend="mux", dynamic=False)
-    threads, seen = clients(model, x)
-    assert held.entered.wait(60)
-    time.sleep(0.2)
-    threading.Timer(0.5, held.gate.set).start()
-    torch_mux.reset()
-    joined(threads)
+    model, x, seen = ended_while_they_wait(monkeypatch, torch_mux.reset)
     for answer in seen:
         close(answer, expected(model, x))
     assert len(seen) == len(ENTRIES)

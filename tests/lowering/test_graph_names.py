@@ -10,25 +10,12 @@ import pytest
 import torch
 import torch._functorch.config as functorch_config
 import torch.nn.functional as F
+from kept_files import Small
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from torch_mux.compat import saved_code
 from torch_mux.lowering import kept_programs
-
-
-class Small(nn.Module):
-    """A convolution, batch norm, writes to intermediate values, and a product."""
-
-    def __init__(self, slope: float = 0.1) -> None:
-        super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
-        self.slope = slope
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.leaky_relu(self.norm(self.conv(x)), self.slope, inplace=True)
-        y += 1
-        return self.head(y.mean((2, 3)))  # type: ignore[no-any-return]
 
 
 def name(make: Callable[[], Any], *inputs: Tensor) -> str | None:

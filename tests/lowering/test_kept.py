@@ -112,3 +112,13 @@ def test_processes_that_write_read_and_prune_at_once_see_whole_files_or_none(tmp
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     sizes = [path.stat().st_size for path in (tmp_path / "plans").iterdir()]
     assert sizes and sum(sizes) <= 20_000 + max(sizes)
+
+
+def test_a_file_that_cannot_be_read_is_said_and_counts_as_absent(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert kept.read("plans", "never-written") is None
+    assert not caplog.records
+    (folder / "a-folder").mkdir(parents=True)
+    assert kept.read("plans", "a-folder") is None
+    assert "a-folder cannot be read" in caplog.text

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_files import DAMAGES
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
@@ -90,24 +91,7 @@ def test_a_plan_is_found_again_with_the_same_bits(folder: Path, lowered: list[st
     assert again == said and "per instance" in said
 
 
-def _truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _flipped(path: Path) -> None:
-    whole = bytearray(path.read_bytes())
-    whole[len(whole) // 2] ^= 1
-    path.write_bytes(bytes(whole))
-
-
-def _foreign(path: Path) -> None:
-    import hashlib
-
-    payload = b"cno_such_module\nname\n."
-    path.write_bytes(hashlib.sha256(payload).digest() + payload)
-
-
-@pytest.mark.parametrize("damage", [_truncated, _flipped, _foreign, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_damaged_is_made_again(
     folder: Path, lowered: list[str], damage: Callable[[Path], object]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from kept_files import DAMAGES, Small
 from torch import Tensor, nn
 
 import torch_mux
@@ -21,20 +20,6 @@ from torch_mux.lowering import kept_programs
 from torch_mux.lowering.fingerprint import fingerprint
 from torch_mux.lowering.program import Program
 from torch_mux.types import TensorSpec
-
-
-class Small(nn.Module):
-    """A convolution, batch norm, writes to intermediate values, and a product."""
-
-    def __init__(self, slope: float = 0.1) -> None:
-        super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
-        self.slope = slope
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.leaky_relu(self.norm(self.conv(x)), self.slope, inplace=True)
-        y += 1
-        return self.head(y.mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class Seen:
@@ -145,22 +130,7 @@ def test_settings_say_that_nothing_is_kept(seen: Seen, folder: Path, monkeypatch
     assert seen.names == [] and seen.traced == 1 and not folder.exists()
 
 
-def _truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _flipped(path: Path) -> None:
-    whole = bytearray(path.read_bytes())
-    whole[len(whole) // 2] ^= 1
-    path.write_bytes(bytes(whole))
-
-
-def _foreign(path: Path) -> None:
-    payload = b"cno_such_module\nname\n."
-    path.write_bytes(hashlib.sha256(payload).digest() + payload)
-
-
-@pytest.mark.parametrize("damage", [_truncated, _flipped, _foreign, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_damaged_is_captured_again(
     seen: Seen, folder: Path, damage: Callable[[Path], object]
 ) -> None:
