@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import permutations
+from itertools import permutations, product
 from typing import Final, NamedTuple
 
 from torch_mux.lowering.kernels.operation import Operation
@@ -19,12 +19,17 @@ MOST_MATCHED: Final = 4
 #: ran by their words, 1.06 fits one (2397 us) and 0.91 the other (1856 us); see :data:`costs.JOINED`.
 BESIDE: Final = 1.06
 
+#: How often a word is made longer for the sake of one strand.
+MORE: Final = 4
+
 #: Members of which every word is considered.
 FEW: Final = 3
 
 Step = tuple[Place, ...]
 Run = tuple[Step, ...]
 Positions = tuple[int, ...]
+#: A run by the numbers of its operations.
+Launches = tuple[tuple[int, ...], ...]
 
 
 class Candidate(NamedTuple):
@@ -108,16 +113,35 @@ class Problem:
         key = tuple(tuple(tuple(map(self.identity, step)) for step in run) for run in strands)
         found = self._shared.get(key)
         if found is None:
-            shares = [1] * len(key)
-            for _ in range(self.units - len(key)):
-                slowest = max(range(len(key)), key=lambda index: self._run(key[index], shares[index]))
-                shares[slowest] += 1
+            shares = self._best(key) if len(key) <= FEW else self._greedy(key)
             slower = BESIDE if len(key) > 1 else 1.0
             times = tuple(slower * self._run(run, share) for run, share in zip(key, shares, strict=True))
             found = self._shared[key] = tuple(shares), times
         return Candidate(strands, *found)
 
-    def _run(self, run: tuple[tuple[int, ...], ...], share: int) -> float:
+    def _best(self, runs: Sequence[Launches]) -> list[int]:
+        """Of all shares those with which the last run ends first, and among these the others soonest."""
+        whole = range(1, self.units - len(runs) + 2)
+        divided: list[tuple[int, ...]] = [
+            shares for shares in product(whole, repeat=len(runs)) if sum(shares) == self.units
+        ]
+
+        def rank(shares: tuple[int, ...]) -> tuple[float, float, tuple[int, ...]]:
+            times = list(map(self._run, runs, shares))
+            return max(times), sum(times), shares
+
+        best = min(divided, key=rank)
+        return list(best)
+
+    def _greedy(self, runs: Sequence[Launches]) -> list[int]:
+        """Shares of many runs: each unit goes to the slowest."""
+        shares = [1] * len(runs)
+        for _ in range(self.units - len(runs)):
+            slowest = max(range(len(runs)), key=lambda index: self._run(runs[index], shares[index]))
+            shares[slowest] += 1
+        return shares
+
+    def _run(self, run: Launches, share: int) -> float:
         return sum(self._of(ids, share) for ids in run)
 
     def next_words(self, at: Positions) -> Iterator[Candidate]:
@@ -190,16 +214,19 @@ class Problem:
         if full is not word:
             yield full
         for index in range(len(word.strands)):
-            following = self._following(full.strands[index])
-            if following is not None:
-                longer = (
-                    *full.strands[:index],
-                    (*full.strands[index], following),
-                    *full.strands[index + 1 :],
-                )
-                over = self.balanced(longer)
+            longer = full
+            # Once for the strand, then for whichever ends first: each may let the others go on.
+            for step in range(MORE):
+                place = longer.times.index(min(longer.times)) if step else index
+                following = self._following(longer.strands[place])
+                if following is None:
+                    break
+                strands = list(longer.strands)
+                strands[place] = (*strands[place], following)
+                over = self.balanced(tuple(strands))
                 yield over
-                yield self._filled(over)
+                longer = self._filled(over)
+                yield longer
 
     def _filled(self, word: Candidate) -> Candidate:
         """The word with more launches in the strands that would wait for the longest."""

@@ -64,10 +64,9 @@ def test_a_layer_of_vit_and_one_of_bert() -> None:
     assert_expected_inline(
         told(schedule, "vit", "bert"),
         """\
-177.8 of 204.7 us, 0 matched
+177.1 of 204.7 us, 0 matched
 [82] vit: linear 8x(197x2304x768) | [49] bert: linear 24x(128x768x768); bert: linear 8x(128x768x768)
-[99] vit: linear 8x(197x768x768); vit: linear 8x(197x3072x768) gelu | [33] bert: linear 8x(128x3072x768) gelu
-[99] vit: linear 8x(197x768x3072) | [33] bert: linear 8x(128x768x3072)
+[99] vit: linear 8x(197x768x768); vit: linear 8x(197x3072x768) gelu; vit: linear 8x(197x768x3072) | [33] bert: linear 8x(128x3072x768) gelu; bert: linear 8x(128x768x3072)
 """,
     )
 
@@ -109,9 +108,8 @@ def test_without_matching() -> None:
     assert_expected_inline(
         told(schedule, "vit", "bert"),
         """\
-177.8 of 204.7 us, 0 matched
+177.1 of 204.7 us, 0 matched
 [82] vit: linear 8x(197x2304x768) | [49] bert: linear 24x(128x768x768); bert: linear 8x(128x768x768)
-[99] vit: linear 8x(197x768x768); vit: linear 8x(197x3072x768) gelu | [33] bert: linear 8x(128x3072x768) gelu
-[99] vit: linear 8x(197x768x3072) | [33] bert: linear 8x(128x768x3072)
+[99] vit: linear 8x(197x768x768); vit: linear 8x(197x3072x768) gelu; vit: linear 8x(197x768x3072) | [33] bert: linear 8x(128x3072x768) gelu; bert: linear 8x(128x768x3072)
 """,
     )

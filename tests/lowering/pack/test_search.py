@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torch_mux.lowering.kernels.operation import Operation
@@ -133,6 +133,13 @@ def check_complete(schedule: Schedule) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(graphs_of)
+@example([[operation("", 1, 1), operation("", 7, 3)], [operation("", 1, n) for n in (4, 1, 1)]])
+@example(
+    [
+        [operation("", 1, 1), operation("", 7, 3), operation("", 7, 3)],
+        [operation("", 1, n) for n in (3, 6, 4)],
+    ]
+)
 def test_within_a_tenth_of_exhaustive_search(graphs: list[list[Operation]]) -> None:
     schedule = pack(graphs, Waves(), SMS, units=UNITS)
     check_complete(schedule)
