@@ -10,10 +10,9 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ __all__ = ["Field", "Layout", "Storage", "storage_of"]
 ALIGNMENT: Final = 16
 _ROWS_AT_FIRST: Final = 32
 
+_Known = tuple[compat.native.Checks, Any]
 _registering = threading.Lock()
 _storages: weakref.WeakValueDictionary[str, Storage] = weakref.WeakValueDictionary()
 
@@ -85,7 +85,8 @@ class _Row:
     parameters: list[Tensor]
     values: tuple[Tensor, ...]
     weights: list[Tensor]
-    changed: Callable[[], bool]
+    checks: compat.native.Checks
+    known: Any
     epoch: int
     copied: int
     untracked: bool = field(default=False)
@@ -104,11 +105,10 @@ def _covering(prepare: Prepare) -> list[int]:
     return sorted(found)
 
 
-def _change(held: Sequence[Tensor], watched: Iterable[int], pointed: Sequence[Tensor]) -> Callable[[], bool]:
-    """Tells later whether the watched tensors were written or the pointed ones moved."""
+def _known(held: Sequence[Tensor], watched: Iterable[int], pointed: Sequence[Tensor]) -> _Known:
+    """What tells later whether the watched tensors were written or the pointed ones moved."""
     checks = compat.native.checks()
-    known = checks.weights([held[position] for position in sorted(watched)], pointed)
-    return partial(checks.changed, known)
+    return checks, checks.weights([held[position] for position in sorted(watched)], pointed)
 
 
 def _moved(value: Tensor) -> Tensor:
@@ -215,20 +215,21 @@ class Storage:
             if index in layout.fields or not prepare.direct[index]
         }
         pointed = [parameters[position] for position in _covering(prepare)]
-        changed = _change(held, () if untracked else watched, pointed)
+        checks, known = _known(held, () if untracked else watched, pointed)
         values = list(prepare.run(held))
         for index in layout.columns:
             if values[index].data_ptr() % ALIGNMENT:
                 values[index] = _moved(values[index])
                 watched = {*watched, *prepare.sources[index]}
-                changed = _change(held, () if untracked else watched, pointed)
+                checks, known = _known(held, () if untracked else watched, pointed)
         self._copy_in(row, values)
         copies = [value for i, value in enumerate(values) if not prepare.direct[i] and i in layout.columns]
         self._rows[row] = _Row(
             parameters=held,
             values=tuple(values),
             weights=[values[index] for index in layout.columns],
-            changed=changed,
+            checks=checks,
+            known=known,
             epoch=epoch,
             copied=sum(copy.untyped_storage().nbytes() for copy in copies),
             untracked=untracked,
@@ -255,7 +256,13 @@ class Storage:
         ``.data`` to a copied parameter bump no version: they need ``torch_mux.refresh``.
         """
         state = self._rows[row]
-        return state.untracked or state.epoch != _epoch.value or state.changed()
+        return state.untracked or state.epoch != _epoch.value or state.checks.changed(state.known)
+
+    def watched(self, row: int) -> Any:
+        """What ``compat.native.Enqueue`` compares in place of :meth:`stale`, or None where it cannot."""
+        state = self._rows[row]
+        free = state.checks.free and not state.untracked and state.epoch == _epoch.value
+        return state.known if free else None
 
     def weights(self, rows: Sequence[int], column: int) -> list[Tensor]:
         """The weight tensors behind a pointer column, one a slot: what the CPU reads instead of addresses."""

@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from torch_mux.errors import CancelledRequest, ClosedError
 from torch_mux.runtime.accounting import Accounting
@@ -81,8 +82,11 @@ class Dispatcher:
         """Whether a bundle went out within the last second."""
         return self._clock() - self._runner.went < _LATELY
 
-    def enqueue(self, requests: Sequence[Request]) -> None:
+    def enqueue(self, requests: Sequence[Request], kick: bool = False) -> None:
         """Appends requests, all at once: none of them goes out before the last is there.
+
+        Args:
+            kick: as if :meth:`kick` followed.
 
         Raises:
             ClosedError: the engine was closed.
@@ -98,7 +102,10 @@ class Dispatcher:
                 (taken if request.error is None else failed).append(request)
             alarm = self._line.extend(taken)
             self._line.rouse(None if alarm else requests)
-        if alarm:
+            help_out = self._kicked() if kick else None
+        if help_out is not None:
+            help_out()
+        elif alarm:
             self.service.poke()
         if failed:
             self._runner.end(failed, self._clock())
@@ -110,21 +117,27 @@ class Dispatcher:
         can go at once himself, or leaves the interpreter for a moment to who does that. Nobody waits for the
         device here.
         """
-        me = threading.current_thread()
         with self._mutex:
-            self._line.kick()
             self._line.rouse()
-            flood = self._line.pending if self._driver.flooded and self._line.runnable() else 0
-            helps = flood > 0 and self._holder is None
-            yields = flood > 0 and self._holder not in (None, me) and not self._driver.resting
-            if helps:
-                self._holder = me
-        if helps:
-            self._help(flood)
-        elif not self._closed:
-            self.service.poke()
-        if yields:
-            time.sleep(_PAUSE)
+            help_out = self._kicked()
+        help_out()
+
+    def _kicked(self) -> Callable[[], object]:
+        """What the caller does for what is pending now once he has left the mutex, which is held here."""
+        self._line.kick()
+        if not (self._driver.flooded and self._line.runnable()):
+            return self.service.poke
+        me = threading.current_thread()
+        if self._holder is None:
+            self._holder = me
+            return partial(self._help, self._line.pending)
+        if self._holder is me or self._driver.resting:
+            return self.service.poke
+        return self._make_way
+
+    def _make_way(self) -> None:
+        self.service.poke()
+        time.sleep(_PAUSE)
 
     def _help(self, most: int) -> None:
         """Dispatches at most so many requests; an error is that of the requests, whose futures have it."""
@@ -202,14 +215,11 @@ class Dispatcher:
 
     def catch_up(self) -> None:
         """Counts what the device has finished; while somebody dispatches, he does."""
-        with self._mutex:
-            if self._holder is not None:
-                return
-            self._holder = threading.current_thread()
-        try:
-            self._runner.land()
-        finally:
-            self._release()
+        if self._take_role():
+            try:
+                self._runner.land()
+            finally:
+                self._release()
 
     def compiled(self, served: ServedProgram) -> None:
         """A program's plan is there, or its error: its requests can go out, or fail."""
@@ -227,14 +237,11 @@ class Dispatcher:
         if failed:
             self._runner.end(failed, self._clock())
 
-    def ahead(self, served: ServedProgram, quota: Quota) -> int:
-        """Queued requests of that tenant, class and program."""
+    def ahead(self, served: ServedProgram, quota: Quota) -> tuple[int, bool]:
+        """Queued requests of that tenant, class and program; whether they go to the lane for reserves."""
         with self._mutex:
-            return self._line.queue(served, quota).requests.of(quota)
-
-    def reserved(self, served: ServedProgram, quota: Quota) -> bool:
-        """Whether requests of that program under that quota go to the lane of tenants with a reserve."""
-        return self._line.queue(served, quota).reserved
+            queue = self._line.queue(served, quota)
+            return queue.requests.of(quota), queue.reserved
 
     def health(self) -> DeviceHealth:
         """How the device is, and what waits for it."""
@@ -253,10 +260,7 @@ class Dispatcher:
             for instance in instances:
                 instance.removed = True
             self._runner.dead.extend(instances)
-            free = self._holder is None
-            if free:
-                self._holder = threading.current_thread()
-        if free:
+        if self._take_role():
             self._release()
 
     def outdated(self, instance: Instance) -> None:
@@ -286,20 +290,21 @@ class Dispatcher:
             # Without the role, so that callers can enqueue behind it meanwhile.
             self.executor.await_end()
 
+    def _take_role(self) -> bool:
+        """Takes the role if it is free."""
+        with self._mutex:
+            if self._holder is not None:
+                return False
+            self._holder = threading.current_thread()
+            return True
+
     @contextlib.contextmanager
     def _role(self) -> Iterator[None]:
         """Waits for the role and holds it; the holder itself goes on holding it."""
-        me = threading.current_thread()
-        nested = taken = self._holder is me
-        pause = threading.Event()
-        while not taken:
-            with self._mutex:
-                if self._holder is None:
-                    self._holder = me
-                    taken = True
-            if not taken:
-                self._check_holder()
-                pause.wait(_PAUSE)
+        nested = self._holder is threading.current_thread()
+        while not (nested or self._take_role()):
+            self._check_holder()
+            time.sleep(_PAUSE)
         try:
             yield
         finally:
@@ -319,15 +324,16 @@ class Dispatcher:
                 self._release()
 
     def _release(self) -> None:
-        own = self.service.is_current()
-        while True:
+        own, released = self.service.is_current(), False
+        while not released:
             with self._mutex:
-                if not self._runner.dead:
+                released = not self._runner.dead
+                if released:
                     self._holder = None
                     self._released = float("-inf") if own else self._clock()
                     self._hand_on(poke=not own)
-                    break
-            self._runner.release_rows()
+            if not released:
+                self._runner.release_rows()
         if not own and self.executor.flying():
             self.service.watch(at_once=self._runner.watched)
 

@@ -202,15 +202,17 @@ class Engine:
 
     # Requests.
 
-    def submit(self, instance: Instance, inputs: Sequence[object], quota: Quota) -> Request:
+    def submit(
+        self, instance: Instance, inputs: Sequence[object], quota: Quota, kick: bool = False
+    ) -> Request:
         """Queues one request and returns at once; see :meth:`submit_all`."""
         try:
-            return self.submit_all([(instance, inputs, quota)])[0]
+            return self.submit_all([(instance, inputs, quota)], kick)[0]
         except (Refused, MemoryQuotaExceeded):
             self._accounting.refused(quota)
             raise
 
-    def submit_all(self, calls: Sequence[Call]) -> list[Request]:
+    def submit_all(self, calls: Sequence[Call], kick: bool = False) -> list[Request]:
         """Queues requests together: none goes out before all of a device are queued. Never waits.
 
         Outputs are allocated here, on the caller's stream and in the caller's inference mode. Nothing goes
@@ -218,6 +220,7 @@ class Engine:
 
         Args:
             calls: (instance, the program's inputs in order, quota) each.
+            kick: has them sent out though nobody waits for them.
 
         Raises:
             ClosedError: the engine was closed.
@@ -236,7 +239,7 @@ class Engine:
                 instance.served.check(inputs)
                 live.append((instance, inputs, quota))
             try:
-                return submission.queue(live)
+                return submission.queue(live, kick)
             except ClosedError:
                 if submission is not self._submission:
                     continue  # the engine was reset meanwhile

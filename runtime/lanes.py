@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -17,10 +17,11 @@ import torch
 from torch_mux import compat
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Flight
+from torch_mux.runtime.request import Request
 from torch_mux.runtime.ring import TableRing
 from torch_mux.runtime.scheduler.base import LaneKind
 
-__all__ = ["CudaFlight", "Executable", "Lane", "Mark", "Marks", "Side", "new_event", "passed"]
+__all__ = ["CudaFlight", "Executable", "Lane", "Mark", "Marks", "Side", "marks_of", "new_event", "passed"]
 
 _WORDS = 1 << 15
 # More than are enqueued at once, so that a bundle that is enqueued again never meets its own entry.
@@ -104,6 +105,11 @@ class Marks:
             event.record(stream)
             address = event.cuda_event
         return Mark(event, address, self._free)
+
+
+def marks_of(requests: Iterable[Request]) -> list[Mark]:
+    """What these were submitted behind, each once."""
+    return list({id(mark): cast(Mark, mark) for one in requests if (mark := one.mark) is not None}.values())
 
 
 class Mark:

@@ -70,8 +70,8 @@ class MemoryLedger:
             self._fresh = False
             self._kept = None
 
-    def reserve(self, calls: Sequence[tuple[Instance, Quota]]) -> None:
-        """Counts the outputs of these requests from now on, all or none.
+    def reserve(self, calls: Sequence[tuple[Instance, object, Quota]]) -> None:
+        """Counts the outputs of these requests, (instance, inputs, quota) each, from now on, all or none.
 
         Raises:
             MemoryQuotaExceeded: a tenant would hold more than its quota allows.
@@ -80,7 +80,7 @@ class MemoryLedger:
             done = 0
             joined: list[tuple[Instance, str]] = []
             try:
-                for instance, quota in calls:
+                for instance, _, quota in calls:
                     name = quota.tenant
                     before = None if quota.memory is None else self._held(name)
                     if name not in instance.tenants:
@@ -98,7 +98,7 @@ class MemoryLedger:
                 for instance, name in joined:
                     instance.tenants -= {name}
                     self._kept = None
-                self._release(calls[:done])
+                self._release([(instance, quota) for instance, _, quota in calls[:done]])
                 raise
 
     def _check(self, instance: Instance, quota: Quota, before: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torch_mux.lowering.program import Program
 
-__all__ = ["RingEntry", "TableLayout", "TableRing"]
+__all__ = ["RingEntry", "TableLayout", "TableRing", "columns"]
 
 _CONTROL_WORDS = 2
 _address = torch.Tensor.data_ptr
@@ -81,6 +81,20 @@ class TableLayout:
     def output(self, table: Tensor, index: int) -> Tensor:
         """int64 [slots]: addresses of the tensor output ``index``."""
         return table[self.section(1 + self.inputs + index)]
+
+
+class Asked(Protocol):
+    """What a table says of a request."""
+
+    inputs: Sequence[object]
+    outputs: list[object]
+
+
+def columns(program: Program, requests: Sequence[Asked]) -> tuple[list[list[Any]], list[list[Any]]]:
+    """The tensors of each tensor input and of each tensor output of a program, one a request."""
+    inputs = [[one.inputs[i] for one in requests] for i, spec in enumerate(program.inputs) if spec]
+    outputs = [[one.outputs[i] for one in requests] for i, spec in enumerate(program.outputs) if spec]
+    return inputs, outputs
 
 
 class Waits(Protocol):

@@ -59,9 +59,11 @@ class Service:
                     thread.start()
 
     def poke(self) -> None:
-        """Asks for a turn."""
-        self.start()
-        self._tokens.put(True)
+        """Asks for a turn; one that was asked for and has not begun is enough."""
+        if self._thread is None:
+            self.start()
+        if self._tokens.empty():
+            self._tokens.put(True)
 
     def poke_from_anywhere(self) -> None:
         """Asks for a turn, taking no lock; without a thread the next turn of anybody does the work."""

@@ -45,7 +45,7 @@ class Submission:
         self._catch_up = catch_up
         self._quarantine = admission.quarantine
 
-    def queue(self, calls: Sequence[Call]) -> list[Request]:
+    def queue(self, calls: Sequence[Call], kick: bool = False) -> list[Request]:
         """See :meth:`torch_mux.runtime.engine.Engine.submit_all`; the instances are live."""
         quotas = [quota for _, _, quota in calls]
         arrival = self._clock()
@@ -62,9 +62,8 @@ class Submission:
         except Overloaded:
             self._catch_up()
             waits = self._admission.admit(quotas, arrival, outlook)
-        live = [(instance, quota) for instance, _, quota in calls]
         try:
-            self._memory.reserve(live)
+            self._memory.reserve(calls)
         except BaseException:
             self._admission.withdraw(quotas)
             raise
@@ -80,14 +79,14 @@ class Submission:
                 if mark is not None:
                     for request in own:
                         request.mark = mark
-                dispatcher.enqueue(own)
+                dispatcher.enqueue(own, kick)
                 queued.extend(own)
         except BaseException:
             # What was queued gives its memory back when it ends.
             kept = set(queued)
-            left = [call for call, request in zip_longest(live, requests) if request not in kept]
-            self._memory.cancel(left)
-            self._admission.withdraw([quota for _, quota in left])
+            left = [call for call, request in zip_longest(calls, requests) if request not in kept]
+            self._memory.cancel([(instance, quota) for instance, _, quota in left])
+            self._admission.withdraw([quota for _, _, quota in left])
             raise
         return requests
 
@@ -96,9 +95,9 @@ class Submission:
         if not served.ready:
             return None
         most = max(1, min(self._settings().max_bundle, served.slots))
-        ahead = served.dispatcher.ahead(served, quota) + before
+        ahead, reserved = served.dispatcher.ahead(served, quota)
+        ahead += before
         slots, bundles = min(most, ahead + 1), ahead // most + 1
-        reserved = served.dispatcher.reserved(served, quota)
         return served.dispatcher.policy.outlook(served.key, slots, bundles, now, reserved)
 
     def _make(

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         remove,
         reset,
         stats,
-        submit,
         warmup,
     )
     from torch_mux.errors import (
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
         UnparsableQuantity,
     )
     from torch_mux.quotas import current_quota, quota
+    from torch_mux.sending import submit, submit_all
     from torch_mux.timelines import trace
 
 __version__ = "0.1.0"
@@ -93,13 +93,12 @@ __all__ = [
     "reset",
     "stats",
     "submit",
+    "submit_all",
     "trace",
     "warmup",
 ]
 
-_API = frozenset(
-    "adopt close configure explain gather health refresh remove reset stats submit warmup".split()
-)
+_API = frozenset("adopt close configure explain gather health refresh remove reset stats warmup".split())
 
 
 def _home(name: str) -> str:
@@ -107,6 +106,8 @@ def _home(name: str) -> str:
         return "torch_mux.api"
     if name in ("quota", "current_quota"):
         return "torch_mux.quotas"
+    if name in ("submit", "submit_all"):
+        return "torch_mux.sending"
     if name == "trace":
         return "torch_mux.timelines"
     return "torch_mux.errors"

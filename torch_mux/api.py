@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 from torch_mux import carry, compat, state
 from torch_mux.calls import Prepared, prepare, require_mux
 from torch_mux.condition import Health, condition
-from torch_mux.errors import InvalidRequest, InvalidSetting, IsolationUnavailable, MuxError, NotCompiled
-from torch_mux.futures import Future
+from torch_mux.errors import InvalidSetting, IsolationUnavailable, NotCompiled
 from torch_mux.learned import name_of
-from torch_mux.quotas import current_quota, parse_duration
+from torch_mux.quantities import parse_duration
+from torch_mux.quotas import current_quota
 from torch_mux.report import Explanation, Stats, explanation, statistics
 from torch_mux.routes import ATTRIBUTE, Here
+from torch_mux.sending import checked, queue
 from torch_mux.settings import Settings
 from torch_mux.together import Assembly
 
@@ -37,7 +37,6 @@ __all__ = [
     "remove",
     "reset",
     "stats",
-    "submit",
     "warmup",
 ]
 
@@ -63,11 +62,9 @@ def gather(*requests: tuple[Any, ...]) -> tuple[Any, ...]:
         DeviceMismatch: inputs and weights on different devices.
         Exception: the first failed request's own error, after all others have been completed.
     """
-    for index, item in enumerate(requests):
-        if not isinstance(item, tuple) or not item:
-            raise InvalidRequest(index=index, got=f"a {type(item).__name__}" if item != () else "empty")
+    items = [checked(index, item) for index, item in enumerate(requests)]
     here = Here()
-    return _Round([prepare(item[0], item[1:], {}, here) for item in requests]).run()
+    return _Round([prepare(item[0], item[1:], {}, here) for item in items]).run()
 
 
 class _Round:
@@ -109,20 +106,15 @@ class _Round:
             self.errors[index] = error
 
     def _submit(self, indices: Sequence[int]) -> dict[int, Any]:
-        quota, calls = current_quota(), [self.calls[index] for index in indices]
-        if not calls:
-            return {}
-        try:
-            together = state.engine().submit_all([call.request(quota) for call in calls])
-            return dict(zip(indices, together, strict=True))
-        except MuxError:
-            log.debug("one request of a round was refused; each is submitted on its own")
+        quotas = [current_quota()] * len(indices)
         requests = {}
-        for index, call in zip(indices, calls, strict=True):
-            try:
-                requests[index] = call.submit(quota)
-            except Exception as error:
-                self.errors[index] = error
+        for index, found in zip(
+            indices, queue([self.calls[index] for index in indices], quotas), strict=True
+        ):
+            if isinstance(found, Exception):
+                self.errors[index] = found
+            else:
+                requests[index] = found
         return requests
 
     def _guarded(self, indices: Sequence[int]) -> None:
@@ -155,29 +147,6 @@ class _Round:
     def _in_order(self, indices: Sequence[int]) -> None:
         for index in indices:
             self._keep(index, self.calls[index].call)
-
-
-def submit(model: Any, *args: Any, **kwargs: Any) -> Future:
-    """Sends one request off and returns at once.
-
-    The quota, grad, inference and autocast mode and the CUDA stream are the caller's.
-
-    Raises:
-        NotCompiled: ``model`` was not compiled with mux. All other errors come out of the future.
-    """
-    call = prepare(model, args, kwargs)
-    quota = current_quota()
-    if call.route is not None and call.route.holds():
-        try:
-            request = call.submit(quota)
-        except MuxError as error:
-            refused: concurrent.futures.Future[Any] = concurrent.futures.Future()
-            refused.set_exception(error)
-            return Future(refused, quota.tenant, lambda source: source.result())
-        state.engine().kick()
-        return Future(request, quota.tenant, call.settle)
-    call.route = None
-    return Future(carry.run(call.call), quota.tenant, lambda source: source.result())
 
 
 @dataclass(frozen=True)

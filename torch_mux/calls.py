@@ -78,15 +78,21 @@ class Prepared:
         assert self.route is not None
         return self.route.instance, self.route.fill(self.arranged.leaves), quota
 
-    def submit(self, quota: Quota) -> Any:
-        """Queues the request of a learned signature; never waits."""
-        assert self.route is not None
+    def submit(self, quota: Quota, kick: bool = False) -> Any:
+        """Queues the request of a learned signature; never waits.
+
+        Args:
+            kick: nobody will wait for it.
+        """
+        route = self.route
+        assert route is not None
+        inputs = route.fill(self.arranged.leaves)
         try:
-            return self.route.engine.submit(*self.request(quota))
+            return route.engine.submit(route.instance, inputs, quota, kick)
         except ClosedError:
-            if not state.replaced(self.route.engine):
+            if not state.replaced(route.engine):
                 raise
-        return state.engine().submit(*self.request(quota))
+        return state.engine().submit(route.instance, inputs, quota, kick)
 
     def finish(self, request: Any) -> Any:
         """The model's result from its request; made again on the guarded path if the model has changed.
@@ -188,6 +194,9 @@ def prepare(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], here: Her
         require_mux(model)
     here = here or Here()
     table = table_of(model, state.epoch())
+    found = None if kwargs else table.again(args, here)
+    if found is not None:
+        return Prepared(model, args, kwargs, found[0], table, found[1])
     arranged = arrange(args, kwargs, here)
     return Prepared(model, args, kwargs, arranged, table, table.find(arranged, here))
 

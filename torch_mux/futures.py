@@ -70,7 +70,8 @@ class Future:
             CancelledRequest: it was cancelled.
             Exception: whatever the model raised.
         """
-        self._wait(timeout)
+        if timeout is not None:
+            self._wait(timeout)
         answer, error = self._settle()
         if error is not None:
             raise error
@@ -82,7 +83,8 @@ class Future:
         Raises:
             TimeoutError: nothing within ``timeout``.
         """
-        self._wait(timeout)
+        if timeout is not None:
+            self._wait(timeout)
         return self._settle()[1]
 
     def add_done_callback(self, callback: Callable[[Future], object]) -> None:
@@ -100,8 +102,8 @@ class Future:
             raise
         return self.result()
 
-    def _wait(self, timeout: float | None) -> None:
-        if timeout is None or self._source.done():
+    def _wait(self, timeout: float) -> None:
+        if self._source.done():
             return
         ended = threading.Event()
         self._source.add_done_callback(lambda _: ended.set())

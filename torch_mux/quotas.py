@@ -6,35 +6,24 @@ import asyncio
 import functools
 import inspect
 import math
-import re
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from fractions import Fraction
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, ParamSpec, TypeVar, cast
 
 from torch_mux import state
-from torch_mux.errors import InvalidQuota, UnknownOption, UnparsableQuantity
+from torch_mux.errors import InvalidQuota, UnknownOption
+from torch_mux.quantities import parse_duration, parse_size
 from torch_mux.types import Quota
 
-__all__ = ["QuotaScope", "current_quota", "parse_duration", "parse_size", "quota"]
+__all__ = ["QuotaScope", "current_quota", "quota"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-SECONDS: Final[Mapping[str, Fraction]] = MappingProxyType(
-    {"ns": Fraction(1, 10**9), "us": Fraction(1, 10**6), "µs": Fraction(1, 10**6), "μs": Fraction(1, 10**6)}
-    | {"ms": Fraction(1, 1000), "s": Fraction(1), "min": Fraction(60), "h": Fraction(3600)}
-)
-BYTES: Final[Mapping[str, Fraction]] = MappingProxyType(
-    {"b": Fraction(1)}
-    | {f"{prefix}b": Fraction(1000**power) for power, prefix in enumerate("kmgtp", 1)}
-    | {f"{prefix}ib": Fraction(1024**power) for power, prefix in enumerate("kmgtp", 1)}
-)
-QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?\s*([A-Za-zµμ]+)\s*")
 FIELDS: Final = tuple(field.name for field in fields(Quota))
 
 
@@ -46,53 +35,6 @@ class _Unset:
 
 
 UNSET: Final = _Unset()
-
-
-def _number(value: str, units: Mapping[str, Fraction], kind: str, example: str) -> Fraction:
-    """``value``, a number below 1e18 followed by one of ``units``, exactly, in the base unit."""
-    match = QUANTITY.fullmatch(value)
-    unit = match.group(3) if match else ""
-    scale = units.get(unit, units.get(unit.lower()))
-    if match is None or scale is None:
-        raise UnparsableQuantity(value=value, kind=kind, example=example)
-    number = Fraction(f"{match.group(1)}e{match.group(2) or 0}")
-    if number >= 10**18:
-        raise UnparsableQuantity(value=value, kind=kind, example=example)
-    return number * scale
-
-
-def parse_duration(value: str | float | timedelta) -> float:
-    """Seconds of ``"20ms"``, ``"1.5s"``, ``"200us"``, a ``timedelta``, or a number of seconds.
-
-    Raises:
-        UnparsableQuantity: no unit, an unknown unit, a negative or a non-finite value.
-    """
-    example = "'20ms', '1.5s', a timedelta or a number of seconds"
-    if isinstance(value, str):
-        return float(_number(value, SECONDS, "duration", example))
-    if isinstance(value, timedelta):
-        seconds = value.total_seconds()
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = float(value)
-    else:
-        raise UnparsableQuantity(value=value, kind="duration", example=example)
-    if not math.isfinite(seconds) or seconds < 0:
-        raise UnparsableQuantity(value=value, kind="duration", example=example)
-    return seconds
-
-
-def parse_size(value: str | int) -> int:
-    """Bytes of ``"4GiB"`` (1024 ** 3), ``"512MB"`` (1000 ** 2), or a number of bytes.
-
-    Raises:
-        UnparsableQuantity: no unit, an unknown unit, a negative value or a float.
-    """
-    example = "'4GiB', '512MB' or a number of bytes"
-    if isinstance(value, str):
-        return round(_number(value, BYTES, "size", example))
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise UnparsableQuantity(value=value, kind="size", example=example)
-    return value
 
 
 def _fraction(field: str, value: object, detail: str) -> float:
@@ -219,10 +161,15 @@ def _merged(outer: Quota, changes: tuple[tuple[str, Any], ...]) -> Quota:
 
 @dataclass(frozen=True, eq=False)
 class _Active:
-    """The scopes entered in one context, outermost first, and what they resolved to at an epoch."""
+    """The scopes entered in one context, outermost first, and what they resolved to at an epoch.
+
+    Attributes:
+        outer: what was active when the last scope was entered, where that is known.
+    """
 
     scopes: tuple[QuotaScope, ...]
     resolved: list[tuple[int, Quota]]
+    outer: _Active | None = None
 
 
 _active: ContextVar[_Active | None] = ContextVar("torch_mux_quota", default=None)
@@ -261,13 +208,28 @@ class QuotaScope:
         self._changes = _checked(changes)
         if "sms" in self._changes and "reserve" in self._changes:
             _resolve(_DEFAULT, self._changes)
+        self._entered: _Active | None = None
 
     def __enter__(self) -> QuotaScope:
-        active = _active.get()
-        resolved = _resolve(current_quota(), self._changes)
-        scopes = active.scopes if active is not None else ()
-        _active.set(_Active((*scopes, self), [(_epoch, resolved)]))
+        _active.set(self._inside())
         return self
+
+    def here(self) -> Quota:
+        """The quota that a request inside would be attributed to, were this entered here and now.
+
+        Raises:
+            InvalidQuota: it and the enclosing quotas contradict each other.
+        """
+        return self._inside().resolved[0][1]
+
+    def _inside(self) -> _Active:
+        outer, mine = _active.get(), self._entered
+        # A scope is entered around each request, in the same place again and again.
+        if mine is None or mine.outer is not outer or mine.resolved[0][0] != _epoch:
+            epoch, resolved = _epoch, _resolve(current_quota(), self._changes)
+            scopes = outer.scopes if outer is not None else ()
+            mine = self._entered = _Active((*scopes, self), [(epoch, resolved)], outer)
+        return mine
 
     def __exit__(
         self,
@@ -276,6 +238,11 @@ class QuotaScope:
         traceback: TracebackType | None,
     ) -> None:
         active = _active.get()
+        if active is not None and active.scopes[-1] is self:
+            outer = active.outer
+            if len(active.scopes) == 1 + (0 if outer is None else len(outer.scopes)):
+                _active.set(outer)
+                return
         scopes = list(active.scopes) if active is not None else []
         if self not in scopes:
             raise RuntimeError("this quota was left in another context than the one it was entered in")

@@ -35,8 +35,8 @@ Pick = Callable[[Sequence[Any]], Sequence[Any]]
 class Submits(Protocol):
     """The part of the engine that a route needs."""
 
-    def submit(self, instance: Any, inputs: Sequence[object], quota: Quota) -> Any:
-        """Queues one request of ``instance``."""
+    def submit(self, instance: Any, inputs: Sequence[object], quota: Quota, kick: bool = False) -> Any:
+        """Queues one request of ``instance``; with ``kick`` it goes out though nobody waits for it."""
         ...
 
 
@@ -139,6 +139,7 @@ class Route:
         fill: makes the program's inputs in order of the leaves.
         places: (source, position) of every leaf of the result; the sources are outputs, leaves and constants.
         constants: those of the result.
+        plain: whether its arguments are positional tensors and nothing else.
     """
 
     engine: Submits
@@ -157,6 +158,7 @@ class Route:
     fill: Pick = field(init=False)
     places: tuple[tuple[int, int], ...] = field(init=False)
     constants: tuple[object, ...] = field(init=False)
+    plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
         constants: list[object] = []
@@ -171,6 +173,8 @@ class Route:
         object.__setattr__(self, "fill", _filling(self.inputs))
         object.__setattr__(self, "places", tuple(places))
         object.__setattr__(self, "constants", tuple(constants))
+        leaves = len(self.tensors) + len(self.same)
+        object.__setattr__(self, "plain", self.spec is None and self.tensors == tuple(range(leaves)))
 
     def matches(self, arranged: Arranged, here: Here | None = None) -> bool:
         """Whether the call has this route's signature; its key is equal already."""
@@ -182,6 +186,21 @@ class Route:
             and not here.modes
             and (self.spec is arranged.spec or self.spec == arranged.spec)
             and (not self.same or all(leaves[one] is leaves[other] for one, other in self.same))
+        )
+
+    def fits(self, args: Sequence[Any], key: tuple[object, ...], here: Here) -> bool:
+        """Whether a call of a :attr:`plain` route with this ``Arranged.key`` is one again, without the key.
+
+        What the key says of tensors the check says too, and a tensor that is there twice is no such route.
+        """
+        return (
+            len(args) == len(self.tensors)
+            and here.grad is key[0]
+            and here.inference is key[1]
+            and not self.instance.dropped
+            and here.holds(self.state)
+            and self.check(*args)
+            and not here.modes
         )
 
     def holds(self) -> bool:
@@ -235,6 +254,14 @@ class RouteTable:
     epoch: int = 0
     routes: dict[tuple[object, ...], list[Route]] = field(default_factory=_no_routes)
     refusals: dict[tuple[object, ...], FallbackReason] = field(default_factory=dict)
+    _last: tuple[Route, tuple[object, ...]] | None = field(default=None, init=False)
+
+    def again(self, args: tuple[Any, ...], here: Here) -> tuple[Arranged, Route] | None:
+        """A call with positional arguments that has the signature of the last one: most have."""
+        last = self._last
+        if last is None or not last[0].fits(args, last[1], here):
+            return None
+        return Arranged(args, None, last[1]), last[0]
 
     def find(self, arranged: Arranged, here: Here | None = None) -> Route | None:
         """The route of this signature, if one was learned; ``Route.holds`` is still to be asked."""
@@ -242,6 +269,7 @@ class RouteTable:
             return None
         for route in self.routes.get(arranged.key, ()):
             if route.matches(arranged, here):
+                self._last = (route, arranged.key) if route.plain else None
                 return route
         return None
 
@@ -250,6 +278,7 @@ class RouteTable:
         while sum(map(len, self.routes.values())) >= ROUTE_LIMIT:
             self.routes.pop(next(iter(self.routes)))
         self.routes.setdefault(key, []).append(route)
+        self._last = None
 
     def refuse(self, key: tuple[object, ...], reason: FallbackReason) -> None:
         """Remembers that this signature stays guarded; beyond ``ROUTE_LIMIT`` the oldest is asked again."""
@@ -259,17 +288,20 @@ class RouteTable:
 
     def forget(self, route: Route) -> None:
         """Drops one route, whatever it says of itself."""
+        self._last = None
         for key, routes in list(self.routes.items()):
             if route in routes:
                 self.routes[key] = [other for other in routes if other is not route]
 
     def prune(self) -> None:
         """Forgets the routes whose model changed: they would keep its former weights alive."""
+        self._last = None
         kept = {key: [route for route in routes if route.holds()] for key, routes in self.routes.items()}
         self.routes = {key: routes for key, routes in kept.items() if routes}
 
     def clear(self) -> None:
         """Forgets everything; the next call of each signature is learned anew."""
+        self._last = None
         self.routes = {}
         self.refusals = {}
 

@@ -29,10 +29,10 @@ from torch_mux.runtime.executors.device_clock import DeviceClock
 from torch_mux.runtime.executors.joint import JointLauncher
 from torch_mux.runtime.executors.lane_set import LaneSet
 from torch_mux.runtime.instance import Instance
-from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, Mark, Marks, passed
+from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, Mark, Marks, marks_of, passed
 from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
-from torch_mux.runtime.ring import RingEntry, TableLayout
+from torch_mux.runtime.ring import RingEntry, TableLayout, columns
 from torch_mux.runtime.scheduler.base import Issue, LaneLoad
 from torch_mux.runtime.served import ServedProgram, failure
 from torch_mux.settings import Settings
@@ -104,8 +104,11 @@ class CudaExecutor:
         return self._lanes.loads()
 
     def mark(self) -> object:
-        """An event on the caller's current stream."""
+        """An event on the caller's current stream, or None where nothing is under way there."""
         stream = compat.current_stream(self.device)
+        native = compat.native.enqueue()
+        if native is not None and native.idle(stream.cuda_stream) and compat.is_current(self.device):
+            return None
         mark = self._marks.take(stream)
         try:
             mark.record(stream)
@@ -118,8 +121,7 @@ class CudaExecutor:
         """Enqueues the bundle on its lane."""
         lane = self._lanes.take(bundle.issue)
         flight = lane.flight(bundle, self._clock(), self._predecessors(lane, bundle.issue))
-        marks = list({id(request.mark): cast(Mark, request.mark) for request in bundle.requests}.values())
-        marks += [other.end for other in flight.after]
+        marks = marks_of(bundle.requests) + [other.end for other in flight.after]
         try:
             if not self._at_once(lane, flight, marks):
                 with compat.on_stream(lane.stream), plain_context("cuda"):
@@ -202,7 +204,10 @@ class CudaExecutor:
         if rows is None or executable is None:
             return False
         layout, entry = self._filled(lane, flight, rows, executable)
-        native.enqueue(
+        storage = bundle.served.storage
+        known = [storage.watched(row) for row in set(rows)]
+        free = None not in known
+        changed = native.enqueue(
             lane.address,
             [mark.address for mark in marks],
             flight.start.address,
@@ -211,9 +216,10 @@ class CudaExecutor:
             layout.nbytes,
             executable.graph.address,
             flight.end.address,
+            known if free else [],
         )
         flight.kept = (*[request.instance.held for request in bundle.requests], executable, entry, marks)
-        return not _announce(stale(bundle))
+        return (free and not changed) or not _announce(stale(bundle))
 
     def _enqueue_flight(self, lane: Lane, flight: CudaFlight, marks: Sequence[Mark]) -> None:
         bundle = flight.bundle
@@ -270,17 +276,8 @@ class CudaExecutor:
         program, requests = bundle.served.program, bundle.requests
         layout = TableLayout.of(program, len(requests) if executable is None else executable.slots)
         entry = lane.ring.take(flight.end)
-        entry.fill(
-            layout,
-            rows,
-            min(cap_of(bundle.limit, self.sms), self.sms if lane.context is None else lane.context.sms),
-            [[cast(Tensor, r.inputs[i]) for r in requests] for i, spec in enumerate(program.inputs) if spec],
-            [
-                [cast(Tensor, r.outputs[i]) for r in requests]
-                for i, spec in enumerate(program.outputs)
-                if spec
-            ],
-        )
+        sms = self.sms if lane.context is None else lane.context.sms
+        entry.fill(layout, rows, min(cap_of(bundle.limit, self.sms), sms), *columns(program, requests))
         return layout, entry
 
     def _enqueue(self, lane: Lane, flight: CudaFlight, rows: list[int]) -> object:
@@ -357,6 +354,8 @@ class CudaExecutor:
 
     def join(self, requests: Sequence[Request]) -> None:
         """The caller's current stream waits for the requests' bundles."""
+        if not any(request.flight is not None or request.alone for request in requests):
+            return
         stream = compat.current_stream(self.device)
         address = stream.cuda_stream
         waited: set[int] = set()
@@ -381,7 +380,7 @@ class CudaExecutor:
 
     def pool_bytes(self) -> int:
         """The pools of the lanes' graphs."""
-        return sum(lane.pool_bytes for lane in self._lanes)
+        return sum([lane.pool_bytes for lane in self._lanes])
 
     def report(self, served: ServedProgram) -> ExecutorReport:
         """Captured sizes by lane, and what could not be captured."""

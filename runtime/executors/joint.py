@@ -7,15 +7,14 @@ from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from torch_mux import compat
 from torch_mux.runtime.bundle import Bundle, cap_of
 from torch_mux.runtime.executors.base import plain_context, written_rows
 from torch_mux.runtime.executors.joint_capture import JointCapturer, JointExecutable, Member
-from torch_mux.runtime.lanes import CudaFlight, Lane, Mark
+from torch_mux.runtime.lanes import CudaFlight, Lane, Mark, marks_of
 from torch_mux.runtime.mixes import Mix, MixBook, MixReport, MixState, rounded
-from torch_mux.runtime.ring import RingEntry
+from torch_mux.runtime.ring import RingEntry, columns
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.runtime.verdicts import MixRun
 from torch_mux.settings import Settings
@@ -82,7 +81,7 @@ class JointLauncher:
             return None
         flights = _flights(lane, bundles, now, after)
         entry = self._filled(lane, executable, flights, cast("list[list[int]]", rows))
-        marks = list({id(r.mark): cast(Mark, r.mark) for bundle in bundles for r in bundle.requests}.values())
+        marks = marks_of([request for bundle in bundles for request in bundle.requests])
         marks += [flight.end for flight in after]
         _enqueue(lane, entry, executable, flights[0], marks)
         for flight in flights:
@@ -120,15 +119,8 @@ class JointLauncher:
         places = zip(flights, rows, executable.layouts, executable.starts, strict=True)
         for flight, own, layout, start in places:
             requests, program = flight.bundle.requests, flight.bundle.served.program
-            inputs, outputs = (
-                [[cast(Tensor, one[index]) for one in each] for index, spec in enumerate(specs) if spec]
-                for specs, each in (
-                    (program.inputs, [request.inputs for request in requests]),
-                    (program.outputs, [request.outputs for request in requests]),
-                )
-            )
             cap = cap_of(flight.bundle.share, self._sms)
-            entry.fill(layout, own, cap, inputs, outputs, start=start)
+            entry.fill(layout, own, cap, *columns(program, requests), start=start)
         return entry
 
 
@@ -162,6 +154,7 @@ def _enqueue(
             8 * executable.words,
             executable.graph.address,
             flight.end.address,
+            [],
         )
         return
     with compat.on_stream(lane.stream), plain_context("cuda"), torch.inference_mode():

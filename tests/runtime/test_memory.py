@@ -242,7 +242,7 @@ def test_weights_without_a_storage_are_counted_too(lab: Any, ready: Any) -> None
     engine.register(program)
     sparse = torch.eye(4).to_sparse()
     instance = engine.instance(program, [sparse])
-    engine._memory.reserve([(instance, Quota("alice"))])
+    engine._memory.reserve([(instance, (), Quota("alice"))])
     assert engine._memory.held("alice") >= 4 * 4 * 4 + OUTPUTS
     engine._memory.cancel([(instance, Quota("alice"))])
 

@@ -152,6 +152,9 @@ class _Native:
         work(3e-6)
         events[event].at = time.perf_counter()
 
+    def idle(self, stream: int) -> bool:
+        return stream not in streams or time.perf_counter() >= streams[stream].free
+
     def enqueue(
         self,
         stream: int,
@@ -162,7 +165,8 @@ class _Native:
         size: int,
         graph: int,
         end: int,
-    ) -> None:
+        watched: list[Any],
+    ) -> bool:
         work(self.timing.enqueue)
         on = streams[stream]
         for mark in marks:
@@ -171,6 +175,7 @@ class _Native:
         active = ctypes.c_int32.from_address(host).value
         on.free = max(time.perf_counter(), on.free) + graphs[graph].seconds(active)
         events[end].record(on)
+        return any(map(compat.native.checks().changed, watched))
 
     def await_any(self, watched: list[int], seconds: float) -> bool:
         end = time.perf_counter() + seconds
@@ -254,20 +259,22 @@ class _Storage:
 
     def __init__(self) -> None:
         self.generation = 1
-        self._rows: dict[int, Callable[[], bool]] = {}
+        self._rows: dict[int, Any] = {}
 
     def bind(self, parameters: Sequence[Tensor]) -> int:
         row = len(self._rows)
         checks = compat.native.checks()
-        known = checks.weights(list(parameters), list(parameters))
-        self._rows[row] = lambda: checks.changed(known)
+        self._rows[row] = checks.weights(list(parameters), list(parameters))
         return row
 
     def refresh(self, row: int, parameters: Sequence[Tensor]) -> None:
         pass
 
     def stale(self, row: int) -> bool:
-        return self._rows[row]()
+        return compat.native.checks().changed(self._rows[row])
+
+    def watched(self, row: int) -> Any:
+        return self._rows[row]
 
     def release(self, row: int) -> None:
         pass

@@ -225,7 +225,6 @@ def test_without_a_compiler_python_does_it_and_says_so(tmp_path: Path) -> None:
 RUNTIME = """
 #include <stddef.h>
 #include <stdio.h>
-static int calls = 0;
 int cudaStreamWaitEvent(void* s, void* e, unsigned f) {
   printf("wait %zu %zu\\n", (size_t)s, (size_t)e); return 0; }
 int cudaEventRecord(void* e, void* s) {
@@ -233,28 +232,34 @@ int cudaEventRecord(void* e, void* s) {
 int cudaMemcpyAsync(void* t, const void* f, size_t n, int k, void* s) {
   printf("copy %zu %zu %zu %d %zu\\n", (size_t)t, (size_t)f, n, k, (size_t)s); return 0; }
 int cudaGraphLaunch(void* g, void* s) {
-  printf("launch %zu %zu\\n", (size_t)g, (size_t)s); fflush(stdout); return calls++ ? 700 : 0; }
+  printf("launch %zu %zu\\n", (size_t)g, (size_t)s); fflush(stdout); return (size_t)g == 13 ? 700 : 0; }
 int cudaEventQuery(void* e) {
   static int asked = 0;
   if ((size_t)e == 13) return 700;
   return (size_t)e == 12 && ++asked > 3 ? 0 : 600; }
+int cudaStreamQuery(void* s) {
+  printf("idle %zu\\n", (size_t)s); return (size_t)s == 1 ? 600 : 0; }
 int cudaGetLastError(void) { printf("forget\\n"); fflush(stdout); return 0; }
 const char* cudaGetErrorString(int e) { return e == 700 ? "an illegal access" : "?"; }
 """
 
 ENQUEUE = """
-import ctypes, sys
+import ctypes, sys, torch
 library = ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 import torch_mux.compat.native as native
 native.build()
 enqueue = native.enqueue()
+print(enqueue.idle(1), enqueue.idle(2), flush=True)
 enqueue.record(7, 1)
-enqueue.enqueue(1, [2, 3], 4, 5, 6, 80, 9, 10)
+written, kept = torch.zeros(2), torch.zeros(2)
+watched = [native.checks().weights([one], [one]) for one in (written, kept)]
+written += 1
+changed = [enqueue.enqueue(1, [2, 3], 4, 5, 6, 80, 9, 10, one) for one in (watched, watched[1:])]
 library.fflush(None)
 waits = [enqueue.await_any(*one) for one in (([11], 1e-4), ([11, 12], 60.0), ([11, 13], 60.0))]
-print(*waits, flush=True)
+print(*waits, *changed, flush=True)
 try:
-    enqueue.enqueue(1, [], 4, 5, 6, 80, 9, 10)
+    enqueue.enqueue(1, [], 4, 5, 6, 80, 13, 10, watched[1:])
 except RuntimeError as error:
     library.fflush(None)
     print(error, flush=True)
@@ -272,10 +277,11 @@ def test_a_bundle_is_enqueued_in_order_and_errors_are_said(tmp_path: Path) -> No
         check=True, timeout=240,
     )  # fmt: skip
     assert done.stdout.splitlines() == [
+        *("idle 1", "forget", "idle 2", "False True"),
         "record 7 1",
-        *("wait 1 2", "wait 1 3", "record 4 1", "copy 5 6 80 1 1", "launch 9 1", "record 10 1"),
-        *("forget", "forget", "forget", "False True True"),
-        *("record 4 1", "copy 5 6 80 1 1", "launch 9 1", "forget"),
+        *("wait 1 2", "wait 1 3", "record 4 1", "copy 5 6 80 1 1", "launch 9 1", "record 10 1") * 2,
+        *("forget", "forget", "forget", "False True True True False"),
+        *("record 4 1", "copy 5 6 80 1 1", "launch 13 1", "forget"),
         "CUDA error: an illegal access",
     ]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import torch_mux
 from torch_mux import InvalidQuota, MuxError, UnknownOption, UnparsableQuantity, current_quota, quota
-from torch_mux.quotas import BYTES, SECONDS, parse_duration, parse_size
+from torch_mux.quantities import BYTES, SECONDS, parse_duration, parse_size
 from torch_mux.types import Quota
 
 

@@ -36,7 +36,7 @@ from torch_mux.bench.plot_serve import draw
 from torch_mux.bench.servers import PEERS, default_peers
 from torch_mux.bench.workloads import DTYPES, WORKLOADS
 from torch_mux.errors import UnparsableQuantity
-from torch_mux.quotas import parse_duration
+from torch_mux.quantities import parse_duration
 
 __all__ = ["FIGURES", "main", "run", "table"]
 

@@ -26,7 +26,7 @@ _DENSE: Final = 16
 
 
 class MuxServer:
-    """``torch_mux.submit`` over models of several architectures, each client under its own quota."""
+    """``torch_mux.submit_all`` over models of several architectures, each client under its own quota."""
 
     name = "mux"
     polled = False
@@ -34,7 +34,7 @@ class MuxServer:
     def __init__(self) -> None:
         self._served: dict[str, list[nn.Module]] = {}
         self._models: dict[str, list[Any]] = {}
-        self._scopes: dict[Client, Any] = {}
+        self._known: dict[Client, tuple[Any, Any]] = {}
 
     def admit(self, tenants: Tenants, count: int) -> None:
         """Compiles and captures all that serving the first ``count`` models of a workload will need.
@@ -59,13 +59,15 @@ class MuxServer:
             raise TimeoutError("still compiling ahead after 300 s")
 
     def submit(self, batch: Sequence[Shot], finished: Finished) -> None:
-        for number, client, inputs in batch:
-            scope = self._scopes.get(client)
-            if scope is None:
-                scope = self._scopes[client] = torch_mux.quota(**client.quota)
-            with scope:
-                future = torch_mux.submit(self._models[client.workload][client.index], *inputs)
-            future.add_done_callback(partial(_tell, number, finished))
+        requests = []
+        for _, client, inputs in batch:
+            known = self._known.get(client)
+            if known is None:
+                model = self._models[client.workload][client.index]
+                known = self._known[client] = torch_mux.quota(**client.quota), model
+            requests.append((*known, *inputs))
+        for shot, future in zip(batch, torch_mux.submit_all(*requests), strict=True):
+            future.add_done_callback(partial(_tell, shot.number, finished))
 
     def poll(self) -> None:
         """Callbacks come from the runtime's threads."""
@@ -74,7 +76,7 @@ class MuxServer:
         for models in self._models.values():
             for model in models:
                 torch_mux.remove(model)
-        self._models, self._served, self._scopes = {}, {}, {}
+        self._models, self._served, self._known = {}, {}, {}
 
 
 def warmed(most: int, every: bool) -> Sequence[int]:

@@ -35,7 +35,7 @@ __all__ = ["Checks", "Enqueue", "PythonChecks", "Stillness", "build", "checks", 
 log = logging.getLogger(__name__)
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("checks.cpp", "enqueue.cpp")]
-_HEADERS = [Path(__file__).with_name("enqueue.h")]
+_HEADERS = [Path(__file__).with_name(name) for name in ("enqueue.h", "weights.h")]
 _TORCH = Path(torch.__file__).parent
 _NAME = "torch_mux_checks"
 _TIMEOUT = 300.0
@@ -44,7 +44,13 @@ _cdata = attrgetter("_cdata")
 
 
 class Checks(Protocol):
-    """What both forms offer."""
+    """What both forms offer.
+
+    Attributes:
+        free: :class:`Enqueue` can compare what ``weights`` remembers, without the interpreter's lock.
+    """
+
+    free: bool
 
     def weights(self, counted: Sequence[Tensor], placed: Sequence[Tensor]) -> Any:
         """Remembers the version counters of ``counted`` and the addresses of ``placed``.
@@ -97,6 +103,10 @@ class Enqueue(Protocol):
         """
         ...
 
+    def idle(self, stream: int, /) -> bool:
+        """Whether everything on a stream has ended; False also where that cannot be told."""
+        ...
+
     def enqueue(
         self,
         stream: int,
@@ -107,9 +117,13 @@ class Enqueue(Protocol):
         nbytes: int,
         graph: int,
         end: int,
+        watched: list[Any],
         /,
-    ) -> None:
+    ) -> bool:
         """Waits for ``marks``, records ``start``, copies ``nbytes`` to ``table``, launches, records ``end``.
+
+        Returns:
+            Whether one of ``watched``, which :meth:`Checks.weights` remembered, has changed.
 
         Raises:
             RuntimeError: what CUDA says.
@@ -126,6 +140,8 @@ class Enqueue(Protocol):
 
 class PythonChecks:
     """The same in Python."""
+
+    free = False
 
     def weights(self, counted: Sequence[Tensor], placed: Sequence[Tensor]) -> Any:
         """See :class:`Checks`."""
@@ -173,6 +189,8 @@ class PythonChecks:
 
 class _NativeChecks:
     """The module built from ``checks.cpp``."""
+
+    free = True
 
     def __init__(self, module: Any) -> None:
         self._weights = module.weights

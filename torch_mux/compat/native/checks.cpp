@@ -5,9 +5,9 @@
 #include <c10/core/TensorImpl.h>
 
 #include <memory>
-#include <vector>
 
 #include "enqueue.h"
+#include "weights.h"
 
 namespace {
 
@@ -16,30 +16,6 @@ using c10::VariableVersion;
 using c10::weak_intrusive_ptr;
 
 constexpr const char* kName = "torch_mux.Weights";
-
-struct Counted {
-  VariableVersion counter;  // shares the counter itself: the tensor may go
-  uint32_t seen;
-};
-
-// The tensor itself may go; its storage is held, so that both can be looked at without counting references.
-struct Placed {
-  weak_intrusive_ptr<TensorImpl> tensor;
-  c10::Storage storage;
-  int64_t offset;
-  const void* seen;
-
-  bool moved() const {
-    const TensorImpl* now = tensor._unsafe_get_target();
-    return now->unsafe_storage().unsafeGetStorageImpl() != storage.unsafeGetStorageImpl() ||
-        now->storage_offset() != offset || storage.data() != seen;
-  }
-};
-
-struct Weights {
-  std::vector<Counted> counted;
-  std::vector<Placed> placed;
-};
 
 void destroy(PyObject* capsule) {
   delete static_cast<Weights*>(PyCapsule_GetPointer(capsule, kName));
@@ -88,16 +64,8 @@ PyObject* weights(PyObject*, PyObject* args) {
 
 // changed(capsule) -> bool
 PyObject* changed(PyObject*, PyObject* capsule) {
-  auto* known = static_cast<Weights*>(PyCapsule_GetPointer(capsule, kName));
-  if (known == nullptr) return nullptr;
-  for (const Counted& one : known->counted)
-    if (one.counter.current_version() != one.seen) Py_RETURN_TRUE;
-  bool moved = false;
-  for (const Placed& one : known->placed) moved = moved || one.moved();
-  if (moved)
-    for (const Placed& one : known->placed)
-      if (one.tensor.expired()) Py_RETURN_FALSE;  // collected with its model
-  return PyBool_FromLong(moved);
+  const Weights* known = torch_mux_weights(capsule);
+  return known == nullptr ? nullptr : PyBool_FromLong(known->changed());
 }
 
 // Counts writes to watched dicts (PEP 699): a dict is told of before it is written, both under the GIL.
@@ -173,6 +141,7 @@ PyMethodDef methods[] = {
     {"same", same, METH_VARARGS, "Whether dicts hold the very same objects, flags are as they were, and no hook is there."},
     {"can_enqueue", torch_mux_can_enqueue, METH_NOARGS, "Whether a CUDA runtime is loaded."},
     {"record", torch_mux_record, METH_VARARGS, "Records an event on a stream, both by address."},
+    {"idle", torch_mux_idle, METH_O, "Whether everything on a stream has ended."},
     {"enqueue", torch_mux_enqueue, METH_VARARGS, "Puts one captured bundle on a stream."},
     {"await_any", torch_mux_await_any, METH_VARARGS, "Waits until one of some events has been reached."},
     {nullptr, nullptr, 0, nullptr},
@@ -181,6 +150,10 @@ PyMethodDef methods[] = {
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "torch_mux_checks", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+
+const Weights* torch_mux_weights(PyObject* capsule) {
+  return static_cast<const Weights*>(PyCapsule_GetPointer(capsule, kName));
+}
 
 PyMODINIT_FUNC PyInit_torch_mux_checks() {
 #ifdef TORCH_MUX_WATCHES

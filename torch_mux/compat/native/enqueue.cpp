@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "enqueue.h"
+#include "weights.h"
 
 namespace {
 
@@ -19,6 +20,7 @@ struct Runtime {
   int (*copy)(void* to, const void* from, size_t bytes, int kind, void* stream);
   int (*launch)(void* graph, void* stream);
   int (*query)(void* event);
+  int (*query_stream)(void* stream);
   const char* (*explain)(int error);
   int (*forget)();
 
@@ -33,11 +35,12 @@ struct Runtime {
     find(copy, "cudaMemcpyAsync");
     find(launch, "cudaGraphLaunch");
     find(query, "cudaEventQuery");
+    find(query_stream, "cudaStreamQuery");
     find(explain, "cudaGetErrorString");
     find(forget, "cudaGetLastError");
   }
 
-  bool found() const { return wait && record && copy && launch && query && explain && forget; }
+  bool found() const { return wait && record && copy && launch && query && query_stream && explain && forget; }
 };
 
 const Runtime& runtime() {
@@ -80,12 +83,31 @@ PyObject* torch_mux_record(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
-// enqueue(stream: int, marks: list[int], start: int, table: int, host: int, bytes: int, graph: int, end: int)
+// idle(stream: int) -> bool
+PyObject* torch_mux_idle(PyObject*, PyObject* stream) {
+  void* on = PyLong_AsVoidPtr(stream);
+  if (on == nullptr && PyErr_Occurred()) return nullptr;
+  const Runtime& cuda = runtime();
+  if (!cuda.found()) return PyErr_Format(PyExc_RuntimeError, "no CUDA runtime is loaded");
+  const bool idle = cuda.query_stream(on) == 0;
+  if (!idle) cuda.forget();  // that there is work is no error; what is one is told by the next call
+  return PyBool_FromLong(idle);
+}
+
+// enqueue(stream: int, marks: list[int], start: int, table: int, host: int, bytes: int, graph: int, end: int,
+//         watched: list[capsule]) -> bool
 PyObject* torch_mux_enqueue(PyObject*, PyObject* args) {
   unsigned long long stream, start, table, host, bytes, graph, end;
-  PyObject* marks;
-  if (!PyArg_ParseTuple(args, "KO!KKKKKK", &stream, &PyList_Type, &marks, &start, &table, &host, &bytes, &graph, &end))
+  PyObject *marks, *watched;
+  if (!PyArg_ParseTuple(args, "KO!KKKKKKO!", &stream, &PyList_Type, &marks, &start, &table, &host, &bytes, &graph, &end,
+                        &PyList_Type, &watched))
     return nullptr;
+  std::vector<const Weights*> weights;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(watched); ++i) {
+    const Weights* one = torch_mux_weights(PyList_GET_ITEM(watched, i));
+    if (one == nullptr) return nullptr;
+    weights.push_back(one);
+  }
   const Runtime& cuda = runtime();
   if (!cuda.found()) return PyErr_Format(PyExc_RuntimeError, "no CUDA runtime is loaded");
   auto* on = reinterpret_cast<void*>(stream);
@@ -95,15 +117,19 @@ PyObject* torch_mux_enqueue(PyObject*, PyObject* args) {
     if (const int error = cuda.wait(on, mark, 0)) return failed(error);
   }
   int error = 0;
+  bool changed = false;
   Py_BEGIN_ALLOW_THREADS;
   error = cuda.record(reinterpret_cast<void*>(start), on);
   if (!error)
     error = cuda.copy(reinterpret_cast<void*>(table), reinterpret_cast<const void*>(host), bytes, kHostToDevice, on);
   if (!error) error = cuda.launch(reinterpret_cast<void*>(graph), on);
   if (!error) error = cuda.record(reinterpret_cast<void*>(end), on);
+  // Some hundred counters a model, while the device works and other threads have the interpreter. Nothing here
+  // is freed meanwhile: the caller's list holds it.
+  for (const Weights* one : weights) changed = changed || one->changed();
   Py_END_ALLOW_THREADS;
   if (error) return failed(error);
-  Py_RETURN_NONE;
+  return PyBool_FromLong(changed);
 }
 
 // await_any(events: list[int], seconds: float) -> bool
