@@ -34,9 +34,8 @@ class RequestState(Enum):
     EXPIRED = "expired"
 
 
-_QUEUED = RequestState.QUEUED
+_QUEUED, _RUNNING = RequestState.QUEUED, RequestState.RUNNING
 _NEVER = float("inf")
-_TERMINAL = frozenset(set(RequestState) - {RequestState.QUEUED, RequestState.RUNNING})
 
 
 class Waiter:
@@ -167,7 +166,7 @@ class Request:
 
     def done(self) -> bool:
         """Whether it ended: result, error or cancellation; on CUDA once the device has finished it."""
-        return self.state in _TERMINAL
+        return self.state is not _QUEUED and self.state is not _RUNNING
 
     def cancel(self) -> bool:
         """Takes it out of the queue; False when it has gone out already."""

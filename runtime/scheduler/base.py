@@ -125,6 +125,8 @@ class LaneKind(Enum):
     CONFINED = "confined"
     PASSING = "passing"
 
+    __hash__ = object.__hash__  # lanes are looked up by kind several times a decision; that of Enum is Python
+
 
 @dataclass(frozen=True)
 class LaneLoad:
