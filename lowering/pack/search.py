@@ -14,6 +14,8 @@ __all__ = ["BEAM", "pack"]
 
 #: Alternatives kept open at each number of launches done, for few members and for many.
 BEAM: Final = (16, 6)
+#: Strands of words that a search looks at, about: a core looks at some 400,000 a second.
+EFFORT: Final = 600_000
 
 
 class _State(NamedTuple):
@@ -76,6 +78,23 @@ def _savings(problem: Problem, a: int, b: int, least: int) -> list[list[float]]:
     return table
 
 
+class _Pace:
+    """How many alternatives may be kept open, so that a search ends when it should.
+
+    Counted is work, not time: the same launches have the same schedule on every machine.
+    """
+
+    def __init__(self, beam: int, effort: int) -> None:
+        self._beam, self._effort = beam, effort
+        self.alternatives = self.strands = 0
+
+    def width(self, levels: int) -> int:
+        """For the next of so many levels that are left."""
+        each = self.strands / max(1, self.alternatives)
+        left = self._effort - self.strands
+        return max(1, min(self._beam, int(left / max(1.0, each * levels))))
+
+
 def pack(
     members: Sequence[Sequence[Operation]],
     cost: CostModel,
@@ -84,6 +103,7 @@ def pack(
     units: int = 8,
     match: bool = True,
     beam: int | None = None,
+    effort: int = EFFORT,
     pause: Callable[[], object] = lambda: None,
 ) -> Schedule:
     """The schedule of several members' launches, each member's in its own order.
@@ -99,6 +119,7 @@ def pack(
         units: equal parts of the device that caps are made of; no more strands run beside each other.
         match: whether launches may be made one.
         beam: alternatives kept open, instead of :data:`BEAM`; more find better schedules and take longer.
+        effort: strands of words to look at, about: the beam narrows to keep to it, down to one alternative.
         pause: called between alternatives, so that others may compute.
 
     Raises:
@@ -112,11 +133,14 @@ def pack(
     start: Positions = (0,) * len(members)
     levels: list[dict[Positions, _State]] = [{} for _ in range(sum(problem.lengths) + 1)]
     levels[0][start] = _State(0.0, None, None)
-    for level in levels[:-1]:
+    pace = _Pace(beam, effort)
+    for done, level in enumerate(levels[:-1]):
         ranked = sorted(level.items(), key=lambda item: (item[1].elapsed + outlook.of(item[0]), item[0]))
-        for at, state in ranked[:beam]:
+        for at, state in ranked[: pace.width(len(levels) - 1 - done)]:
             pause()
+            pace.alternatives += 1
             for word in problem.next_words(at):
+                pace.strands += len(word.strands)
                 _reach(levels, at, state, word)
     final = levels[-1][problem.lengths]
     serial = sum(
@@ -130,10 +154,9 @@ def pack(
 def _reach(levels: list[dict[Positions, _State]], at: Positions, state: _State, word: Candidate) -> None:
     """Notes what ``word`` leads to, unless that is known to be reached sooner."""
     after = list(at)
-    for strand in word.strands:
-        for step in strand:
-            for member, index in step:
-                after[member] = index + 1
+    for run in word.strands:
+        for member, index in run.first:
+            after[member] = index + run.more + 1
     reached = tuple(after)
     elapsed = state.elapsed + word.seconds
     level = levels[sum(reached)]
@@ -148,8 +171,8 @@ def _words(problem: Problem, final: _State) -> list[Word]:
     while state is not None and state.word is not None:
         found = state.word
         strands = [
-            Strand(steps, problem.cap(share))
-            for steps, share in zip(found.strands, found.shares, strict=True)
+            Strand(run.steps, problem.cap(share))
+            for run, share in zip(found.strands, found.shares, strict=True)
         ]
         words.append(Word(tuple(strands), found.seconds))
         state = state.before

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import permutations, product
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import accumulate, permutations, product
 from typing import Final, NamedTuple
 
 from torch_mux.lowering.kernels.operation import Operation
 from torch_mux.lowering.pack.schedule import Place
 from torch_mux.types import CostModel
 
-__all__ = ["BESIDE", "FEW", "MOST_MATCHED", "Candidate", "Positions", "Problem"]
+__all__ = ["BESIDE", "FEW", "MOST_MATCHED", "Candidate", "Positions", "Problem", "Run"]
 
 #: Members whose operations one launch takes.
 MOST_MATCHED: Final = 4
@@ -19,17 +21,39 @@ MOST_MATCHED: Final = 4
 #: ran by their words, 1.06 fits one (2397 us) and 0.91 the other (1856 us); see :data:`costs.JOINED`.
 BESIDE: Final = 1.06
 
-#: How often a word is made longer for the sake of one strand.
+#: How often a word is made longer for the sake of one strand; and for the sakes of all of many.
 MORE: Final = 4
+MORE_IN_ALL: Final = 16
 
 #: Members of which every word is considered.
 FEW: Final = 3
 
 Step = tuple[Place, ...]
-Run = tuple[Step, ...]
 Positions = tuple[int, ...]
-#: A run by the numbers of its operations.
-Launches = tuple[tuple[int, ...], ...]
+#: Seconds of something within 1, 2, … units of the device.
+Times = tuple[float, ...]
+
+
+class Run(NamedTuple):
+    """What a strand does: one launch, then so many more of its member's that follow it.
+
+    A launch of several members has none behind it: it is ``first`` alone.
+    """
+
+    first: Step
+    more: int = 0
+
+    @property
+    def last(self) -> Place:
+        """Its last launch; of a matched one, any member's."""
+        member, index = self.first[0]
+        return member, index + self.more
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All launches, one after another."""
+        member, index = self.first[0]
+        return (self.first, *(((member, index + more),) for more in range(1, self.more + 1)))
 
 
 class Candidate(NamedTuple):
@@ -77,8 +101,17 @@ class Problem:
             for b, other in enumerate(self._operations)
             if match and one.matches(other)
         }
-        self._seconds: dict[tuple[tuple[int, ...], int], float] = {}
-        self._shared: dict[Hashable, tuple[tuple[int, ...], tuple[float, ...]]] = {}
+        self._launches: dict[tuple[int, ...], Times] = {}
+        self._steps: dict[Step, Times] = {}
+        self._shared: dict[tuple[Run, ...], tuple[tuple[int, ...], tuple[float, ...]]] = {}
+        #: By member and units of the device: seconds of its first launches, by their number.
+        self._sums = [
+            [
+                list(accumulate((self._of((each,))[share] for each in member), initial=0.0))
+                for share in range(units)
+            ]
+            for member in self._ids
+        ]
 
     def identity(self, place: Place) -> int:
         """Equal for equal operations."""
@@ -92,57 +125,70 @@ class Problem:
         """Multiprocessors of so many units of the device."""
         return max(1, self.sms * share // self.units)
 
-    def seconds(self, step: Step, share: int) -> float:
-        """Of one launch within so many units of the device."""
-        return self._of(tuple(map(self.identity, step)), share)
+    def times(self, step: Step) -> Times:
+        """Of one launch, by units of the device."""
+        found = self._steps.get(step)
+        if found is None:
+            found = self._steps[step] = self._of(tuple(map(self.identity, step)))
+        return found
 
-    def _of(self, ids: tuple[int, ...], share: int) -> float:
-        found = self._seconds.get((ids, share))
+    def _of(self, ids: tuple[int, ...]) -> Times:
+        found = self._launches.get(ids)
         if found is None:
             operations = [self._operations[each] for each in ids]
-            found = self._seconds[ids, share] = self._cost.seconds(operations, self.cap(share))
+            caps = map(self.cap, range(1, self.units + 1))
+            found = self._launches[ids] = tuple(self._cost.seconds(operations, cap) for cap in caps)
         return found
+
+    def seconds(self, step: Step, share: int) -> float:
+        """Of one launch within so many units of the device."""
+        return self.times(step)[share - 1]
 
     def area(self, step: Step, least: int) -> float:
         """The least seconds of the whole device that a launch takes away, with ``least`` units or more."""
-        ids = tuple(map(self.identity, step))
-        return min(self._of(ids, share) * share for share in range(least, self.units + 1)) / self.units
+        times = self.times(step)
+        return min(times[share - 1] * share for share in range(least, self.units + 1)) / self.units
+
+    def _table(self, strands: Sequence[Run]) -> list[Times]:
+        """Of each strand of a word, by as many units of the device as the others may leave it."""
+        most = self.units - len(strands) + 1
+        return [self._run(run, most) for run in strands]
+
+    def _run(self, run: Run, most: int) -> Times:
+        times = self.times(run.first)[:most]
+        if not run.more:
+            return times
+        member, index = run.first[0]
+        begin, end = index + 1, index + 1 + run.more
+        pairs = zip(times, self._sums[member], strict=False)  # as many as may be needed
+        return tuple([own + sums[end] - sums[begin] for own, sums in pairs])
 
     def balanced(self, strands: tuple[Run, ...]) -> Candidate:
         """These strands under shares with which they end together as nearly as can be."""
-        key = tuple(tuple(tuple(map(self.identity, step)) for step in run) for run in strands)
-        found = self._shared.get(key)
+        found = self._shared.get(strands)
         if found is None:
-            shares = self._best(key) if len(key) <= FEW else self._greedy(key)
-            slower = BESIDE if len(key) > 1 else 1.0
-            times = tuple(slower * self._run(run, share) for run, share in zip(key, shares, strict=True))
-            found = self._shared[key] = tuple(shares), times
+            table = self._table(strands)
+            shares = self._best(table) if len(table) <= FEW else self._greedy(table)
+            found = self._shared[strands] = shares, _under(table, shares)
         return Candidate(strands, *found)
 
-    def _best(self, runs: Sequence[Launches]) -> list[int]:
+    def _best(self, table: Sequence[Times]) -> tuple[int, ...]:
         """Of all shares those with which the last run ends first, and among these the others soonest."""
-        whole = range(1, self.units - len(runs) + 2)
-        divided: list[tuple[int, ...]] = [
-            shares for shares in product(whole, repeat=len(runs)) if sum(shares) == self.units
-        ]
 
         def rank(shares: tuple[int, ...]) -> tuple[float, float, tuple[int, ...]]:
-            times = list(map(self._run, runs, shares))
+            times = [own[share - 1] for own, share in zip(table, shares, strict=True)]
             return max(times), sum(times), shares
 
-        best = min(divided, key=rank)
-        return list(best)
+        return min(_divisions(self.units, len(table)), key=rank)
 
-    def _greedy(self, runs: Sequence[Launches]) -> list[int]:
+    def _greedy(self, table: Sequence[Times]) -> tuple[int, ...]:
         """Shares of many runs: each unit goes to the slowest."""
-        shares = [1] * len(runs)
-        for _ in range(self.units - len(runs)):
-            slowest = max(range(len(runs)), key=lambda index: self._run(runs[index], shares[index]))
+        shares, times = [1] * len(table), [own[0] for own in table]
+        for _ in range(self.units - len(table)):
+            slowest = times.index(max(times))
+            times[slowest] = table[slowest][shares[slowest]]
             shares[slowest] += 1
-        return shares
-
-    def _run(self, run: Launches, share: int) -> float:
-        return sum(self._of(ids, share) for ids in run)
+        return tuple(shares)
 
     def next_words(self, at: Positions) -> Iterator[Candidate]:
         """The words worth considering when so many launches of each member are done.
@@ -154,24 +200,33 @@ class Problem:
         heads = [(member, index) for member, index in enumerate(at) if index < self.lengths[member]]
         few = len(self.lengths) <= FEW
         for steps in self._every(heads) if few else self._some(heads):
-            if 0 < len(steps) <= self.units:
-                for word in self._extended(self.balanced(tuple((step,) for step in steps))):
+            if steps:
+                for word in self._extended(self.balanced(tuple(map(Run, self._fitting(steps))))):
                     yield word
                     if few:
                         yield from map(self._filled, self._shifted(word))
 
+    def _fitting(self, steps: Sequence[Step]) -> Sequence[Step]:
+        """As many as there are units of the device: those of the members that have most left to do."""
+        if len(steps) <= self.units:
+            return steps
+
+        def left(step: Step) -> float:
+            sums = ((self._sums[member][-1], index) for member, index in step)
+            return max(own[-1] - own[index] for own, index in sums)
+
+        return sorted(steps, key=left, reverse=True)[: self.units]
+
     def _shifted(self, word: Candidate) -> Iterator[Candidate]:
         """The word with one unit of the device moved from one strand to another."""
-        for giver, taker in permutations(range(len(word.shares)), 2):
+        table = self._table(word.strands)
+        for giver, taker in permutations(range(len(table)), 2):
             if word.shares[giver] > 1:
-                shares = list(word.shares)
-                shares[giver] -= 1
-                shares[taker] += 1
-                times = tuple(
-                    BESIDE * sum(self.seconds(step, share) for step in run)
-                    for run, share in zip(word.strands, shares, strict=True)
-                )
-                yield Candidate(word.strands, tuple(shares), times)
+                moved = list(word.shares)
+                moved[giver] -= 1
+                moved[taker] += 1
+                shares = tuple(moved)
+                yield Candidate(word.strands, shares, _under(table, shares))
 
     def _some(self, heads: Sequence[Place]) -> Iterable[tuple[Step, ...]]:
         whole = self._matched(heads)
@@ -213,16 +268,17 @@ class Problem:
         full = self._filled(word)
         if full is not word:
             yield full
+        most = max(1, min(MORE, MORE_IN_ALL // len(word.strands)))
         for index in range(len(word.strands)):
             longer = full
             # Once for the strand, then for whichever ends first: each may let the others go on.
-            for step in range(MORE):
-                place = longer.times.index(min(longer.times)) if step else index
-                following = self._following(longer.strands[place])
-                if following is None:
+            for step in range(most):
+                going = [place for place, run in enumerate(longer.strands) if self._left(run)]
+                place = min(going, key=longer.times.__getitem__, default=index) if step else index
+                if place not in going:
                     break
-                strands = list(longer.strands)
-                strands[place] = (*strands[place], following)
+                strands, run = list(longer.strands), longer.strands[place]
+                strands[place] = Run(run.first, run.more + 1)
                 over = self.balanced(tuple(strands))
                 yield over
                 longer = self._filled(over)
@@ -230,20 +286,35 @@ class Problem:
 
     def _filled(self, word: Candidate) -> Candidate:
         """The word with more launches in the strands that would wait for the longest."""
-        strands, times = list(word.strands), list(word.times)
+        strands, times, whole = list(word.strands), list(word.times), word.seconds
         for index, share in enumerate(word.shares):
-            while (following := self._following(strands[index])) is not None:
-                used = times[index] + BESIDE * self.seconds(following, share)
-                if used > word.seconds:
-                    break
-                strands[index], times[index] = (*strands[index], following), used
-        if times == list(word.times):
+            run, used = strands[index], times[index]
+            if used < whole and self._left(run):
+                member, last = run.last
+                sums = self._sums[member][share - 1]
+                done = sums[last + 1]
+                more = bisect_right(sums, done + (whole - used) / BESIDE) - 2 - last
+                if more > 0:
+                    strands[index] = Run(run.first, run.more + more)
+                    times[index] = used + BESIDE * (sums[last + 1 + more] - done)
+        if strands == list(word.strands):
             return word
         return Candidate(tuple(strands), word.shares, tuple(times))
 
-    def _following(self, run: Run) -> Step | None:
-        """What could come after a strand's last launch, if that is one member's."""
-        if len(run[-1]) > 1:
-            return None
-        member, index = run[-1][0]
-        return ((member, index + 1),) if index + 1 < self.lengths[member] else None
+    def _left(self, run: Run) -> bool:
+        """Whether a strand's last launch is one member's, who has another behind it."""
+        member, index = run.last
+        return len(run.first) == 1 and index + 1 < self.lengths[member]
+
+
+def _under(table: Sequence[Times], shares: Sequence[int]) -> tuple[float, ...]:
+    """Seconds of a word's strands under these shares."""
+    slower = BESIDE if len(table) > 1 else 1.0
+    return tuple(slower * own[share - 1] for own, share in zip(table, shares, strict=True))
+
+
+@cache
+def _divisions(units: int, parts: int) -> tuple[tuple[int, ...], ...]:
+    """Every way to give each part one unit or more, and all of them."""
+    whole = range(1, units - parts + 2)
+    return tuple(shares for shares in product(whole, repeat=parts) if sum(shares) == units)

@@ -140,6 +140,7 @@ def check_complete(schedule: Schedule) -> None:
         [operation("", 1, n) for n in (3, 6, 4)],
     ]
 )
+@example([[operation("", 7, 4)], [operation("", 5, 3), operation("", 1, 1), operation("", 9, 5)]])
 def test_within_a_tenth_of_exhaustive_search(graphs: list[list[Operation]]) -> None:
     schedule = pack(graphs, Waves(), SMS, units=UNITS)
     check_complete(schedule)
@@ -176,6 +177,31 @@ def test_a_search_pauses_often() -> None:
     paused = pack(graphs, Waves(), SMS, pause=lambda: pauses.append(1))
     assert paused == pack(graphs, Waves(), SMS)
     assert len(pauses) >= 36
+
+
+def test_a_search_keeps_to_its_effort() -> None:
+    """Of many launches the beam narrows: what is looked at does not grow with their product."""
+    graphs = [[operation("ab"[at % 2], 20 + at, 10) for at in range(30)] for _ in range(3)]
+    pauses: list[int] = []
+
+    def alternatives(effort: int) -> int:
+        pauses.clear()
+        schedule = pack(graphs, Waves(), SMS, effort=effort, pause=lambda: pauses.append(1))
+        check_complete(schedule)
+        assert schedule.seconds <= schedule.serial + 1e-9
+        return len(pauses)
+
+    few, some, all_of_them = map(alternatives, (1, 150_000, 1 << 40))
+    assert few <= 90  # one at each number of launches done
+    assert few < some < all_of_them
+
+
+def test_more_members_than_units_run_beside_each_other() -> None:
+    graphs = [[operation(f"{member}", 2, 8) for _ in range(3)] for member in range(UNITS + 2)]
+    schedule = pack(graphs, Waves(), SMS, units=UNITS)
+    check_complete(schedule)
+    assert max(len(word.strands) for word in schedule.words) == UNITS
+    assert schedule.seconds < 0.5 * schedule.serial
 
 
 def test_no_members_are_an_error() -> None:
