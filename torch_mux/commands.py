@@ -79,6 +79,7 @@ _BENCHES = {
     "kernels": "Every tile of every super-kernel layer shape, on a GPU.",
     "table": "The chooser's measured table, from what `kernels` measured.",
     "paper": "The papers' experiments: coalescing, blocks, constrained kernels together; on a GPU.",
+    "together": "Constrained kernels side by side, and coalesced, on every layer of four models.",
     "opinfo": "Every operation of PyTorch's operator database through mux, compared with eager.",
     "serve": "What the runtime promises to requests that arrive one by one, a table of figures.",
     "start": "From the import of torch to the first coalesced answers, in fresh processes.",

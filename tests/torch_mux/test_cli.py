@@ -28,7 +28,7 @@ def test_info_tells_versions_and_device() -> None:
     assert info()["torch"] == torch.__version__
 
 
-BENCHES = ("models", "kernels", "table", "paper", "opinfo", "serve", "zoo")
+BENCHES = ("models", "kernels", "table", "paper", "together", "opinfo", "serve", "zoo")
 
 
 @pytest.mark.parametrize(

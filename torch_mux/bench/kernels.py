@@ -13,35 +13,29 @@ import json
 import multiprocessing
 import os
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from torch_mux.bench.layer_data import HALF, MOST_SETS, Data, cold_sets, timed
 from torch_mux.bench.layers import LAYERS, Layer
 from torch_mux.bench.measure import announce, command, commit
 from torch_mux.bench.table import own_class
-from torch_mux.lowering.kernels import choose, reference
-from torch_mux.lowering.kernels.common import Launch, multiprocessors
-from torch_mux.lowering.kernels.conv import conv_launch, out_size
-from torch_mux.lowering.kernels.data import BitClass, Family, Tile, Vector, family_of
-from torch_mux.lowering.kernels.linear import linear_launch
+from torch_mux.lowering.kernels import choose
+from torch_mux.lowering.kernels.common import multiprocessors
+from torch_mux.lowering.kernels.data import BitClass, Family, Tile, family_of
 from torch_mux.lowering.kernels.measured import words_of
 
 __all__ = ["main"]
 
-HALF = torch.float16
-COLD_BYTES = 160 << 20  # more than the second level cache holds
-MAX_SETS = 48
 CHECKED = 4  # slots compared with float64
 
 
@@ -96,108 +90,6 @@ def candidates(
     return list(dict.fromkeys([*side, *(chosen if bit_class == own_class(layer) else ())]))
 
 
-class Data:
-    """Inputs, weights and outputs of one layer: sets of slots to rotate through."""
-
-    def __init__(self, layer: Layer, slots: int, sets: int, device: str = "cuda") -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        self.layer, self.slots, self.sets = layer, slots, sets
-        if layer.conv is None:
-            shape: tuple[int, ...] = (slots, layer.m, layer.k)
-            out: tuple[int, ...] = (slots, layer.m, layer.n)
-        else:
-            c, size, kernel, stride, padding = layer.conv
-            side = out_size(size, kernel, stride, padding, 1)
-            shape, out = (slots, 1, size, size, c), (slots, 1, side, side, layer.n)
-        whole = (16, *shape[1:])
-        self.x = torch.randn(whole, generator=generator, device=device).to(HALF)[:slots].contiguous()
-        bank = torch.randn((16, layer.n, layer.k), generator=generator, device=device)
-        first = (bank / layer.k**0.5).to(HALF)[:slots]
-        self.weights = torch.empty((sets * slots, layer.n, layer.k), dtype=HALF, device=device)
-        self.weights.view(sets, slots, layer.n, layer.k)[:] = first
-        self.arena = torch.randn((16, layer.n), generator=generator, device=device)[:slots].repeat(sets, 1)
-        whole_out = torch.randn((16, *out[1:]), generator=generator, device=device).to(HALF)
-        self.residual = whole_out[:slots].contiguous() if layer.residual else None
-        self.xs = [self.x, *(self.x.clone() for _ in range(min(sets, 3) - 1))]
-        self.outs = [torch.empty(out, dtype=HALF, device=device) for _ in self.xs]
-        base = self.weights.data_ptr()
-        step = layer.n * layer.k * 2
-        self.table = torch.tensor([[base + step * row] for row in range(sets * slots)], device=device)
-        self.rows = [torch.arange(slots, device=device) + slots * index for index in range(sets)]
-        self.bias = self.arena[:slots].to(HALF)
-        self.control = torch.tensor([slots, 1 << 20], dtype=torch.int32, device=device)
-
-    def launch(self, index: int, bit_class: BitClass | None = None, tile: Tile | None = None) -> Launch:
-        """The launch of one set."""
-        layer, turn = self.layer, index % len(self.xs)
-        x, out, rows = self.xs[turn], self.outs[turn], self.rows[index]
-        named: dict[str, Any] = {
-            "shift": Vector(self.arena, 0),
-            "residual": self.residual,
-            "activation": layer.activation,
-            "bit_class": bit_class,
-            "tile": tile,
-        }
-        if layer.conv is None:
-            return linear_launch(x, self.table, 0, rows, self.control, out, n=layer.n, k=layer.k, **named)
-        _, _, kernel, stride, padding = layer.conv
-        return conv_launch(
-            x, self.table, 0, rows, self.control, out, kernel=(kernel, kernel), stride=(stride, stride),
-            padding=(padding, padding), **named,
-        )  # fmt: skip
-
-    def vendor(self, index: int) -> None:
-        """The same set through cuBLAS or cuDNN, one slot after another; bias, but neither activation nor
-        residual."""
-        layer, turn = self.layer, index % len(self.xs)
-        for slot in range(self.slots):
-            weight = self.weights[index * self.slots + slot]
-            bias = self.bias[slot]
-            if layer.conv is None:
-                F.linear(self.xs[turn][slot], weight, bias)
-            else:
-                c, _, kernel, stride, padding = layer.conv
-                image = self.xs[turn][slot].permute(0, 3, 1, 2)
-                F.conv2d(image, weight.view(-1, kernel, kernel, c).permute(0, 3, 1, 2), bias, stride, padding)
-
-    def exact(self, slots: int) -> Tensor:
-        """float64 results of the first slots."""
-        layer, arena = self.layer, list(self.arena[:slots])
-        residuals = None if self.residual is None else list(self.residual[:slots])
-        named: dict[str, Any] = {"shifts": arena, "residuals": residuals, "activation": layer.activation}
-        weights = list(self.weights[:slots])
-        if layer.conv is None:
-            return torch.stack(reference.linear(list(self.x[:slots]), weights, **named))
-        c, _, kernel, stride, padding = layer.conv
-        weights = [weight.view(-1, kernel, kernel, c) for weight in weights]
-        named |= {"stride": (stride, stride), "padding": (padding, padding)}
-        return torch.stack(reference.conv(list(self.x[:slots]), weights, **named))
-
-
-def timed(body: Callable[[int], None], sets: int, repetitions: int = 7) -> float:
-    """Microseconds of one call: the median over replays of a graph that calls ``body`` for every set."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for index in range(min(sets, 2)):
-            body(index)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(sets):
-            body(index)
-    graph.replay()
-    found = []
-    for _ in range(repetitions):
-        start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(float(start.elapsed_time(end)) * 1e3 / sets)
-    return statistics.median(found)
-
-
 def _warm(job: tuple[Layer, list[tuple[BitClass, Tile]]]) -> list[str]:
     """Compiles the candidates of one layer into Triton's cache; what failed, in words."""
     layer, pairs = job
@@ -235,8 +127,7 @@ def measure(
         alone: results of slot 0 by class, filled by the first call and compared with by later ones.
         only: as for :func:`candidates`.
     """
-    weight_bytes = slots * layer.n * layer.k * 2
-    sets = max(3, min(MAX_SETS, -(-COLD_BYTES // weight_bytes)))
+    sets = cold_sets(layer, slots, MOST_SETS)
     data = Data(layer, slots, sets)
     exact = data.exact(min(slots, CHECKED))
     chosen = data.launch(0).tile
@@ -263,7 +154,7 @@ def measure(
                     "grid": launches[0].grid,
                 }
             )
-    vendor = timed(data.vendor, min(sets, 8))
+    vendor = timed(lambda index: [data.vendor(index, slot) for slot in range(slots)], min(sets, 8))
     return {"layer": asdict(layer), "slots": slots, "vendor_microseconds": vendor, "candidates": rows}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch_mux.lowering.kernels.conv import out_size
 
-__all__ = ["LAYERS", "Layer"]
+__all__ = ["DISTINCT", "LAYERS", "Layer"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class Layer:
     def channels(self) -> int | None:
         """Input channels of a convolution; None for a matrix product, which pixel by pixel ones are, too."""
         return None if self.conv is None or self.conv[2:] == (1, 1, 0) else self.conv[0]
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each channel has a filter of its own: then n are the channels, and k its taps."""
+        return self.conv is not None and self.conv[0] > 1 and self.k == self.conv[2] ** 2
+
+    @property
+    def flops(self) -> int:
+        """Of one instance."""
+        return 2 * self.m * self.n * self.k
 
 
 def _conv(
@@ -87,4 +97,76 @@ LAYERS = (
     Layer("vit", "768-3072 gelu", 197, 3072, 768, 12, None, "gelu"),
     Layer("vit", "3072-768", 197, 768, 3072, 12),
     Layer("gemv", "1x4096x4096", 1, 4096, 4096, 1),
+)
+
+
+def _point(c: int, size: int, o: int, count: int, tail: str = "none") -> Layer:
+    """A 1x1 convolution of MobileNetV3-L; of one pixel, a linear layer of its squeeze and excitation."""
+    if size == 1:
+        return Layer("mobilenet", f"squeeze {c}-{o}", 1, o, c, count, None, tail)
+    return Layer("mobilenet", f"1x1 {c}-{o} @{size}", size**2, o, c, count, (c, size, 1, 1, 0), tail)
+
+
+def _depthwise(c: int, size: int, kernel: int, stride: int, count: int, tail: str = "relu") -> Layer:
+    side = out_size(size, kernel, stride, kernel // 2, 1)
+    step = "" if stride == 1 else f" s{stride}"
+    name, geometry = f"{kernel}x{kernel} each of {c}{step} @{size}", (c, size, kernel, stride, kernel // 2)
+    return Layer("mobilenet", name, side**2, c, kernel**2, count, geometry, tail)
+
+
+#: Without residuals and hard sigmoids: what is added or multiplied afterwards is no part of a layer here.
+_MOBILENET = (
+    Layer("mobilenet", "stem C=4", 112**2, 16, 36, 1, (4, 224, 3, 2, 1), "hardswish"),
+    _depthwise(16, 112, 3, 1, 1),
+    _point(16, 112, 16, 1),
+    _point(16, 112, 64, 1, "relu"),
+    _depthwise(64, 112, 3, 2, 1),
+    _point(64, 56, 24, 1),
+    _point(24, 56, 72, 2, "relu"),
+    _depthwise(72, 56, 3, 1, 1),
+    _point(72, 56, 24, 1),
+    _depthwise(72, 56, 5, 2, 1),
+    _point(72, 1, 24, 1, "relu"),
+    _point(24, 1, 72, 1),
+    _point(72, 28, 40, 1),
+    _point(40, 28, 120, 2, "relu"),
+    _depthwise(120, 28, 5, 1, 2),
+    _point(120, 1, 32, 2, "relu"),
+    _point(32, 1, 120, 2),
+    _point(120, 28, 40, 2),
+    _point(40, 28, 240, 1, "hardswish"),
+    _depthwise(240, 28, 3, 2, 1, "hardswish"),
+    _point(240, 14, 80, 1),
+    _point(80, 14, 200, 1, "hardswish"),
+    _depthwise(200, 14, 3, 1, 1, "hardswish"),
+    _point(200, 14, 80, 1),
+    _point(80, 14, 184, 2, "hardswish"),
+    _depthwise(184, 14, 3, 1, 2, "hardswish"),
+    _point(184, 14, 80, 2),
+    _point(80, 14, 480, 1, "hardswish"),
+    _depthwise(480, 14, 3, 1, 1, "hardswish"),
+    _point(480, 1, 120, 1, "relu"),
+    _point(120, 1, 480, 1),
+    _point(480, 14, 112, 1),
+    _point(112, 14, 672, 2, "hardswish"),
+    _depthwise(672, 14, 3, 1, 1, "hardswish"),
+    _point(672, 1, 168, 2, "relu"),
+    _point(168, 1, 672, 2),
+    _point(672, 14, 112, 1),
+    _depthwise(672, 14, 5, 2, 1, "hardswish"),
+    _point(672, 7, 160, 1),
+    _point(160, 7, 960, 3, "hardswish"),
+    _depthwise(960, 7, 5, 1, 2, "hardswish"),
+    _point(960, 1, 240, 2, "relu"),
+    _point(240, 1, 960, 2),
+    _point(960, 7, 160, 2),
+    Layer("mobilenet", "head", 1, 1280, 960, 1, None, "hardswish"),
+    Layer("mobilenet", "classes", 1, 1000, 1280, 1),
+)
+
+#: Every distinct convolution and matrix product of ResNet-50, ViT-B/16, BERT-base and MobileNetV3-L.
+DISTINCT = (
+    *(layer for layer in LAYERS if layer.count and layer.model != "gemv" and layer.name != "pooler"),
+    Layer("vit", "classes", 1, 1000, 768, 1),
+    *_MOBILENET,
 )
