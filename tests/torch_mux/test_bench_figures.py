@@ -60,13 +60,16 @@ def test_the_peers_answer_the_same_arrivals_on_a_gpu(tmp_path: Path) -> None:
     record = tmp_path / "serve.json"
     models = "tiny-cnn,tiny-encoder,tiny-mlp,tiny-mixer"
     flags = ["--device", "cuda", "--models", models, "--tenants", "4", "--seconds", "0.2", "--quick"]
-    assert serve.main([*flags, "--figures", "rate,knob", "--json", str(record)]) == 0
+    assert serve.main([*flags, "--figures", "rate,knob,mix", "--json", str(record)]) == 0
     figures = json.loads(record.read_text())["figures"]
     servers = figures["rate"]["data"]["servers"]
     assert [one["server"] for one in servers] == ["mux", "streams", "sliced"]
     for one in servers:
         assert all(run["missing"] == 0 and not run["errors"] for run in one["runs"])
     assert figures["knob"]["data"]["peer"]["server"] == "streams"
+    mixed = figures["mix"]["data"]["servers"]
+    assert [one["server"] for one in mixed] == ["mux", "streams", "sliced"]
+    assert all(run["missing"] == 0 and not run["errors"] for one in mixed for run in one["runs"])
 
 
 def _rows(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -78,6 +81,13 @@ def _check(figures: dict[str, Any]) -> None:
     servers = figures["rate"]["data"]["servers"]
     assert [one["server"] for one in servers] == ["mux", "inductor"]
     assert all(one["closed loop"] > 0 and one["runs"] for one in servers)
+    mixed = figures["mix"]["data"]
+    assert len(set(mixed["models"])) == 4 and figures["rate"]["data"]["models"] == mixed["models"][:1]
+    assert [one["server"] for one in mixed["servers"]] == ["mux", "inductor"]
+    for one in mixed["servers"]:
+        assert one["closed loop"] > 0
+        assert all(run["missing"] == 0 and not run["errors"] for run in one["runs"])
+    assert "4000 ms" in figures["mix"]["rows"][0]["name"], "twice the bound of one architecture"
     equal = figures["shares"]["data"]
     assert len(set(equal["models"])) == 4 and min(equal["device seconds"]) > 0
     assert len(figures["latency"]["data"]["pairs"]) == 6

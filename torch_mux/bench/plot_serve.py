@@ -39,7 +39,9 @@ def _rate(data: Mapping[str, Any]) -> Chart:
     for server in data["servers"]:
         points = [(run["offered"], _ms(run["quantiles"]["p99"])) for run in server.get("runs", ())]
         series.append(_series(server["server"], sorted(points, key=lambda point: point[0])))
-    return Chart("p99 over the rate of arrivals", "requests/s", "ms", tuple(series))
+    models = data.get("models", ())
+    about = f", {len(models)} architectures" if len(models) > 1 else ""
+    return Chart(f"p99 over the rate of arrivals{about}", "requests/s", "ms", tuple(series))
 
 
 def _knob(data: Mapping[str, Any]) -> Chart:
@@ -92,6 +94,7 @@ def _prediction(data: Mapping[str, Any]) -> Chart:
 
 _CHARTS: Final[Mapping[str, Callable[[Mapping[str, Any]], Chart]]] = {
     "rate": _rate,
+    "mix": _rate,
     "knob": _knob,
     "shares": _shares,
     "weights": _weights,

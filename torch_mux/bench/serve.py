@@ -48,6 +48,7 @@ FIGURES: Final[Mapping[str, Callable[[Stage], Finding]]] = {
     "knob": knob.measure,
     "host": host.measure,
     "mlperf": mlperf.measure,
+    "mix": rate.measure_mix,
     "shares": shares.measure,
     "weights": shares.measure_weights,
     "prediction": prediction.measure,

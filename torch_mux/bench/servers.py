@@ -23,6 +23,8 @@ __all__ = ["PEERS", "MuxServer", "default_peers"]
 
 
 _DENSE: Final = 16
+#: (workload, number) of a model.
+Model = tuple[str, int]
 
 
 class MuxServer:
@@ -97,38 +99,40 @@ class GraphServer:
 
     polled = True
 
-    def __init__(self, name: str, streams: bool, tenants: Tenants) -> None:
+    def __init__(self, name: str, streams: bool, groups: Sequence[Tenants]) -> None:
         self.name = name
-        self._own = streams
-        self._graphs: list[tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = []
-        self._streams: list[torch.cuda.Stream] = []
+        self._graphs: dict[Model, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+        self._streams: dict[Model, torch.cuda.Stream] = {}
         self._under_way: dict[int, deque[tuple[int, torch.cuda.Event, Tensor, Finished]]] = {}
+        one = None if streams else torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.inference_mode():
-            self._capture(tenants)
+            for tenants in groups:
+                self._capture(tenants, one)
 
-    def _capture(self, tenants: Tenants) -> None:
-        callables = inductor_callables(tenants)
-        one = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        for call, arguments in zip(callables, tenants.requests[0], strict=True):
+    def _capture(self, tenants: Tenants, one: torch.cuda.Stream | None) -> None:
+        pairs = zip(inductor_callables(tenants), tenants.requests[0], strict=True)
+        for index, (call, arguments) in enumerate(pairs):
             graph, held = torch.cuda.CUDAGraph(), tuple(x.clone() for x in arguments)
             # A pool a graph: they replay at the same time.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 output = call(*held)
-            self._graphs.append((graph, held, output))
-            self._streams.append(torch.cuda.Stream() if self._own else one)  # type: ignore[no-untyped-call]
+            model = tenants.workload.name, index
+            self._graphs[model] = graph, held, output
+            self._streams[model] = torch.cuda.Stream() if one is None else one  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
     def submit(self, batch: Sequence[Shot], finished: Finished) -> None:
         for number, client, inputs in batch:
-            graph, held, output = self._graphs[client.index]
-            stream = self._streams[client.index]
+            model = client.workload, client.index
+            graph, held, output = self._graphs[model]
+            stream = self._streams[model]
             with torch.cuda.stream(stream):
                 torch._foreach_copy_(list(held), list(inputs))
                 graph.replay()
                 answer = output.clone()
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
-            waiting = self._under_way.setdefault(client.index if self._own else 0, deque())
+            waiting = self._under_way.setdefault(stream.stream_id, deque())
             waiting.append((number, event, answer, finished))
 
     def poll(self) -> None:
@@ -138,7 +142,7 @@ class GraphServer:
                 finished(number, time.perf_counter(), None)
 
     def release(self) -> None:
-        self._graphs, self._streams, self._under_way = [], [], {}
+        self._graphs, self._streams, self._under_way = {}, {}, {}
 
 
 class InductorServer:
@@ -147,10 +151,14 @@ class InductorServer:
     name = "inductor"
     polled = False
 
-    def __init__(self, tenants: Tenants) -> None:
+    def __init__(self, groups: Sequence[Tenants]) -> None:
         self._queue: queue.SimpleQueue[tuple[Shot, Finished] | None] = queue.SimpleQueue()
         with torch.inference_mode():
-            self._callables: Sequence[Callable[..., Tensor]] = inductor_callables(tenants)
+            self._callables: dict[Model, Callable[..., Tensor]] = {
+                (tenants.workload.name, index): call
+                for tenants in groups
+                for index, call in enumerate(inductor_callables(tenants))
+            }
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -160,7 +168,7 @@ class InductorServer:
                 shot, finished = item
                 error: BaseException | None = None
                 try:
-                    self._callables[shot.client.index](*shot.inputs)
+                    self._callables[shot.client.workload, shot.client.index](*shot.inputs)
                 except Exception as raised:
                     error = raised
                 finished(shot.number, time.perf_counter(), error)
@@ -177,8 +185,8 @@ class InductorServer:
         self._thread.join()
 
 
-#: Made of the tenants whose models they serve.
-PEERS: dict[str, Callable[[Tenants], Server]] = {
+#: Made of the tenants of each architecture that they serve.
+PEERS: dict[str, Callable[[Sequence[Tenants]], Server]] = {
     "streams": partial(GraphServer, "streams", True),
     "sliced": partial(GraphServer, "sliced", False),
     "inductor": InductorServer,

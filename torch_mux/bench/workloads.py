@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -272,6 +272,11 @@ class Tenants:
     def tensor_only(self) -> list[nn.Module]:
         """The models, each wrapped to return the compared tensor."""
         return [TensorOnly(model, self.workload.tensor).eval() for model in self.models]
+
+    def first(self, count: int) -> Tenants:
+        """The first ``count`` of them, who share what peers have compiled."""
+        requests = [row[:count] for row in self.requests]
+        return replace(self, models=self.models[:count], requests=requests)
 
     def weight_bytes(self) -> int:
         """Bytes of one tenant's parameters and buffers."""

@@ -17,13 +17,15 @@ from torch_mux.bench.load import Client, Outcome, Server, Traffic, Window, drive
 from torch_mux.bench.servers import PEERS, MuxServer
 from torch_mux.bench.workloads import WORKLOADS, Tenants, build
 
-__all__ = ["Options", "Stage"]
+__all__ = ["Crowd", "Options", "Stage"]
 
 #: Requests that each closed-loop client has under way where the most is looked for.
 _DEPTHS: Final = (1, 4)
 #: Seconds of load at a time before a kind of traffic is measured, and for how long at most.
 _SETTLING: Final = 0.25
 _PATIENCE: Final = 6.0
+#: Architectures that are served at the same time.
+Crowd = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class Stage:
         self.options = options
         self.mux = MuxServer()
         self._tenants: dict[str, Tenants] = {}
-        self._peers: dict[str, Server] = {}
-        self._most: dict[str, float] = {}
-        self._sustained: dict[str, tuple[float, list[Outcome]]] = {}
+        self._peers: dict[tuple[str, Crowd], Server] = {}
+        self._most: dict[tuple[str, Crowd], float] = {}
+        self._sustained: dict[tuple[str, Crowd], tuple[float, list[Outcome]]] = {}
         self._settled: set[Hashable] = set()
         self.settling: list[dict[str, Any]] = []
 
@@ -79,6 +81,11 @@ class Stage:
     def main(self) -> str:
         """The workload that all tenants serve."""
         return self.options.models[0]
+
+    @property
+    def alone(self) -> Crowd:
+        """The one architecture that all tenants serve."""
+        return (self.main,)
 
     @property
     def each(self) -> int:
@@ -120,14 +127,19 @@ class Stage:
             for number, index in enumerate(indices)
         ]
 
-    def server(self, name: str) -> Server:
-        """Mux, or a peer that serves the first workload."""
+    def server(self, name: str, crowd: Crowd) -> Server:
+        """Mux, or a peer that serves the models of a crowd."""
         if name == self.mux.name:
             return self.mux
-        found = self._peers.get(name)
+        found = self._peers.get((name, crowd))
         if found is None:
-            found = self._peers[name] = PEERS[name](self.tenants(self.main))
+            groups = [self.tenants(workload).first(self.count(crowd)) for workload in crowd]
+            found = self._peers[name, crowd] = PEERS[name](groups)
         return found
+
+    def count(self, crowd: Crowd) -> int:
+        """Models of each architecture of a crowd."""
+        return self.options.tenants if len(crowd) == 1 else self.each
 
     def drive(
         self,
@@ -144,7 +156,7 @@ class Stage:
         window = Window(length, length / 5 if lead is None else lead)
         before = _jobs()
         found = drive(
-            self.server(server),
+            self.server(server, crowd_of(traffics)),
             traffics,
             window,
             process=process or self.options.process,
@@ -167,7 +179,7 @@ class Stage:
             return
         self._settled.add(key)
         begun, first = time.perf_counter(), _jobs()
-        one, load = self.server(server), [replace(one, start=0.0) for one in traffics]
+        one, load = self.server(server, crowd_of(traffics)), [replace(one, start=0.0) for one in traffics]
         # Mixes of programs are made only when they have come for a while; beside a reserve there are none.
         mixed = len(kinds) > 1 and not any(reserve for _, reserve in kinds)
         seconds = _SETTLING + (settings.pack_after if mixed else 0.0)
@@ -192,39 +204,52 @@ class Stage:
             }
         )
 
-    def rivals(self, server: str) -> list[Client]:
-        """A client of every model of the first workload."""
-        return self.clients(self.main, self.options.tenants, "all", mux=server == self.mux.name)
+    def rivals(self, server: str, crowd: Crowd | None = None) -> list[Client]:
+        """A client of every model of a crowd; of the first workload by default."""
+        crowd, ours = self.alone if crowd is None else crowd, server == self.mux.name
+        return [
+            client
+            for workload in crowd
+            for client in self.clients(workload, self.count(crowd), f"all/{workload}", mux=ours)
+        ]
 
-    def most(self, server: str = MuxServer.name) -> float:
-        """Requests a second of a server over the first workload in closed loop: the most it serves."""
-        found = self._most.get(server)
+    def most(self, server: str = MuxServer.name, crowd: Crowd | None = None) -> float:
+        """Requests a second of a server over a crowd in closed loop: the most it serves."""
+        key = server, self.alone if crowd is None else crowd
+        found = self._most.get(key)
         if found is None:
+            clients = self.rivals(*key)
             runs = [
-                self.drive([Traffic(one, depth=depth) for one in self.rivals(server)], server=server)
-                for depth in _DEPTHS
+                self.drive([Traffic(one, depth=depth) for one in clients], server=server) for depth in _DEPTHS
             ]
             errors = [name for run in runs for name in run.errors]
             if errors:
                 raise RuntimeError(f"requests of {server} failed: {', '.join(sorted(set(errors)))}")
-            found = self._most[server] = max(run.throughput() for run in runs)
+            found = self._most[key] = max(run.throughput() for run in runs)
         return found
 
-    def sustained(self, server: str = MuxServer.name) -> tuple[float, list[Outcome]]:
-        """The highest rate of arrivals over the first workload whose p99 is within the bound: the capacity.
+    def sustained(
+        self, server: str = MuxServer.name, crowd: Crowd | None = None
+    ) -> tuple[float, list[Outcome]]:
+        """The highest rate of arrivals over a crowd whose p99 is within its bound: the capacity.
 
         Returns:
             (requests a second, 0 where no rate was; the runs of the search).
         """
-        if server not in self._sustained:
-            clients = self.rivals(server)
+        key = server, self.alone if crowd is None else crowd
+        if key not in self._sustained:
+            clients = self.rivals(*key)
 
             def run(rate: float) -> Outcome:
                 return self.drive([Traffic(one, rate=rate / len(clients)) for one in clients], server=server)
 
-            limits = self.options.bound, self.options.steps
-            self._sustained[server] = search(run, 1.2 * self.most(server), *limits)
-        return self._sustained[server]
+            limits = self.bound(key[1]), self.options.steps
+            self._sustained[key] = search(run, 1.2 * self.most(*key), *limits)
+        return self._sustained[key]
+
+    def bound(self, crowd: Crowd) -> float:
+        """Seconds that p99 may take; twice as long where architectures wait for each other."""
+        return self.options.bound * (1 if len(crowd) == 1 else 2)
 
     def capacity(self) -> float:
         """What mux sustains.
@@ -244,6 +269,11 @@ class Stage:
         self.mux.release()
         gc.unfreeze()
         self._peers, self._tenants = {}, {}
+
+
+def crowd_of(traffics: Sequence[Traffic]) -> Crowd:
+    """The architectures that they ask."""
+    return tuple(dict.fromkeys(one.client.workload for one in traffics))
 
 
 def _jobs() -> int:
