@@ -212,7 +212,8 @@ def test_peers_share_what_inductor_compiled(tenants: Tenants) -> None:
     with torch.no_grad():
         for peer in (first, second):
             peer.prepare(tenants, (3,))
-    assert first.callables and first.callables is second.callables  # type: ignore[attr-defined]
+    calls, again = first.callables, second.callables  # type: ignore[attr-defined]
+    assert calls and all(one is other for one, other in zip(calls, again, strict=True))
 
 
 def test_the_host_time_of_a_gather_by_part(tenants: Tenants) -> None:

@@ -1,4 +1,4 @@
-"""All contenders over one architecture: prepared, checked against float64, timed in turns."""
+"""All contenders over one architecture: prepared, verified against float64, timed in turns."""
 
 from __future__ import annotations
 
@@ -8,26 +8,19 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from torch_mux.bench import measure
-from torch_mux.bench.contenders import CONTENDERS, Contender, Eager, Mux, SelfTimed, default_contenders
+from torch_mux.bench.contenders import CONTENDERS, Contender, Mux, SelfTimed, default_contenders
 from torch_mux.bench.host import gather_parts
 from torch_mux.bench.limits import OverLimit, within
 from torch_mux.bench.measures import MEASURES, ROUNDS, Stage
+from torch_mux.bench.right import allowed, verify
 from torch_mux.bench.workloads import WORKLOADS, Tenants, build
 
-__all__ = ["Contest", "Options", "WrongAnswers"]
-
-#: A contender's worst error may be this many times the eager models', and so many roundings at least.
-_SLACK: Final = 8.0
-_ROUNDINGS: Final = 8.0
-
-
-class WrongAnswers(RuntimeError):
-    """A contender's answers are not those of the models."""
+__all__ = ["Contest", "Options"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,7 @@ class Contest:
                 channels_last=options.channels_last,
             )
             self.exact = {shared: measure.references(tenants, shared) for shared in self._references()}
-            self.bound = self._bound(tenants)
+            self.bound = allowed(tenants, self.exact[False], max(self.counts), options.dtype)
         with torch.inference_mode():
             together = [key for key, one in self.contenders.items() if not isinstance(one, SelfTimed)]
             for key in together:
@@ -145,13 +138,6 @@ class Contest:
 
     def _references(self) -> set[bool]:
         return {False} | {contender.shared_weights for contender in self.contenders.values()}
-
-    def _bound(self, tenants: Tenants) -> float:
-        """The relative l2 error beyond which answers are wrong: eager PyTorch's own, with some slack."""
-        eager, count = Eager(), max(self.counts)
-        eager.prepare(tenants, (count,))
-        own = measure.errors(eager, tenants, self.exact[False], count)["worst"]
-        return max(_SLACK * own, _ROUNDINGS * torch.finfo(self.options.dtype).eps)
 
     def _attempt(self, key: str, step: Callable[[], object]) -> None:
         """One step of one contender; an error takes it out of the contest and into the record."""
@@ -203,7 +189,9 @@ class Contest:
                 "tenants": len(tenants.models),
                 "extra": extra,
             }
-            self._check(contender, tenants, count, record)
+            exact = self.exact[contender.shared_weights]
+            record["error"] = found = measure.errors(contender, tenants, exact, count)
+            verify(found, count, self.bound)
             record["launches"] = measure.launches(contender, tenants, count)
             if isinstance(contender, Mux):
                 record["host_us"] = gather_parts(contender, tenants, count)
@@ -223,20 +211,6 @@ class Contest:
             )
         rest = together - self._spent
         return rest if limit is None else min(limit, rest)
-
-    def _check(self, contender: Contender, tenants: Tenants, count: int, record: Record) -> None:
-        """Compares answers with float64.
-
-        Raises:
-            WrongAnswers: they are further from it than rounding explains, so times would mean nothing.
-        """
-        found = measure.errors(contender, tenants, self.exact[contender.shared_weights], count)
-        record["error"] = found
-        if not found["worst"] <= self.bound:
-            raise WrongAnswers(
-                f"relative l2 error {found['worst']:.1e} at {count} tenants, where eager PyTorch leaves room "
-                f"for {self.bound:.1e}"
-            )
 
     def _time(self, keys: Sequence[str], tenants: Tenants) -> None:
         """Fill in the times, the contenders taking turns; a short first turn warms up and is dropped."""

@@ -25,6 +25,7 @@ __all__ = [
     "build",
     "images",
     "more",
+    "origin_of",
     "tokens",
     "varied",
 ]
@@ -116,7 +117,8 @@ def varied(model: nn.Module) -> nn.Module:
 class Encoder(nn.Module):
     """Embeddings and layers of a transformers ``BertModel``: tokens to the last hidden state.
 
-    The layers alone, without what ``BertModel.forward`` does around them in Python.
+    The layers alone, without what ``BertModel.forward`` does around them in Python; ``mask`` is added to
+    attention's scores.
     """
 
     def __init__(self, bert: nn.Module) -> None:
@@ -124,8 +126,9 @@ class Encoder(nn.Module):
         self.embeddings = bert.get_submodule("embeddings")
         self.encoder = bert.get_submodule("encoder")
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden: Tensor = self.encoder(self.embeddings(input_ids=tokens)).last_hidden_state
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        embedded = self.embeddings(input_ids=tokens)
+        hidden: Tensor = self.encoder(embedded, attention_mask=mask).last_hidden_state
         return hidden
 
 
@@ -180,11 +183,11 @@ class TinyEncoder(nn.Module):
         self.out = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
         self.norm = nn.ModuleList(nn.LayerNorm(32) for _ in range(2))
 
-    def forward(self, tokens: Tensor) -> Encoded:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Encoded:
         x = self.embedding(tokens)
         for qkv, out, norm in zip(self.qkv, self.out, self.norm, strict=True):
             q, k, v = qkv(norm(x)).view(*tokens.shape, 3, 4, 8).permute(2, 0, 3, 1, 4)
-            mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, mask)
             x = x + out(mixed.transpose(1, 2).reshape(x.shape))
         return Encoded(x)
 
@@ -284,6 +287,12 @@ class Tenants:
         return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
 
+def origin_of(workload: Workload, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Number 0 of a workload's models."""
+    torch.manual_seed(0)
+    return workload.model().to(device=device, dtype=dtype)
+
+
 def build(
     workload: Workload,
     count: int,
@@ -292,6 +301,7 @@ def build(
     variants: int = 4,
     channels_last: bool = False,
     first: int = 0,
+    origin: nn.Module | None = None,
 ) -> Tenants:
     """``count`` tenants with weights and requests of their own, reproducible from their numbers.
 
@@ -300,10 +310,11 @@ def build(
 
     Args:
         first: the number of the first of them.
+        origin: number 0, where it has been made before; on the device.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    torch.manual_seed(0)
-    origin = workload.model().to(device=device, dtype=dtype)
+    if origin is None:
+        origin = origin_of(workload, device, dtype)
     numbers = range(first, first + count)
     models = [_rotated(copy.deepcopy(origin), 997 * number) if number else origin for number in numbers]
     if channels_last:
