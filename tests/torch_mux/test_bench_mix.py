@@ -16,10 +16,11 @@ import pytest
 import torch
 
 import torch_mux
-from torch_mux.bench import mix, mix_contenders, mix_table
+from torch_mux.bench import mix, mix_contenders, mix_table, plot_mix, plot_trace
 from torch_mux.bench.mix_ahead import Wanted, compile_ahead
 from torch_mux.bench.mix_contenders import MuxMix, name_of
 from torch_mux.bench.mix_rows import ROWS, Pool, longest_of, workload_of
+from torch_mux.bench.plot import BEGIN, END
 from torch_mux.bench.vision import import_torchvision
 from torch_mux.bench.workloads import Encoder
 
@@ -217,3 +218,50 @@ def test_targets_are_of_the_better_peer_and_the_best_of_ours() -> None:
     )
     assert lengths.endswith("(>= 1.5: pass)")
     assert "1.10 times as fast as torch-mux, own plans on branches (>= 1.15: MISS)" in cnns
+
+
+def test_a_trace_shows_each_model_and_the_explanation_what_was_matched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, traces = tmp_path / "mix.json", tmp_path / "traces"
+    flags = ["--rows", "tiny-lengths", "--contenders", "inductor,padded,packed"]
+    assert mix.main([*CPU, *flags, "--trace", str(traces), "--json", str(record)]) == 0
+    assert sorted(path.name for path in traces.iterdir()) == [
+        "tiny-lengths-packed.json", "tiny-lengths-packed.txt",
+    ]  # fmt: skip
+    shown = plot_trace.slices(json.loads((traces / "tiny-lengths-packed.json").read_text()))
+    assert {one.row for one in shown if not one.lane} == {
+        f"tiny-encoder-{length} {number}" for length in (5, 8, 9, 12) for number in range(1 + length % 2)
+    }
+    assert any(one.lane and one.name.count(" + ") == 3 for one in shown), "four programs in one bundle"
+    told = (traces / "tiny-lengths-packed.txt").read_text()
+    assert "runs as one" in told
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    assert plot_mix.main([str(record), "--row", "tiny-lengths", "--page", str(page)]) == 0
+    (built,) = json.loads(record.read_text())["results"][2]["notes"]["mixes"]
+    assert plot_mix.matched(built["words"]).total() == built["matched"]
+    assert f"{built['matched']} of them joint" in page.read_text()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        plot_mix.main([str(record), "--row", "four"])
+    assert "no mix of four ran as one" in capsys.readouterr().err
+
+
+def test_joint_launches_of_a_schedule_are_counted() -> None:
+    words = (
+        "[132] (a: linear 4x(1x2x3) + b: conv 3x3 4x(4x5x6) relu)   (3 times)\n"
+        "[66] a: linear 4x(1x2x3); a: linear 4x(7x8x9) | [66] (b: linear 1x(1x1x1) + c: linear 1x(1x1x1))"
+    )
+    found = plot_mix.matched(words)
+    assert found == {
+        "a: linear 4x(1x2x3) + b: conv 3x3 4x(4x5x6) relu": 3,
+        "b: linear 1x(1x1x1) + c: linear 1x(1x1x1)": 1,
+    }
+
+
+def test_the_guide_shows_what_its_record_says() -> None:
+    root = Path(__file__).resolve().parents[2] / "docs"
+    report = json.loads((root / "benchmarks" / "mix-h100.json").read_text())
+    mix_of_four = plot_mix.largest(report, "four", name_of("packed"))
+    assert mix_of_four is not None and plot_mix.text(report, mix_of_four) in (root / "guide.md").read_text()

@@ -33,9 +33,10 @@ from torch_mux.bench import measure
 from torch_mux.bench.contenders import Contender, NotApplicable
 from torch_mux.bench.limits import within
 from torch_mux.bench.mix_ahead import Wanted, compile_ahead
-from torch_mux.bench.mix_contenders import CONTENDERS, OURS, settle
+from torch_mux.bench.mix_contenders import CONTENDERS, OURS, MuxMix, Padded, settle
 from torch_mux.bench.mix_rows import ROWS, Pool, Row, longest_of
 from torch_mux.bench.mix_table import table
+from torch_mux.bench.mix_trace import traced
 from torch_mux.bench.right import allowed, verify
 from torch_mux.bench.workloads import DTYPES, Tenants
 
@@ -56,6 +57,7 @@ class Options:
             None: no limit.
         limit: seconds that one contender may take to be prepared. None: no limit.
         ahead: processes that compile programs before any is served; 0: none.
+        trace: a folder for a timeline and the explanation of each row under each contender of ours.
     """
 
     rows: tuple[str, ...]
@@ -67,6 +69,7 @@ class Options:
     budget: float | None = None
     limit: float | None = None
     ahead: int = 0
+    trace: Path | None = None
 
 
 Record = dict[str, Any]
@@ -172,8 +175,27 @@ def _row(
         _say(f"{row.name}: {contender.name}: {record['prepare_seconds']} s")
         save()
     _timed(contenders, records, tenants, options, deadline, save)
+    _traced(row, contenders, records, tenants, options)
     for contender in contenders.values():
         contender.release()
+
+
+def _traced(
+    row: Row,
+    contenders: dict[str, Contender],
+    records: dict[str, Record],
+    tenants: Tenants,
+    options: Options,
+) -> None:
+    """Timelines, where they are wanted; one that fails is told in its contender's entry."""
+    for key, contender in contenders.items():
+        if options.trace is None or not isinstance(contender, MuxMix) or isinstance(contender, Padded):
+            continue
+        try:
+            traced(contender, row, tenants, options.trace / f"{row.name}-{key}.json")
+        except Exception as error:
+            traceback.print_exc()
+            records[key]["not traced"] = f"{type(error).__name__}: {error}"[:500]
 
 
 def _seconds(options: Options, deadline: float | None) -> float | None:
@@ -254,6 +276,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--limit", type=float, default=180.0, help="seconds to prepare one contender")
     ahead = max(1, (os.cpu_count() or 1) - 2) if cuda else 0
     result.add_argument("--ahead", type=int, default=ahead, help="processes that compile ahead; 0 for none")
+    result.add_argument("--trace", type=Path, default=None, help="a folder for timelines and explanations")
     result.add_argument("--json", type=Path, default=None, help="write the record here")
     return result
 
@@ -280,6 +303,7 @@ def checked(flags: argparse.ArgumentParser, arguments: argparse.Namespace) -> Op
         arguments.budget,
         arguments.limit,
         arguments.ahead,
+        arguments.trace,
     )
 
 
