@@ -73,6 +73,11 @@ class Data:
         self.residual = whole_out[:slots].contiguous() if layer.residual else None
         self.xs = [self.x, *(self.x.clone() for _ in range(min(sets, 3) - 1))]
         self.outs = [torch.empty(out, dtype=dtype, device=device) for _ in self.xs]
+        self.vendors = (
+            self.weights if layer.conv is None else self.filters(self.weights).permute(0, 1, 4, 2, 3)
+        )
+        if layer.depthwise:  # which a vendor's kernel would copy first
+            self.vendors = self.vendors.contiguous()
         base = self.weights.data_ptr()
         step = layer.n * layer.k * self.weights.itemsize
         self.table = torch.tensor([[base + step * row] for row in range(sets * slots)], device=device)
@@ -120,12 +125,12 @@ class Data:
         """One slot of a set through cuBLAS or cuDNN, or their like on a CPU, with its bias, but neither
         activation nor residual; of a convolution [1, O, H, W]."""
         layer, turn = self.layer, index % len(self.xs)
-        weight, bias = self.weights[index * self.slots + slot], self.bias[slot]
+        weight, bias = self.vendors[index * self.slots + slot], self.bias[slot]
         if layer.conv is None:
             return F.linear(self.xs[turn][slot], weight, bias)
         _, _, _, stride, padding = layer.conv
-        image, filters = self.xs[turn][slot].permute(0, 3, 1, 2), self.filters(weight).permute(0, 3, 1, 2)
-        return F.conv2d(image, filters, bias, stride, padding, groups=self.groups)
+        image = self.xs[turn][slot].permute(0, 3, 1, 2)
+        return F.conv2d(image, weight, bias, stride, padding, groups=self.groups)
 
     @property
     def groups(self) -> int:

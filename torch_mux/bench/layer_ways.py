@@ -214,13 +214,14 @@ class CpuWays:
     def _batched(self, index: int) -> Sequence[Tensor]:
         data, layer, count = self.data, self.data.layer, self.data.slots
         x = data.xs[index % len(data.xs)]
-        weights = data.weights[index * count : (index + 1) * count]
+        weights = data.vendors[index * count : (index + 1) * count]
         if layer.conv is None:
             return torch.baddbmm(data.bias[:, None], x, weights.transpose(1, 2)).unbind()
         _, _, _, stride, padding = layer.conv
         images = x[:, 0].permute(0, 3, 1, 2).flatten(0, 1)[None]
-        filters = data.filters(weights).permute(0, 1, 4, 2, 3).flatten(0, 1)
-        found = F.conv2d(images, filters, data.bias.flatten(), stride, padding, groups=count * data.groups)
+        found = F.conv2d(
+            images, weights.flatten(0, 1), data.bias.flatten(), stride, padding, groups=count * data.groups
+        )
         return found.reshape(count, 1, layer.n, *found.shape[2:]).unbind()
 
     def make(self, name: str) -> Way:
