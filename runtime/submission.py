@@ -21,6 +21,7 @@ __all__ = ["Call", "Submission"]
 
 #: An instance, the program's inputs in order, and the quota.
 Call = tuple[Instance, Sequence[object], Quota]
+_Place = tuple[ServedProgram, int, bool]
 
 
 class Submission:
@@ -53,9 +54,11 @@ class Submission:
             for instance, _, quota in calls:
                 self._quarantine.check((quota.tenant, instance.served.program.name), arrival)
 
+        known: dict[_Place, float | None] = {}
+
         def outlook(index: int, before: int) -> float | None:
             instance, _, quota = calls[index]
-            return self._outlook(instance.served, quota, before, arrival)
+            return self._outlook(instance.served, quota, before, arrival, known)
 
         try:
             waits = self._admission.admit(quotas, arrival, outlook)
@@ -90,15 +93,23 @@ class Submission:
             raise
         return requests
 
-    def _outlook(self, served: ServedProgram, quota: Quota, before: int, now: float) -> float | None:
-        """When a request would have ended: behind what is under way and what is queued of its tenant."""
+    def _outlook(
+        self, served: ServedProgram, quota: Quota, before: int, now: float, known: dict[_Place, float | None]
+    ) -> float | None:
+        """When a request would have ended: behind what is under way and what is queued of its tenant.
+
+        Args:
+            known: what was asked in the same call already.
+        """
         if not served.ready:
             return None
-        most = max(1, min(self._settings().max_bundle, served.slots))
         ahead, reserved = served.dispatcher.ahead(served, quota)
-        ahead += before
-        slots, bundles = min(most, ahead + 1), ahead // most + 1
-        return served.dispatcher.policy.outlook(served.key, slots, bundles, now, reserved)
+        place = served, ahead + before, reserved
+        if place not in known:
+            most = max(1, min(self._settings().max_bundle, served.slots))
+            slots, bundles = min(most, place[1] + 1), place[1] // most + 1
+            known[place] = served.dispatcher.policy.outlook(served.key, slots, bundles, now, reserved)
+        return known[place]
 
     def _make(
         self, calls: Sequence[Call], waits: Sequence[float] | None, arrival: float, requests: list[Request]
