@@ -354,7 +354,8 @@ class CudaExecutor:
 
     def join(self, requests: Sequence[Request]) -> None:
         """The caller's current stream waits for the requests' bundles."""
-        if not any(request.flight is not None or request.alone for request in requests):
+        requests = [request for request in requests if request.flight is not None or request.alone]
+        if not requests:
             return
         stream = compat.current_stream(self.device)
         address = stream.cuda_stream

@@ -88,13 +88,13 @@ class _System:
         self._ended.put(query)
 
     def _tell(self) -> None:
-        while (query := self._ended.get()) is not None:
-            answers = [self._loadgen.QuerySampleResponse(query, 0, 0)]
-            while not self._ended.empty() and (query := self._ended.get()) is not None:
-                answers.append(self._loadgen.QuerySampleResponse(query, 0, 0))
+        ended: list[int | None] = []
+        while None not in ended:
+            ended = [self._ended.get()]
+            while not self._ended.empty():
+                ended.append(self._ended.get())
+            answers = [self._loadgen.QuerySampleResponse(one, 0, 0) for one in ended if one is not None]
             self._loadgen.QuerySamplesComplete(answers)
-            if query is None:
-                return
 
     def close(self) -> None:
         """Ends the thread; every query has been answered."""
