@@ -101,7 +101,7 @@ def conv_launch(
     added: tuple[Any, ...] = (dtype_of(scale), dtype_of(shift), residual, name, aligned, problems is not None)
     form = conv_form(tuple(steps.values()), channels, groups, *added)
     operation = Operation("conv", sizes, x.dtype, bit_class, channels, kernel, form, name)
-    return Launch(conv_kernel, programs, arguments, tile, x.device, operation)
+    return Launch(conv_kernel, programs, arguments, tile, x.device, operation, registers=tile.registers)
 
 
 def conv(

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 
 from torch_mux.lowering.kernels.common import (
-    epilogue,
     find_slot,
     tile_ends,
     tile_origin,
     weight_pointer,
     working_set,
 )
+from torch_mux.lowering.kernels.linear_kernel import store
 
 __all__ = ["conv_kernel"]
 
@@ -49,32 +49,52 @@ def conv_sizes(slot, problems, m, n, height, width, out_height, out_width, C: tl
 
 
 @triton.jit
-def tap_step(x, weight_at, base, top, left, index, blocks, channels, height, width, pitch,
-             BLOCK_K: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+def taps_inside(top, left, height, width, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr,
+                DW: tl.constexpr):  # fmt: skip
+    """A bit a tap, in the order of taps, for every pixel: whether it lies inside the image; up to 31 taps."""
+    lines = top * 0
+    columns = left * 0
+    for down in tl.static_range(KH):
+        y = top + down * DH
+        lines += ((y >= 0) & (y < height)).to(tl.int32) << (down * KW)
+    for across in tl.static_range(KW):
+        z = left + across * DW
+        columns += ((z >= 0) & (z < width)).to(tl.int32) << across
+    return lines * columns  # each bit of one shifted by each of the other
+
+
+@triton.jit
+def tap_step(x, weight_at, at, taps, top, left, index, blocks, channels, height, width, pitch,
+             BLOCK_K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
              PADDED: tl.constexpr, EVEN_K: tl.constexpr):  # fmt: skip
-    """Pixels and weights of step ``index``: one block of channels of one tap."""
+    """Pixels and weights of step ``index``: one block of channels of one tap.
+
+    ``at`` is the offset of every pixel's first tap, ``taps`` what :func:`taps_inside` says. The offset from
+    there is one number a step, written so that what does not change folds: of one group without dilation and
+    whole blocks, only the way to the next line of taps is left besides ``index * BLOCK_K``.
+    """
     tap = index // blocks
+    line = index // (KW * blocks)
     start = (index - tap * blocks) * BLOCK_K
-    down = (tap // KW) * DH
-    across = (tap % KW) * DW
-    channel = start + tl.arange(0, BLOCK_K)
-    pixel = base + (down * width + across)
-    some = channel < channels
+    offset = index * BLOCK_K + tap * (DW * pitch - blocks * BLOCK_K) + line * ((DH * width - KW * DW) * pitch)
+    channel = tl.arange(0, BLOCK_K)
+    some = start + channel < channels
+    pixels = x + (at + offset)[:, None] + channel[None, :]
     if PADDED:
-        y = top + down
-        z = left + across
-        inside = (y >= 0) & (y < height) & (z >= 0) & (z < width)
-        at = x + tl.where(inside, pixel, 0)[:, None] * pitch + channel[None, :]
-        if EVEN_K:
-            a = tl.load(at, mask=inside[:, None], other=0.0)
+        if KH * KW <= 31:
+            inside = ((taps >> tap) & 1) != 0
         else:
-            a = tl.load(at, mask=inside[:, None] & some[None, :], other=0.0)
+            y = top + line * DH
+            z = left + (tap - line * KW) * DW
+            inside = (y >= 0) & (y < height) & (z >= 0) & (z < width)
+        if EVEN_K:
+            a = tl.load(pixels, mask=inside[:, None], other=0.0)
+        else:
+            a = tl.load(pixels, mask=inside[:, None] & some[None, :], other=0.0)
+    elif EVEN_K:
+        a = tl.load(pixels)
     else:
-        at = x + pixel[:, None] * pitch + channel[None, :]
-        if EVEN_K:
-            a = tl.load(at)
-        else:
-            a = tl.load(at, mask=some[None, :], other=0.0)
+        a = tl.load(pixels, mask=some[None, :], other=0.0)
     if EVEN_K:
         b = tl.load(weight_at + index * BLOCK_K)
     else:
@@ -124,6 +144,10 @@ def conv_tile(x, weight, row, column, m, n, height, width, out_height, out_width
     inner = tl.arange(0, BLOCK_K)
     weight_at = weight + (column % n)[None, :] * length + inner[:, None]
     blocks = (channels + BLOCK_K - 1) // BLOCK_K
+    at = base * pitch
+    taps = base
+    if (PH > 0 or PW > 0) and (KH * KW <= 31 and not GATHER):
+        taps = taps_inside(top, left, height, width, KH, KW, DH, DW)
     if GATHER:
         steps = (length + BLOCK_K - 1) // BLOCK_K
     else:
@@ -137,8 +161,8 @@ def conv_tile(x, weight, row, column, m, n, height, width, out_height, out_width
             a, b = flat_step(x, weight_at, base, top, left, index, length, channels, height, width, pitch,
                              BLOCK_K, KW, DH, DW, EVEN_K)  # fmt: skip
         else:
-            a, b = tap_step(x, weight_at, base, top, left, index, blocks, channels, height, width, pitch,
-                            BLOCK_K, KW, DH, DW, PH > 0 or PW > 0, EVEN_K)  # fmt: skip
+            a, b = tap_step(x, weight_at, at, taps, top, left, index, blocks, channels, height, width, pitch,
+                            BLOCK_K, KH, KW, DH, DW, PH > 0 or PW > 0, EVEN_K)  # fmt: skip
         if SWAP:
             acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
         else:
@@ -206,5 +230,5 @@ def conv_kernel(x, table, rows, control, out, residual, problems, scale, shift, 
         factors = None if scale is None else scale + line * scale_width + scale_offset + before
         terms = None if shift is None else shift + line * shift_width + shift_offset + before
         addend = None if residual is None else residual + out_offset + before
-        epilogue(acc, factors, terms, addend, out + out_offset + before, row, first_column, mm, nn,
-                 nn * GROUPS, ACTIVATION)  # fmt: skip
+        store(acc, factors, terms, addend, out + out_offset + before, row, first_column, mm, nn, nn * GROUPS,
+              ACTIVATION)  # fmt: skip

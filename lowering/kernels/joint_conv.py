@@ -13,7 +13,6 @@ from torch_mux.lowering.kernels import choose
 from torch_mux.lowering.kernels.common import (
     Launch,
     divisor,
-    epilogue,
     multiprocessors,
     settled,
     tile_origin,
@@ -23,6 +22,7 @@ from torch_mux.lowering.kernels.conv import cut, loaded_at_once
 from torch_mux.lowering.kernels.conv_kernel import conv_tile
 from torch_mux.lowering.kernels.data import Tile
 from torch_mux.lowering.kernels.joint import arguments_of, matching, numbered, pick, vector_of
+from torch_mux.lowering.kernels.linear_kernel import store
 
 __all__ = ["joint_conv_launch"]
 
@@ -67,8 +67,8 @@ def joint_conv_tile(member, local, each, x, table, rows, out, residual, scale, s
     terms = None if shift[0] is None else vector_of(member, shift, shift_width, line, shift_at, MEMBERS)
     start = slot.to(tl.int64) * mm * nn
     addend = None if residual[0] is None else pick(member, residual, MEMBERS) + start
-    epilogue(acc, factors, terms, addend, pick(member, out, MEMBERS) + start, row, left, mm, nn, nn,
-             ACTIVATION)  # fmt: skip
+    store(acc, factors, terms, addend, pick(member, out, MEMBERS) + start, row, left, mm, nn, nn,
+          ACTIVATION)  # fmt: skip
 
 
 POINTERS = ["x", "table", "rows", "control", "out", "residual", "scale", "shift"]
@@ -161,4 +161,6 @@ def joint_conv_launch(launches: Sequence[Launch], tile: Tile | None = None, sms:
         **arguments_of([launch.arguments for launch in launches], POINTERS, NUMBERS),
     }
     grid = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
-    return Launch(joint_conv_kernel, grid, arguments, tile, device, operation, plain=True)
+    return Launch(
+        joint_conv_kernel, grid, arguments, tile, device, operation, plain=True, registers=tile.registers
+    )

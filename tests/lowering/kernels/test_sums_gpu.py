@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 SLOTS = 2
 # channels in, height and width, channels out, kernel, stride, padding: the first is one step in some tiles
-CONV = [(4, 40, 64, 7, 2, 3), (64, 14, 64, 3, 1, 1), (64, 4, 128, 3, 1, 1)]
+CONV = [(4, 40, 64, 7, 2, 3), (64, 14, 64, 3, 1, 1), (64, 4, 128, 3, 1, 1), (256, 14, 256, 3, 2, 1)]
 
 
 def operand(shape: tuple[int, ...], fan: int, dtype: torch.dtype, spread: int) -> Tensor:
