@@ -120,6 +120,12 @@ _LEAN_HALF = (
 _DEEP = (
     Tile(64, 32, 128, 4, 4, 2),
     Tile(64, 16, 128, 4, 4, 2),
+    Tile(64, 64, 64, 4, 6, 2),
+)
+#: Of half precision besides, one program with most of a multiprocessor's shared memory.
+_DEEPEST = (
+    Tile(64, 128, 64, 4, 8, 1),
+    Tile(128, 128, 64, 8, 6, 1),
 )
 _MMA = (
     Tile(16, 16, 256, 4, 4, 3),
@@ -177,8 +183,8 @@ def candidates(
     base: tuple[Tile, ...] = _WGMMA if bit_class.family is Family.WGMMA else _MMA
     if bit_class.family is Family.WGMMA:
         base += _LEAN if lean else _DEEP
-        if lean and dtype.itemsize == 2 and not bit_class.swap:
-            base += _LEAN_HALF
+        if dtype.itemsize == 2 and not bit_class.swap:
+            base += _LEAN_HALF if lean else _DEEPEST
     if bit_class.gather and bit_class.family is Family.WGMMA:
         base = _NARROW if narrow else _GATHER
     if bit_class.step:
@@ -235,14 +241,15 @@ def _best(
             dict.fromkeys(
                 replace(each, block_k=_step(each.block_k, reduction))
                 for each in found
-                if each not in _DEEP or all(count % each.block_k == 0 for count in reduction)
+                if each not in _DEEP + _DEEPEST or all(count % each.block_k == 0 for count in reduction)
             )
         )
     entry = None
     if len(set(sizes)) == 1 and dtype.itemsize == 2 and wide:
         entry = table.nearest(bit_class, sizes[0], channels[0] if channels else None, len(sizes), sms)
     known = [] if entry is None else [each for each in found if each in entry.seconds]
-    found = tuple(each for each in found if not each.second_n)  # of which the model expects too much
+    # Of two widths the model expects too much, and other GPUs may lack the memory of the deepest.
+    found = tuple(each for each in found if not each.second_n and each not in _DEEPEST)
 
     def cost(each: Tile) -> float:
         expected = seconds(sizes, each, dtype, bit_class, sms, channels)

@@ -23,6 +23,7 @@ NUMBERS = [
         "kernels-split-h100.json",
         "kernels-families-h100.json",
         "kernels-epilogue-h100.json",
+        "kernels-conv-h100.json",
     )
 ]
 

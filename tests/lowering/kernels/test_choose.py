@@ -16,6 +16,7 @@ from torch_mux.lowering.kernels import choose, measured
 from torch_mux.lowering.kernels.data import BitClass, Family, Tile, family_of
 
 HALF = torch.float16
+MOST = 1 << 17  # bytes of shared memory that all but the deepest tiles stay below
 SIZE = st.integers(1, 5000)
 FOLDER = Path(__file__).parents[3] / "docs" / "benchmarks"
 NUMBERS = [
@@ -25,6 +26,7 @@ NUMBERS = [
         "kernels-split-h100.json",
         "kernels-families-h100.json",
         "kernels-epilogue-h100.json",
+        "kernels-conv-h100.json",
     )
 ]
 
@@ -180,6 +182,25 @@ def test_tiles_of_two_widths_are_taken_where_they_were_measured() -> None:
     for m in (64, 128, 197, 512):
         for slots in (1, 4, 16):
             assert not choose.tile([(m, 768, 768)] * slots, HALF, own, 132, table=table).second_n
+
+
+def test_the_deepest_tiles_are_taken_where_they_were_measured() -> None:
+    size, own = (196, 256, 2304), BitClass(None)
+    deepest = [each for each in choose.candidates(own, HALF, lean=False) if held(each) > MOST]
+    assert deepest and not [
+        each for each in choose.candidates(own, torch.float32, lean=False) if held(each, 4) > MOST
+    ]
+    for deep in deepest:
+        table = measured.Table("sm_90", 132, (measured.Entry(own, size, 256, 16, {deep: 5e-6}),))
+        assert choose.conv_tile([size] * 16, [256] * 16, HALF, own, 132, table=table) == deep
+        for sms, slots in ((108, 16), (132, 4)):
+            other = choose.conv_tile([size] * slots, [256] * slots, HALF, own, sms, table=table)
+            assert held(other) <= MOST  # what a program may have where the table says nothing
+
+
+def held(tile: Tile, itemsize: int = 2) -> int:
+    """Bytes of shared memory that the pipeline of a program takes."""
+    return (tile.block_m + tile.width) * tile.block_k * tile.stages * itemsize
 
 
 def test_slots_of_different_sizes_have_a_tile_in_common() -> None:

@@ -30,6 +30,7 @@ CONTROL = torch.zeros(2, dtype=torch.int32)
 ARENA = torch.zeros(16, 8192)
 BIG = Tile(128, 128, 64, 4, 3, 2)
 EIGHT, TWO = Tile(128, 128, 64, 8, 3, 2), Tile(128, 64, 64, 4, 4, 2, second_n=32)
+DEEP = Tile(64, 128, 64, 4, 8, 1)
 SCALED = {"scale": Vector(ARENA, 4096), "activation": "relu"}
 BIAS = {"residual": None, "activation": "none"}
 
@@ -139,6 +140,27 @@ WGMMA = {
     "conv 3x3 64 @56": lambda: conv_of(16, 64, 56, 64, 3, 1, HALF),
     "conv 3x3 128 @28, largest tile": lambda: conv_of(16, 128, 28, 128, 3, 1, BRAIN, tile=BIG),
     "conv 3x3 96 @28": lambda: conv_of(4, 96, 28, 96, 3, 1, HALF),
+    "conv 3x3 256 @14, eight buffers": lambda: conv_of(16, 256, 14, 256, 3, 1, HALF, tile=DEEP),
+    "conv 3x3 256 @14, six buffers, eight warps": lambda: conv_of(
+        16,
+        256,
+        14,
+        256,
+        3,
+        1,
+        BRAIN,
+        tile=Tile(128, 128, 64, 8, 6, 1),
+        residual=torch.empty(16, 1, 14, 14, 256, dtype=BRAIN),
+    ),
+    "conv 3x3 128 @28, eight warps": lambda: conv_of(16, 128, 28, 128, 3, 1, HALF, tile=EIGHT),
+    "convs 3x3 of two programs, eight warps": lambda: joint(
+        conv_of(4, 128, 28, 128, 3, 1, HALF), conv_of(4, 128, 14, 256, 3, 1, HALF), tile=EIGHT
+    ),
+    "convs 3x3 of two programs, eight buffers": lambda: joint(
+        conv_of(4, 256, 14, 256, 3, 1, HALF), conv_of(4, 256, 7, 512, 3, 1, HALF), tile=DEEP
+    ),
+    "conv 5x5, of 25 taps": lambda: conv_of(16, 64, 28, 64, 5, 1, HALF),
+    "conv 7x7, of 49 taps": lambda: conv_of(16, 64, 28, 64, 7, 1, HALF),
     "conv 1x1 strided": lambda: conv_of(16, 256, 56, 512, 1, 2, HALF),
     "conv 3x3 of 16 channels": lambda: conv_of(16, 16, 32, 32, 3, 1, HALF),
     "conv, ragged": ragged_conv,
