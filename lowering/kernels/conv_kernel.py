@@ -105,19 +105,25 @@ def tap_step(x, weight_at, at, taps, top, left, index, blocks, channels, height,
 @triton.jit
 def flat_step(x, weight_at, base, top, left, index, length, channels, height, width, pitch,
               BLOCK_K: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-              EVEN_K: tl.constexpr):  # fmt: skip
+              PADDED: tl.constexpr, EVEN_K: tl.constexpr):  # fmt: skip
     """Pixels and weights of step ``index`` where K is flattened over taps and channels."""
     k = index * BLOCK_K + tl.arange(0, BLOCK_K)
     tap = k // channels
     down = (tap // KW) * DH
     across = (tap % KW) * DW
-    y = top[:, None] + down[None, :]
-    z = left[:, None] + across[None, :]
-    inside = (y >= 0) & (y < height) & (z >= 0) & (z < width)
-    if not EVEN_K:
-        inside = inside & (k < length)[None, :]
     pixel = base[:, None] + (down * width + across)[None, :]
-    a = tl.load(x + tl.where(inside, pixel, 0) * pitch + (k % channels)[None, :], mask=inside, other=0.0)
+    channel = (k % channels)[None, :]
+    if PADDED:
+        y = top[:, None] + down[None, :]
+        z = left[:, None] + across[None, :]
+        inside = (y >= 0) & (y < height) & (z >= 0) & (z < width)
+        if not EVEN_K:
+            inside = inside & (k < length)[None, :]
+        a = tl.load(x + tl.where(inside, pixel, 0) * pitch + channel, mask=inside, other=0.0)
+    elif EVEN_K:
+        a = tl.load(x + pixel * pitch + channel)
+    else:
+        a = tl.load(x + pixel * pitch + channel, mask=(k < length)[None, :], other=0.0)
     if EVEN_K:
         b = tl.load(weight_at + index * BLOCK_K)
     else:
@@ -159,7 +165,7 @@ def conv_tile(x, weight, row, column, m, n, height, width, out_height, out_width
     for index in range(steps):
         if GATHER:
             a, b = flat_step(x, weight_at, base, top, left, index, length, channels, height, width, pitch,
-                             BLOCK_K, KW, DH, DW, EVEN_K)  # fmt: skip
+                             BLOCK_K, KW, DH, DW, PH > 0 or PW > 0, EVEN_K)  # fmt: skip
         else:
             a, b = tap_step(x, weight_at, at, taps, top, left, index, blocks, channels, height, width, pitch,
                             BLOCK_K, KH, KW, DH, DW, PH > 0 or PW > 0, EVEN_K)  # fmt: skip

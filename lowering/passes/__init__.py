@@ -17,6 +17,7 @@ from . import (
     canonicalise,
     channels_last,
     fold_batch_norm,
+    fold_columns,
     fuse_epilogues,
     join_siblings,
     pad_channels,
@@ -41,6 +42,7 @@ PASSES: Final[tuple[Pass, ...]] = (
     plain_convolutions.run,
     reshape_patches.run,
     pad_channels.run,
+    fold_columns.run,
     channels_last.run,
     join_siblings.run,
 )

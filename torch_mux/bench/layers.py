@@ -1,6 +1,7 @@
 """The layer shapes of the benchmarked models, as the lowering leaves them.
 
-An image has four channels (three are measured to show why), and patches are gathered for a linear layer.
+An image has four channels (three are measured to show why), and patches are gathered for a linear layer. The
+stem stands here as it was before the lowering folded its strided columns into channels.
 """
 
 from __future__ import annotations

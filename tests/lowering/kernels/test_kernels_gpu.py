@@ -25,7 +25,8 @@ CONV = [(3, 40, 64, 7, 2, 3, 1), (4, 40, 64, 7, 2, 3, 1), (16, 14, 24, 3, 1, 1, 
         (96, 14, 96, 3, 2, 1, 1), (64, 15, 40, 3, 1, 2, 2), (128, 14, 256, 1, 2, 0, 1),
         (64, 4, 128, 3, 1, 1, 1), (20, 9, 10, 5, 1, 2, 1), (256, 14, 256, 3, 1, 1, 1, 32),
         (48, 15, 72, 3, 2, 1, 1, 3), (128, 9, 192, 3, 1, 2, 2, 2), (15, 9, 6, 3, 1, 1, 1, 3),
-        (64, 9, 32, 1, 1, 0, 1, 4), (64, 12, 32, 7, 2, 3, 1), (64, 12, 32, 5, 1, 4, 2)]  # fmt: skip
+        (64, 9, 32, 1, 1, 0, 1, 4), (64, 12, 32, 7, 2, 3, 1), (64, 12, 32, 5, 1, 4, 2),
+        (8, 20, 64, 5, 2, 0, 1), (12, 15, 24, 3, 1, 0, 2)]  # fmt: skip
 DEPTHWISE = [
     (96, 28, 96, 3, 1, 1, 1, 96),
     (144, 15, 144, 5, 2, 2, 1, 144),
@@ -41,7 +42,7 @@ LINEAR_TILES = [((8, 70, 72), HALF, False), ((197, 768, 768), HALF, False), ((13
 CONV_TILES = [(CONV[0], HALF, False), (CONV[2], HALF, False), (CONV[3], HALF, False), (CONV[4], BRAIN, False),
               (CONV[6], HALF, False), (CONV[7], HALF, False), (CONV[3], FULL, False), (CONV[3], FULL, True),
               (CONV[9], HALF, False), (CONV[11], HALF, False), (CONV[14], HALF, False),
-              (CONV[15], BRAIN, False)]  # fmt: skip
+              (CONV[15], BRAIN, False), (CONV[16], HALF, False), (CONV[17], HALF, False)]  # fmt: skip
 
 
 def linear_case(tools: Any, slots: int, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:

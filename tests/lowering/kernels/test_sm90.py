@@ -231,6 +231,18 @@ def test_stem(channels: int, width: int) -> None:
     assert found.programs_per_sm >= launch.tile.programs_per_sm
 
 
+def test_stem_of_folded_columns() -> None:
+    x, out = torch.empty(16, 1, 230, 115, 8, dtype=HALF), torch.empty(16, 1, 112, 112, 64, dtype=HALF)
+    launch = conv_launch(
+        x, TABLE, 1, ROWS, CONTROL, out, kernel=(7, 4), stride=(2, 1), shift=Vector(ARENA, 0),
+        activation="relu", sms=132,
+    )  # fmt: skip
+    found = compile_launch(launch)
+    assert (found.stack, found.cp_async_bytes) == (0, 16)
+    assert found.wgmma > 0
+    assert found.programs_per_sm >= launch.tile.programs_per_sm
+
+
 def depthwise_of(c: int, kernel: int, dtype: torch.dtype, multiplier: int = 1, **named: Any) -> Launch:
     x = torch.empty(16, 1, 28, 28, c, dtype=dtype)
     out = torch.empty(16, 1, 28, 28, c * multiplier, dtype=dtype)

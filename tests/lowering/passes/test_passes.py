@@ -269,6 +269,45 @@ def test_few_channels_are_padded(lowered: Lowered, monkeypatch: pytest.MonkeyPat
     _check(module, lambda x, w: F.conv2d(x, w), values)
 
 
+@pytest.mark.parametrize(("size", "taps", "padding", "stride", "dilation"), [
+    ((9, 8), (7, 7), (3, 3), (2, 2), (1, 1)),
+    ((6, 9), (3, 3), (1, 1), (2, 2), (1, 1)),
+    ((8, 11), (2, 5), (0, 2), (1, 2), (2, 1)),
+    ((5, 8), (1, 4), (0, 0), (1, 2), (1, 1)),
+    ((5, 10), (3, 3), (0, 0), (1, 2), (1, 1)),
+])  # fmt: skip
+def test_the_stride_of_an_image_is_folded_into_its_channels(
+    lowered: Lowered, monkeypatch: pytest.MonkeyPatch, program_of: Any, size: tuple[int, int],
+    taps: tuple[int, int], padding: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int],
+) -> None:  # fmt: skip
+    """The pass itself, on a graph whose values only say that they are half precision on CUDA."""
+    from torch_mux.lowering.passes import fold_columns
+    from torch_mux.settings import Settings
+
+    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.relu(F.conv2d(x, w, b, stride, padding, dilation))
+
+    values = [torch.randn(2, 4, *size), torch.randn(6, 4, *taps), torch.randn(6)]
+    module = lowered(program_of(function, values[:1], values[1:]))
+
+    class OnCuda:
+        device, dtype = torch.device("cuda"), torch.float16
+
+        def is_contiguous(self) -> bool:
+            return False
+
+    monkeypatch.setattr(fold_columns, "fake_of", lambda node: OnCuda())
+    module = fold_columns.run(module, Settings())
+    kernel = next(node for node in module.graph.nodes if str(node.target) == "mux.convolution.default")
+    x, weight, *_, steps, border = kernel.args[:7]
+    columns = -(-taps[1] // 2)
+    assert (steps, border) == ([stride[0], 1], [0, 0])
+    assert tuple(fake_of(weight).shape) == (6, 8, taps[0], columns)
+    out = tuple(fake_of(kernel).shape)
+    assert tuple(fake_of(x).shape) == (2, 8, size[0] + 2 * padding[0], out[3] - 1 + columns)
+    _check(module, function, values)
+
+
 def test_batch_norm_enters_the_epilogue(program_of: Callable[..., Any], lowered: Lowered) -> None:
     def function(x: Tensor, w: Tensor, *norm: Tensor) -> Tensor:
         return F.relu(_batch_norm(F.conv2d(x, w, None, padding=1), *norm) + x)
