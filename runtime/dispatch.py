@@ -82,11 +82,8 @@ class Dispatcher:
         """Whether a bundle went out within the last second."""
         return self._clock() - self._runner.went < _LATELY
 
-    def enqueue(self, requests: Sequence[Request], kick: bool = False) -> None:
+    def enqueue(self, requests: Sequence[Request]) -> None:
         """Appends requests, all at once: none of them goes out before the last is there.
-
-        Args:
-            kick: as if :meth:`kick` followed.
 
         Raises:
             ClosedError: the engine was closed.
@@ -102,10 +99,7 @@ class Dispatcher:
                 (taken if request.error is None else failed).append(request)
             alarm = self._line.extend(taken)
             self._line.rouse(None if alarm else requests)
-            help_out = self._kicked() if kick else None
-        if help_out is not None:
-            help_out()
-        elif alarm:
+        if alarm:
             self.service.poke()
         if failed:
             self._runner.end(failed, self._clock())
@@ -118,7 +112,6 @@ class Dispatcher:
         device here.
         """
         with self._mutex:
-            self._line.rouse()
             help_out = self._kicked()
         help_out()
 

@@ -166,7 +166,8 @@ class Request:
 
     def done(self) -> bool:
         """Whether it ended: result, error or cancellation; on CUDA once the device has finished it."""
-        return self.state is not _QUEUED and self.state is not _RUNNING
+        state = self.state  # once: what was running may be put back meanwhile
+        return state is not _QUEUED and state is not _RUNNING
 
     def cancel(self) -> bool:
         """Takes it out of the queue; False when it has gone out already."""

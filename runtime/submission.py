@@ -82,7 +82,7 @@ class Submission:
                 if mark is not None:
                     for request in own:
                         request.mark = mark
-                dispatcher.enqueue(own, kick)
+                dispatcher.enqueue(own)
                 queued.extend(own)
         except BaseException:
             # What was queued gives its memory back when it ends.
@@ -91,6 +91,9 @@ class Submission:
             self._memory.cancel([(instance, quota) for instance, _, quota in left])
             self._admission.withdraw([quota for _, _, quota in left])
             raise
+        if kick:  # of what is queued by now: to be interrupted here must not take it back
+            for dispatcher, _ in by_dispatcher(requests):
+                dispatcher.kick()
         return requests
 
     def _outlook(

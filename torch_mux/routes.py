@@ -194,7 +194,7 @@ class Route:
         What the key says of tensors the check says too, and a tensor that is there twice is no such route.
         """
         return (
-            len(args) == len(self.tensors)
+            len(args) == len(self.tensors) == len(key) - 2
             and here.grad is key[0]
             and here.inference is key[1]
             and not self.instance.dropped

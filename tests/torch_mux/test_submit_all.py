@@ -19,6 +19,7 @@ from torch_mux.errors import (
     NotCompiled,
     Overloaded,
 )
+from torch_mux.runtime.dispatch import Dispatcher
 
 
 class Net(nn.Module):
@@ -160,3 +161,45 @@ def test_a_changed_weight_is_used_at_once() -> None:
     answers = [future.result() for future in torch_mux.submit_all(*((model, x) for model in models))]
     for model, answer in zip(models, answers, strict=True):
         torch.testing.assert_close(answer, model._orig_mod(x), rtol=1e-5, atol=1e-6)
+
+
+class Scaled(Net):
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        return super().forward(x) * scale
+
+
+def test_an_argument_that_is_left_out_is_another_call() -> None:
+    (model,), x = make(1, Scaled), torch.randn(2, 8)
+    once, twice = model(x, 3.0), model(x)
+    for _ in range(3):
+        assert torch.equal(torch_mux.submit(model, x, 3.0).result(), once)
+        assert torch.equal(torch_mux.submit(model, x).result(), twice)
+        assert torch.equal(torch_mux.gather((model, x, 3.0))[0], once)
+        assert torch.equal(torch_mux.gather((model, x))[0], twice)
+
+
+def test_a_held_request_goes_out_in_time_though_its_caller_sent_the_others_out() -> None:
+    torch_mux.configure(max_bundle=2, max_wait=0, linger=0)
+    models, x = make(2), torch.randn(2, 8)
+    slow = torch_mux.quota("slow", rate=5.0, burst=1)
+    for model in models:
+        torch_mux.submit(model, x).result()
+    requests = [(models[index % 2], x) for index in range(20)]
+    for future in torch_mux.submit_all(*requests, *[(slow, models[0], x)] * 2):
+        future.result(timeout=5.0)
+
+
+def test_an_interrupt_behind_the_queue_takes_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    (model,), x = make(1), torch.randn(2, 8)
+    torch_mux.submit(model, x).result()
+
+    def interrupted(dispatcher: Dispatcher) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dispatcher, "_kicked", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            torch_mux.submit(model, x)
+    assert torch_mux.stats().tenants["default"].pending == 1
+    torch_mux.submit(model, x).result()
+    assert torch_mux.stats().tenants["default"].pending == 0
