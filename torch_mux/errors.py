@@ -200,6 +200,12 @@ class DeviceFailed(MuxError):
     message = "{device} serves nothing more in this process: {fault}; start a new process"
 
 
+class StreamCaptured(MuxError):
+    """A request was made while the calling thread's CUDA stream is being captured into a graph."""
+
+    message = "a request cannot be part of a CUDA graph: submit it outside of the capture of this stream"
+
+
 class ExecutionFailed(MuxError):
     """A plan raised while it ran; the cause is chained."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_mux import compat
-from torch_mux.errors import DeviceFailed
+from torch_mux.errors import DeviceFailed, StreamCaptured
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.beside import apart, limited
 from torch_mux.runtime.bundle import Bundle, cap_of
@@ -104,11 +104,10 @@ class CudaExecutor:
         return self._lanes.loads()
 
     def mark(self) -> object:
-        """An event on the caller's current stream, or None where nothing is under way there."""
+        """An event on the caller's current stream."""
+        if compat.is_capturing():
+            raise StreamCaptured
         stream = compat.current_stream(self.device)
-        native = compat.native.enqueue()
-        if native is not None and native.idle(stream.cuda_stream) and compat.is_current(self.device):
-            return None
         mark = self._marks.take(stream)
         try:
             mark.record(stream)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_mux.compat import native
+from torch_mux.errors import StreamCaptured
 from torch_mux.runtime import lanes
 from torch_mux.runtime.scheduler.base import View
 from torch_mux.runtime.scheduler.policy import FairPolicy
@@ -66,6 +67,25 @@ def test_direct_captured_and_padded_have_the_same_bits(lab: Any, capture: bool) 
             assert engine.quiesce(60)
     assert engine.plans()[0].capture_failures == ()
     assert engine.plans()[0].captured == (((1, 2, 3, 5, 8),) if capture else ((),))
+
+
+def test_a_request_inside_of_a_users_capture_is_refused_and_harms_nobody(lab: Any) -> None:
+    engine = lab.gpu_engine()
+    program, models = served(engine, lab, 2)
+    want = bundle(engine, lab, program, models)
+    graph, y = torch.cuda.CUDAGraph(), torch.zeros(8, device=CUDA)
+    with torch.cuda.graph(graph):
+        with pytest.raises(StreamCaptured, match="outside"):
+            bundle(engine, lab, program, models)
+        y += 1
+    graph.replay()
+    assert y.sum().item() == 8.0
+    got = bundle(engine, lab, program, models)
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(got, want, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_a_captured_size_runs_no_python(lab: Any) -> None:

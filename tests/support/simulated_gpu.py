@@ -152,9 +152,6 @@ class _Native:
         work(3e-6)
         events[event].at = time.perf_counter()
 
-    def idle(self, stream: int) -> bool:
-        return stream not in streams or time.perf_counter() >= streams[stream].free
-
     def enqueue(
         self,
         stream: int,
@@ -327,6 +324,7 @@ def simulated_engine(timing: Timing, **settings: Any) -> Iterator[tuple[Engine, 
         patch(lanes.Lane, "measure_pool", lambda lane: hold(timing.snapshot))
         patch(compat.native, "enqueue", lambda: native)
         patch(compat, "is_current", lambda device: True)
+        patch(compat, "is_capturing", lambda: False)
         patch(compat, "current_stream", current)
         patch(compat, "on_stream", lambda stream: contextlib.nullcontext())
         patch(compat, "guard_synchronize", lambda: None)

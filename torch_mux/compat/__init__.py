@@ -71,6 +71,7 @@ from .saved_code import (
 )
 from .streams import (
     current_stream,
+    is_capturing,
     is_current,
     is_device_error,
     on_stream,
@@ -114,6 +115,7 @@ __all__ = [
     "input_facts",
     "install_first_call_guard",
     "install_tracing_check",
+    "is_capturing",
     "is_current",
     "is_device_error",
     "is_fake",

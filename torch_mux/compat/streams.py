@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["current_stream", "is_current", "is_device_error", "on_stream"]
+__all__ = ["current_stream", "is_capturing", "is_current", "is_device_error", "on_stream"]
 
 _MOST = 256
 _known: dict[tuple[int, int], torch.cuda.Stream] = {}
@@ -23,6 +23,11 @@ def current_stream(device: torch.device) -> torch.cuda.Stream:
             _known.clear()
         found = _known[index, raw] = torch.cuda.current_stream(device)
     return found
+
+
+def is_capturing() -> bool:
+    """Whether the calling thread's current CUDA stream is being captured into a graph."""
+    return bool(torch.cuda.is_current_stream_capturing())
 
 
 def is_current(device: torch.device) -> bool:

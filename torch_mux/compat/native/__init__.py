@@ -103,10 +103,6 @@ class Enqueue(Protocol):
         """
         ...
 
-    def idle(self, stream: int, /) -> bool:
-        """Whether everything on a stream has ended; False also where that cannot be told."""
-        ...
-
     def enqueue(
         self,
         stream: int,

@@ -141,7 +141,6 @@ PyMethodDef methods[] = {
     {"same", same, METH_VARARGS, "Whether dicts hold the very same objects, flags are as they were, and no hook is there."},
     {"can_enqueue", torch_mux_can_enqueue, METH_NOARGS, "Whether a CUDA runtime is loaded."},
     {"record", torch_mux_record, METH_VARARGS, "Records an event on a stream, both by address."},
-    {"idle", torch_mux_idle, METH_O, "Whether everything on a stream has ended."},
     {"enqueue", torch_mux_enqueue, METH_VARARGS, "Puts one captured bundle on a stream."},
     {"await_any", torch_mux_await_any, METH_VARARGS, "Waits until one of some events has been reached."},
     {nullptr, nullptr, 0, nullptr},

@@ -20,7 +20,6 @@ struct Runtime {
   int (*copy)(void* to, const void* from, size_t bytes, int kind, void* stream);
   int (*launch)(void* graph, void* stream);
   int (*query)(void* event);
-  int (*query_stream)(void* stream);
   const char* (*explain)(int error);
   int (*forget)();
 
@@ -35,12 +34,11 @@ struct Runtime {
     find(copy, "cudaMemcpyAsync");
     find(launch, "cudaGraphLaunch");
     find(query, "cudaEventQuery");
-    find(query_stream, "cudaStreamQuery");
     find(explain, "cudaGetErrorString");
     find(forget, "cudaGetLastError");
   }
 
-  bool found() const { return wait && record && copy && launch && query && query_stream && explain && forget; }
+  bool found() const { return wait && record && copy && launch && query && explain && forget; }
 };
 
 const Runtime& runtime() {
@@ -81,17 +79,6 @@ PyObject* torch_mux_record(PyObject*, PyObject* args) {
   Py_END_ALLOW_THREADS;
   if (error != 0) return failed(error);
   Py_RETURN_NONE;
-}
-
-// idle(stream: int) -> bool
-PyObject* torch_mux_idle(PyObject*, PyObject* stream) {
-  void* on = PyLong_AsVoidPtr(stream);
-  if (on == nullptr && PyErr_Occurred()) return nullptr;
-  const Runtime& cuda = runtime();
-  if (!cuda.found()) return PyErr_Format(PyExc_RuntimeError, "no CUDA runtime is loaded");
-  const bool idle = cuda.query_stream(on) == 0;
-  if (!idle) cuda.forget();  // that there is work is no error; what is one is told by the next call
-  return PyBool_FromLong(idle);
 }
 
 // enqueue(stream: int, marks: list[int], start: int, table: int, host: int, bytes: int, graph: int, end: int,
