@@ -43,7 +43,7 @@ _KERNELS: dict[Any, str] = {
     LINEAR: "linear",
     LINEARS: "joined linear",
     CONVOLUTION: "conv",
-    BLOCK: "block of convs",
+    BLOCK: "block",
     ATTENTION: "attention",
     torch.ops.aten.embedding.default: "embedding",
 }
