@@ -110,6 +110,26 @@ def test_one_chain(last: int, program_of: Callable[..., Any], lowered: Callable[
         torch.testing.assert_close(one.double(), want, rtol=5e-3, atol=1e-2)
 
 
+def test_a_branch_takes_the_sum_with_its_shortcut(
+    program_of: Callable[..., Any], lowered: Callable[[Any], GraphModule]
+) -> None:
+    """A ResNet's first bottleneck of a stage adds what another convolution made of its input."""
+
+    def stage(x: Tensor, *rest: Tensor) -> Any:
+        short, w, wide, last, short_norm, *norms = rest
+        y = F.relu(norm(F.conv2d(x, w, padding=1), norms[0]))
+        y = norm(F.conv2d(y, wide), norms[1])
+        return F.relu(norm(F.conv2d(F.relu(y + norm(F.conv2d(x, short), short_norm)), last), norms[2]))
+
+    x, _, w, wide, last, *norms = operands()
+    values = [x, wide.flip(0), w, wide, last, norms[1].flip(1), *norms]
+    module = lowered(program_of(stage, values[:1], values[1:]))
+    assert targets(module) == [CONV, BLOCK]
+    with torch.no_grad():
+        got, exact = module(*values), stage(*(value.double() for value in values))
+    torch.testing.assert_close(got.double(), exact, rtol=5e-3, atol=1e-2)
+
+
 def no_residual(x: Tensor, added: Tensor, w: Tensor, wide: Tensor, last: Tensor, *norms: Tensor) -> Tensor:
     y = F.relu(norm(F.conv2d(x, w, padding=1), norms[0]))
     return F.relu(norm(F.conv2d(F.relu(norm(F.conv2d(y, wide), norms[1])), last), norms[2])) + added[:, :64]
