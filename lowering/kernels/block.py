@@ -68,7 +68,7 @@ def block_launch(
         "table_width": table.stride(0), "column": first, "wide_column": wide, "last_column": last,
         **_arena("scale", scales), **_arena("shift", shifts), "C": channels, "WIDE": size.wide,
         "LAST": size.last, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-        "STAGES": tile.stages, "SUM_STAGES": tile.sum_stages, "PROGRAMS_PER_SM": tile.programs_per_sm,
+        "SUM_STAGES": tile.sum_stages, "PROGRAMS_PER_SM": tile.programs_per_sm,
         "ALIGNED": aligned,
     }  # fmt: skip
     sizes = ((size.pixels, size.wide, size.last),) * slots

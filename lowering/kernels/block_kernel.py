@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from torch_mux.lowering.kernels.common import activate, plus, weight_pointer, working_set
+from torch_mux.lowering.kernels.conv_kernel import conv_tile
 
 __all__ = ["block_kernel"]
 
@@ -25,45 +26,6 @@ def scaled(acc, scale, shift, column):
     return acc
 
 
-@triton.jit
-def taps_inside(pixel, height, width):
-    """A bit for each of the nine taps around ``pixel``: whether it lies inside the image."""
-    rest = pixel % (height * width)
-    line = rest // width
-    across = rest - line * width
-    rows = pixel * 0
-    columns = rows
-    for tap in tl.static_range(3):
-        y = line + (tap - 1)
-        z = across + (tap - 1)
-        rows += ((y >= 0) & (y < height)).to(tl.int32) << (3 * tap)
-        columns += ((z >= 0) & (z < width)).to(tl.int32) << tap
-    return rows * columns
-
-
-@triton.jit
-def conv3x3(x, weight, pixel, height, width, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-            STAGES: tl.constexpr):  # fmt: skip
-    """fp32 [BLOCK_M, C]: the 3 by 3 convolution, with a padding of one, of the rows ``pixel`` of x [m, C].
-
-    A pixel that lies outside the image is never read: only its address is computed.
-    """
-    BLOCKS: tl.constexpr = C // BLOCK_K
-    inner = tl.arange(0, BLOCK_K)
-    inside = taps_inside(pixel, height, width)
-    first_tap = (pixel - width - 1) * C
-    weight_at = weight + tl.arange(0, C)[None, :] * (9 * C) + inner[:, None]
-    down = (width - 3) * C
-    acc = tl.zeros((BLOCK_M, C), tl.float32)
-    for index in tl.range(0, 9 * BLOCKS, num_stages=STAGES):
-        offset = index * BLOCK_K + (index // (3 * BLOCKS)) * down
-        b = tl.load(weight_at + index * BLOCK_K)
-        mask = ((inside >> (index // BLOCKS)) & 1)[:, None] != 0
-        a = tl.load(x + (first_tap + offset)[:, None] + inner[None, :], mask=mask, other=0.0)
-        acc = tl.dot(a, b, acc)
-    return acc
-
-
 TABLES = ["table", "rows", "control"]
 SIZES = ["slots", "m", "height", "width", "table_width", "column", "wide_column", "last_column",
          "scale_width", "scale_offset", "scale_wide", "scale_last",
@@ -75,7 +37,7 @@ def block_kernel(x, table, rows, control, summed, out, residual, scale, shift, s
                  table_width, column, wide_column, last_column, scale_width, scale_offset, scale_wide,
                  scale_last, shift_width, shift_offset, shift_wide, shift_last, C: tl.constexpr,
                  WIDE: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SUM_STAGES: tl.constexpr,
+                 BLOCK_K: tl.constexpr, SUM_STAGES: tl.constexpr,
                  PROGRAMS_PER_SM: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Programs take blocks of pixels in slot order until those of the active slots are done.
 
@@ -99,7 +61,8 @@ def block_kernel(x, table, rows, control, summed, out, residual, scale, shift, s
         row = (tile - slot * each) * BLOCK_M + tl.arange(0, BLOCK_M)
         pixel = row % m  # past the end: other pixels, not one cache line for all
         channel = tl.arange(0, C)
-        acc = conv3x3(x + before * C, weight, pixel, height, width, C, BLOCK_M, BLOCK_K, STAGES)
+        acc = conv_tile(x + before * C, weight, row, channel, m, C, height, width, height, width, C, C,
+                        BLOCK_M, C, BLOCK_K, 3, 3, 1, 1, 1, 1, 1, 1, False, True, False, "ieee")  # fmt: skip
         acc = scaled(acc, None if factors is None else factors + scale_offset, terms + shift_offset, channel)
         middle = activate(acc, "relu").to(half)
         some = tl.arange(0, BLOCK_N)
