@@ -31,13 +31,14 @@ class Chain:
                 found *= torch.exp2(torch.randint(-6, 7, shape, device=CUDA).float())
             return found
 
+        smaller = 16 if spread else 1  # or sums would leave half precision's range
         self.last, self.dtype = last, dtype
         self.x = tools.guarded(values(slots, 1, side, side, 64).to(dtype))
         self.residual = tools.guarded(values(slots, 1, side, side, 256).to(dtype))
         kernels = [(64, 3, 3, 64), (256, 1, 1, 64), (last, 1, 1, 256)]
         self.weights = [
             [
-                tools.guarded((values(*shape) / (shape[1] ** 2 * shape[3]) ** 0.5).to(dtype))
+                tools.guarded((values(*shape) / (shape[1] ** 2 * shape[3]) ** 0.5 / smaller).to(dtype))
                 for _ in range(slots)
             ]
             for shape in kernels
