@@ -15,6 +15,7 @@ from torch_mux import compat
 from torch_mux.types import FallbackKind, FallbackReason, TensorSpec
 
 from .graphs import ROLE, call_nodes, is_random, outputs_of, placeholders, tensors_in
+from .ops.block import BLOCK
 from .ops.semantic import CONVOLUTION, LINEAR, LINEARS
 from .prepare import INDEX, Prepare
 from .rules import Context, NoRule, Parameter, Slotted, rule_for
@@ -25,7 +26,7 @@ __all__ = ["SlotSpace", "dense_order", "evaluate", "lay_out", "mark"]
 aten = torch.ops.aten
 
 #: Operation → position of the operand, or of several, that is read through the pointer table.
-_POINTED: dict[Any, int] = {LINEAR: 1, LINEARS: 1, CONVOLUTION: 1, aten.embedding.default: 0}
+_POINTED: dict[Any, int] = {LINEAR: 1, LINEARS: 1, CONVOLUTION: 1, BLOCK: 1, aten.embedding.default: 0}
 #: Elements of an arena row start on whole cache lines.
 _LINE = 128
 _SLOTS_HINT, _CAPACITY_HINT = 16, 64

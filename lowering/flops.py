@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from torch import SymInt, Tensor
 from torch.fx import Node
@@ -31,6 +31,10 @@ def flops_of(node: Node) -> int:
     if name.startswith("mux.attention") or ("scaled_dot_product" in name and "backward" not in name):
         query, key, value = (_shape(argument) for argument in node.args[:3])
         return int(sdpa_flop_count(query, key, value))
+    if name.startswith("mux.block"):  # every weight meets every pixel of the image
+        image = _shape(node.args[0])
+        weights = cast("Sequence[Node]", node.args[1])
+        return 2 * math.prod((image[0], *image[2:])) * sum(math.prod(_shape(weight)) for weight in weights)
     if namespace == "mux":
         return _super_kernel(node, name)
     if name.startswith("aten.linear."):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "emit",
     "fake_of",
     "fresh_meta",
+    "hoist",
     "is_random",
     "outputs_of",
     "parameter_only",
@@ -142,3 +143,18 @@ def parameter_only(graph: Graph) -> set[Node]:
             if not is_random(node) and all(source in found for source in sources):
                 found.add(node)
     return found
+
+
+def hoist(graph: Graph, operands: Sequence[Node], weights: set[Node], first: Node) -> None:
+    """Moves what ``operands`` are computed from, parameters only, before ``first``."""
+    needed, pending = set[Node](), list(operands)
+    while pending:
+        current = pending.pop()
+        if current not in needed and current in weights and current.op != "placeholder":
+            needed.add(current)
+            pending.extend(current.all_input_nodes)
+    later = False
+    for node in list(graph.nodes):
+        later = later or node is first
+        if later and node in needed:
+            first.prepend(node)

@@ -24,6 +24,7 @@ from .graphs import ROLE, call_nodes, fake_of, outputs_of, placeholders
 from .kernels import ahead
 from .launches import KernelCalls
 from .ops.attention import ATTENTION
+from .ops.block import BLOCK
 from .ops.semantic import CONVOLUTION, LINEAR, LINEARS, is_depthwise
 from .passes import run_passes
 from .prepare import INDEX, Prepare, split_prepare
@@ -42,6 +43,7 @@ _KERNELS: dict[Any, str] = {
     LINEAR: "linear",
     LINEARS: "joined linear",
     CONVOLUTION: "conv",
+    BLOCK: "block",
     ATTENTION: "attention",
     torch.ops.aten.embedding.default: "embedding",
 }

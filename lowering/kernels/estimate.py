@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from torch_mux.lowering.kernels.choose_block import BlockSize, BlockTile
 from torch_mux.lowering.kernels.data import BitClass, Family, Tile, family_of
 
-__all__ = ["RATES", "Rates", "attention_seconds", "depthwise_seconds", "kind_of", "seconds"]
+__all__ = ["RATES", "Rates", "attention_seconds", "block_seconds", "depthwise_seconds", "kind_of", "seconds"]
 
 Sizes = Sequence[tuple[int, int, int]]
 
@@ -164,6 +165,37 @@ def depthwise_seconds(tiles: int, tile: Tile, dtype: torch.dtype, kernel: tuple[
     rounds, busiest = -(-tiles // max(1, min(tiles, sms * tile.programs_per_sm))), -(-tiles // sms)
     work = kernel[0] * kernel[1] * area / rates.load + area * rates.store
     return rates.start + rounds * (rates.begin + kernel[0] * rates.latency) + busiest * work
+
+
+def block_seconds(size: BlockSize, slots: int, tile: BlockTile, dtype: torch.dtype, sms: int) -> float:
+    """Estimated seconds of one launch of a chain of three convolutions.
+
+    Args:
+        size: of every slot.
+        tile: a block of pixels with all their channels.
+        sms: multiprocessors, of the device or of a cap.
+    """
+    rates, width = RATES["wgmma"], dtype.itemsize
+    tiles = slots * -(-size.pixels // tile.block_m)
+    if tiles == 0:
+        return rates.start
+    steps, wide_steps = 9 * size.channels // tile.block_k, size.wide // tile.block_n
+    wait = rates.begin + rates.latency * (
+        steps / max(1, tile.stages - 1) + wide_steps / max(1, tile.sum_stages - 1)
+    )
+    loads = steps * (tile.block_m + size.channels) * tile.block_k
+    loads += size.wide * (size.channels + tile.block_m + size.last)
+    weights = 9 * size.channels**2 + size.wide * (size.channels + size.last)
+    busy = max(width * loads / rates.load, 2.0 * tile.block_m * weights / rates.flops)
+    stored = tile.block_m * (size.wide + size.last)
+    traffic = slots * (weights + size.pixels * (size.channels + 2 * size.wide + size.last))
+    rounds, busiest = -(-tiles // (sms * tile.programs_per_sm)), -(-tiles // sms)
+    return (
+        rates.start
+        + rounds * wait
+        + busiest * (busy + rates.store * stored * width)
+        + width * traffic / rates.memory
+    )
 
 
 def attention_seconds(

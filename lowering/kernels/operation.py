@@ -19,12 +19,13 @@ class Operation:
     """One launch without its operands.
 
     Attributes:
-        kind: "linear", "conv", "depthwise", "attention", "embedding", "gather" or "scatter".
+        kind: "linear", "conv", "block", "depthwise", "attention", "embedding", "gather" or "scatter".
         sizes: (m, n, k) of every slot, of all parts of it; of a copy (elements, 1, 1); of attention (queries,
-            keys, channels) of every head.
+            keys, channels) of every head; of a block (pixels, channels of its sum, channels of its last).
         dtype: of the operands.
         bit_class: what the result's bits depend on besides; None where no choice changes them.
-        channels: input channels of every slot of a convolution; of attention those of its values, once.
+        channels: input channels of every slot of a convolution or block; of attention those of its values,
+            once.
         taps: of the kernel of a convolution, (along H, along W).
         form: launches of one form and bit class can be one launch; None: it matches nothing.
         activation: what is applied last, for people to read.
@@ -52,7 +53,7 @@ class Operation:
             return f"{self.kind} {len(self.sizes)}x{self.sizes[0][0]}"
         counts = Counter(self.sizes)
         sizes = " + ".join(f"{count}x({m}x{n}x{k})" for (m, n, k), count in counts.items())
-        taps = f" {self.taps[0]}x{self.taps[1]}" if self.kind in ("conv", "depthwise") else ""
+        taps = f" {self.taps[0]}x{self.taps[1]}" if self.kind in ("conv", "block", "depthwise") else ""
         tail = "" if self.activation == "none" else f" {self.activation}"
         return f"{self.kind}{taps} {sizes}{tail}"
 

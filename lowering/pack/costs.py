@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-from torch_mux.lowering.kernels import choose, choose_attention
+from torch_mux.lowering.kernels import choose, choose_attention, choose_block
 from torch_mux.lowering.kernels.data import Tile
-from torch_mux.lowering.kernels.estimate import RATES, attention_seconds, depthwise_seconds, seconds
+from torch_mux.lowering.kernels.estimate import (
+    RATES,
+    attention_seconds,
+    block_seconds,
+    depthwise_seconds,
+    seconds,
+)
 from torch_mux.lowering.kernels.operation import Operation
 
 __all__ = ["JOINED", "KernelCosts", "capped_grid", "smallest_grid"]
@@ -47,6 +53,9 @@ def _seconds(operations: tuple[Operation, ...], sms: int, whole: int) -> float:
         else:
             tile = choose.conv_tile(sizes, channels, first.dtype, first.bit_class, whole)
         return seconds(sizes, tile, first.dtype, first.bit_class, sms, channels or None)
+    if first.kind == "block":
+        block = choose_block.BlockSize(sizes[0][0], first.channels[0], *sizes[0][1:])
+        return block_seconds(block, len(sizes), choose_block.tile(block), first.dtype, sms)
     if first.kind == "depthwise":
         tile = choose.depthwise_tile(sizes, first.taps, first.dtype, whole)
         found = depthwise_seconds(choose.tiles_of(sizes, tile), tile, first.dtype, first.taps, sms)
@@ -83,6 +92,8 @@ def capped_grid(operation: Operation, tile: Tile, grid: int, sms: int) -> int:
         grid: its programs without the cap.
     """
     programs = min(grid, sms * tile.programs_per_sm)
+    if operation.kind == "block":
+        return smallest_grid(choose_block.tiles_of(operation.sizes, tile), programs)
     if operation.kind not in ("linear", "conv", "depthwise"):
         return programs
     return smallest_grid(choose.tiles_of(operation.sizes, tile), programs)

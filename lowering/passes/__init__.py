@@ -18,6 +18,7 @@ from . import (
     channels_last,
     fold_batch_norm,
     fold_columns,
+    fuse_blocks,
     fuse_epilogues,
     join_siblings,
     pad_channels,
@@ -44,6 +45,7 @@ PASSES: Final[tuple[Pass, ...]] = (
     pad_channels.run,
     fold_columns.run,
     channels_last.run,
+    fuse_blocks.run,
     join_siblings.run,
 )
 

@@ -94,12 +94,22 @@ def _addend(node: Node, kernel: Any, other: Any, weights: set[Node]) -> Node | N
     return None
 
 
+def _ends_a_branch(value: Any) -> bool:
+    """Whether ``value`` is of a kernel that alone reads its input, as a shortcut past a branch does not.
+
+    Of two kernels whose results are added, the branch's takes the sum, so that it stays a chain.
+    """
+    return _is_kernel(value) and len(value.args[0].users) == 1
+
+
 def _fuse_addition(node: Node, weights: set[Node]) -> Node | None:
     if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         return None
     left, right = node.args
     if left is right:
         return None
+    if _ends_a_branch(left) and not _ends_a_branch(right):
+        left, right = right, left
     return _addend(node, right, left, weights) or _addend(node, left, right, weights)
 
 

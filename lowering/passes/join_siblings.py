@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from torch_mux.settings import Settings
 
-from ..graphs import call_nodes, emit, fake_of, fresh_meta, parameter_only, shape_of
+from ..graphs import call_nodes, emit, fake_of, fresh_meta, hoist, parameter_only, shape_of
 from ..kernels import choose
 from ..ops.semantic import CONVOLUTION, LINEAR, LINEARS
 
@@ -43,27 +43,12 @@ def _key(node: Node, weights: set[Node]) -> tuple[Any, ...] | None:
     return x, activation, None if shift is None else fake_of(shift).dtype, k_major, bits
 
 
-def _hoist(graph: Graph, operands: Sequence[Node], weights: set[Node], first: Node) -> None:
-    """Moves what ``operands`` are computed from, parameters only, before ``first``."""
-    needed, pending = set[Node](), list(operands)
-    while pending:
-        current = pending.pop()
-        if current not in needed and current in weights and current.op != "placeholder":
-            needed.add(current)
-            pending.extend(current.all_input_nodes)
-    later = False
-    for node in list(graph.nodes):
-        later = later or node is first
-        if later and node in needed:
-            first.prepend(node)
-
-
 def _join(siblings: Sequence[Node], weights: set[Node]) -> None:
     first, graph = siblings[0], siblings[0].graph
     x, activation = first.args[0], first.args[-1]
     matrices = [cast("Node", node.args[1]) for node in siblings]
     shifts = [cast("Node", node.args[3]) for node in siblings if node.args[3] is not None]
-    _hoist(graph, [*matrices, *shifts], weights, first)
+    hoist(graph, [*matrices, *shifts], weights, first)
     with graph.inserting_before(first):
         joined = emit(graph, LINEARS, (x, matrices, shifts, activation))
         results = [emit(graph, operator.getitem, (joined, index)) for index in range(len(siblings))]

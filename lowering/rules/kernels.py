@@ -1,4 +1,4 @@
-"""``mux::linear``, ``mux::linears`` and ``mux::convolution`` become one super-kernel call over all slots."""
+"""``mux::linear``, ``linears``, ``convolution`` and ``block`` become one super-kernel call over all slots."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..ops.block import BLOCK, SLOT_BLOCK
 from ..ops.semantic import CONVOLUTION, LINEAR, LINEARS, Convolution
 from ..ops.slots import SLOT_CONVOLUTION, SLOT_LINEAR
 from .base import Context, NoRule, Parameter, Slotted, rule
 
 __all__: list[str] = []
+
+_TO_LAST, _TO_FIRST = (0, 1, 3, 4, 2), (0, 1, 4, 2, 3)
 
 
 def _weight(value: Any) -> Parameter:
@@ -69,6 +72,11 @@ def _products(
     return out.view(context.slots, *x.shape[1:-1], sum(widths))
 
 
+def _channels_last(context: Context, image: Any) -> Tensor:
+    """[T, B, H, W, C] of ``image``, dense."""
+    return context.lift(image).permute(_TO_LAST).contiguous()
+
+
 @rule(LINEAR)
 def _linear(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, weight, scale, shift, residual, activation = args
@@ -88,9 +96,8 @@ def _convolution(context: Context, node: Node, args: tuple[Any, ...], kwargs: di
     if call.transposed or len(call.stride) != 2:
         raise NoRule("a convolution that is not plain and two-dimensional")
     weight, residual = _weight(call.weight), call.residual
-    to_last, to_first = (0, 1, 3, 4, 2), (0, 1, 4, 2, 3)
-    x = context.lift(call.x).permute(to_last).contiguous()
-    added = None if residual is None else context.lift(residual).permute(to_last).contiguous()
+    x = _channels_last(context, call.x)
+    added = None if residual is None else _channels_last(context, residual)
     out = SLOT_CONVOLUTION(
         x,
         context.table,
@@ -109,4 +116,27 @@ def _convolution(context: Context, node: Node, args: tuple[Any, ...], kwargs: di
         context.allow_tf32[1],
         context.key,
     )
-    return Slotted(out.permute(to_first))
+    return Slotted(out.permute(_TO_FIRST))
+
+
+@rule(BLOCK)
+def _block(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weights, scales, shifts, residual = args
+    known = [_weight(weight) for weight in weights]
+    factors = [_vector(context, scale) for scale in scales or [None] * len(known)]
+    terms = [_vector(context, shift) for shift in shifts]
+    results = SLOT_BLOCK(
+        _channels_last(context, x),
+        context.table,
+        context.rows,
+        context.control,
+        [context.columns[weight.index] for weight in known],
+        [weight.shape[0] for weight in known],
+        factors[0][0],
+        [offset for _, offset in factors],
+        terms[0][0],
+        [offset for _, offset in terms],
+        _channels_last(context, residual),
+        context.key,
+    )
+    return tuple(Slotted(result.permute(_TO_FIRST)) for result in results)
