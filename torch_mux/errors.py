@@ -27,6 +27,7 @@ __all__ = [
     "RateExceeded",
     "RefreshNeeded",
     "Refused",
+    "StreamCaptured",
     "TooManyInstances",
     "UnknownOption",
     "UnparsableQuantity",
