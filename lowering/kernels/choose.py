@@ -111,10 +111,12 @@ _LEAN = (
     Tile(128, 64, 64, 4, 3, 3),
     Tile(64, 128, 64, 4, 3, 3),
 )
-#: Of half precision besides, weights on the N side.
+#: Of half precision besides, in a class that does not swap. One slot is enough for many tiles of few rows.
 _LEAN_HALF = (
     Tile(128, 128, 64, 8, 3, 2),
     Tile(128, 64, 64, 4, 4, 2, second_n=32),
+    Tile(32, 64, 128, 4, 4, 2, swap=True),
+    Tile(32, 64, 64, 4, 4, 4, swap=True),
 )
 #: Many bytes under way for the long reduction of a convolution over few pixels.
 _DEEP = (
@@ -205,6 +207,8 @@ def candidates(
 
 def check(chosen: Tile, bit_class: BitClass) -> None:
     """Raises ValueError where ``chosen`` would give other bits than ``bit_class`` promises."""
+    if chosen.swap and (bit_class.swap or bit_class.precision != "ieee"):
+        raise ValueError(f"{chosen} has weights on the M side, which may give other bits in {bit_class}")
     family = family_of(chosen, bit_class.swap)
     steps = chosen.block_k % 16 == 0 and bit_class.step in (0, chosen.block_k)
     if bit_class.family not in (None, family) or not steps:

@@ -34,8 +34,8 @@ def loaded_at_once(named: Mapping[str, Any], bit_class: BitClass) -> int:
 
 def cut(tile: Tile, bit_class: BitClass, reduction: Sequence[int]) -> dict[str, Any]:
     """The kernel arguments of a tile, whose steps run over ``reduction`` elements of every slot's groups."""
-    if tile.second_n:
-        raise ValueError(f"{tile} has two widths, and a convolution's kernel computes one")
+    if tile.second_n or tile.swap:
+        raise ValueError(f"{tile} has two widths or swaps, which is for linear layers only")
     return {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": 8,
         "PROGRAMS_PER_SM": tile.programs_per_sm, "GATHER": bit_class.gather, "SWAP": bit_class.swap,

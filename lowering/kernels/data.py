@@ -48,7 +48,7 @@ class BitClass:
 
     Attributes:
         family: the multiplying instructions; None in half precision, where all give the same bits.
-        swap: weights on the M side of the instruction and pixels on the N side.
+        swap: weights on the M side of the instruction and pixels on the N side, whatever the tile.
         gather: the K axis of a convolution is flattened over taps and channels instead of tap by tap.
         precision: see :func:`precision_of`.
         step: elements of the reduction that are summed before the sum is rounded, 0 where any number gives
@@ -75,6 +75,8 @@ class Tile:
         programs_per_sm: programs that one multiprocessor holds; a cap of c SMs admits c times as many.
         second_n: so many output channels more, another power of two: 64 and 32 make a tile 96 wide. Linear
             layers only.
+        swap: weights on the M side of the instruction and rows on the N side, where a few are no waste.
+            Linear layers of half precision only: there either way gives the same bits.
     """
 
     block_m: int
@@ -84,6 +86,7 @@ class Tile:
     stages: int
     programs_per_sm: int
     second_n: int = 0
+    swap: bool = False
 
     @property
     def width(self) -> int:
@@ -112,8 +115,9 @@ def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:
 
 
 def family_of(tile: Tile, swap: bool) -> Family:
-    """The instructions that Triton picks on compute capability 9 for ``tile``."""
-    tall, wide = (tile.block_n, tile.block_m) if swap else (tile.block_m, tile.block_n)
+    """The instructions that Triton picks on compute capability 9 for ``tile`` of a class with ``swap``."""
+    across = swap or tile.swap
+    tall, wide = (tile.block_n, tile.block_m) if across else (tile.block_m, tile.block_n)
     if tall % 64 == 0 and wide % 8 == 0 and tile.warps % 4 == 0:
         return Family.WGMMA
     return Family.MMA

@@ -162,16 +162,16 @@ def _parts(launch: Launch) -> Any:
     return part_records((part,), named["x"])
 
 
-def _common(launches: Sequence[Launch], sizes: Sizes, tile: Tile) -> dict[str, Any]:
+def _common(launches: Sequence[Launch], sizes: Sizes, tile: Tile, swap: bool) -> dict[str, Any]:
     """What the kernel is compiled for: what holds for all members."""
     first = launches[0].arguments
-    named = {key: first[key] for key in ("K_MAJOR", "ALIGNED", "SWAP", "PRECISION", "ACTIVATION")}
+    named = {key: first[key] for key in ("K_MAJOR", "ALIGNED", "PRECISION", "ACTIVATION")}
     for key in ("K_DIV", "N_DIV", "STRIDE_DIV"):
         named[key] = divisor(*(launch.arguments[key] for launch in launches))
     return {
         **named, "MEMBERS": len(launches), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "SECOND_N": tile.second_n, "BLOCK_K": tile.block_k, "GROUP": 8,
-        "PROGRAMS_PER_SM": tile.programs_per_sm,
+        "PROGRAMS_PER_SM": tile.programs_per_sm, "SWAP": swap,
         "EVEN_N": all(n % tile.width == 0 for _, n, _ in sizes),
         "EVEN_K": all(k % tile.block_k == 0 for _, _, k in sizes),
     }  # fmt: skip
@@ -206,7 +206,8 @@ def joint_linear_launch(
     choose.check(tile, bit_class)
     count = max(launch.arguments["PARTS"] for launch in launches)
     members = [{**launch.arguments, "parts": _parts(launch) if count > 1 else None} for launch in launches]
-    arguments = {"PARTS": count, **_common(launches, sizes, tile), **arguments_of(members, MEMBER, SIZES)}
+    common = _common(launches, sizes, tile, tile.swap or bit_class.swap)
+    arguments = {"PARTS": count, **common, **arguments_of(members, MEMBER, SIZES)}
     grid = min(choose.tiles_of(sizes, tile), sms * tile.programs_per_sm)
     return Launch(
         joint_linear_kernel, grid, arguments, tile, device, operation, plain=True, registers=tile.registers

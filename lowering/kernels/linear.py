@@ -194,7 +194,7 @@ def linear_launch(
         "GROUP": 8, "PROGRAMS_PER_SM": tile.programs_per_sm, "K_MAJOR": k_major, "ALIGNED": aligned,
         "EVEN_N": all(nn % tile.width == 0 for _, nn, _ in sizes),
         "EVEN_K": all(kk % tile.block_k == 0 for _, _, kk in sizes),
-        "SWAP": bit_class.swap, "PRECISION": bit_class.precision,
+        "SWAP": tile.swap or bit_class.swap, "PRECISION": bit_class.precision,
         "ACTIVATION": Activation(activation).value,
     }  # fmt: skip
     operation = linear_operation(

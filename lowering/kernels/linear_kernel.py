@@ -64,8 +64,10 @@ def add_product(acc, a, weight_at, left_over, column, n, BLOCK_K: tl.constexpr, 
     else:
         b = tl.load(weight_at, mask=(inner < left_over)[:, None] & (column < n)[None, :], other=0.0)
     if SWAP:
-        return tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -81,8 +83,10 @@ def weights_from(weight, column, n, stride, BLOCK_K: tl.constexpr, K_MAJOR: tl.c
 def zeros(rows: tl.constexpr, columns: tl.constexpr, SWAP: tl.constexpr):
     """An fp32 accumulator of rows by columns, the other way round with ``SWAP``."""
     if SWAP:
-        return tl.zeros((columns, rows), tl.float32)
-    return tl.zeros((rows, columns), tl.float32)
+        acc = tl.zeros((columns, rows), tl.float32)
+    else:
+        acc = tl.zeros((rows, columns), tl.float32)
+    return acc
 
 
 @triton.jit

@@ -85,17 +85,19 @@ def _kind(channels: int | None) -> tuple[bool, bool]:
 
 
 def _tile(words: str) -> Tile:
-    block, warps, stages, programs = words.split()
+    block, warps, stages, programs, *swap = words.split()
     m, wide, k = block.split("x")
     n, _, second = wide.partition("+")
-    return Tile(int(m), int(n), int(k), int(warps[1:]), int(stages[1:]), int(programs[1:]), int(second or 0))
+    w, s, p = (int(count[1:]) for count in (warps, stages, programs))
+    return Tile(int(m), int(n), int(k), w, s, p, int(second or 0), bool(swap))
 
 
 def words_of(tile: Tile) -> str:
-    """How tables name a tile: its sides, warps, stages and programs a multiprocessor."""
+    """How tables name a tile: its sides, warps, stages, programs a multiprocessor and ``swap`` if it does."""
     wide = f"{tile.block_n}+{tile.second_n}" if tile.second_n else f"{tile.block_n}"
     block = f"{tile.block_m}x{wide}x{tile.block_k}"
-    return f"{block} w{tile.warps} s{tile.stages} p{tile.programs_per_sm}"
+    swap = " swap" if tile.swap else ""
+    return f"{block} w{tile.warps} s{tile.stages} p{tile.programs_per_sm}{swap}"
 
 
 def _entry(record: Mapping[str, Any]) -> Entry:

@@ -24,6 +24,7 @@ NUMBERS = [
         "kernels-families-h100.json",
         "kernels-epilogue-h100.json",
         "kernels-conv-h100.json",
+        "kernels-rows-h100.json",
     )
 ]
 

@@ -173,9 +173,9 @@ def test_refuses_what_it_cannot_read(tools: Any) -> None:
         conv(x, *common, torch.empty(1, 1, 6, 6, 8, dtype=torch.float16), kernel=(3, 3))
     with pytest.raises(ValueError, match=r"\[T, N, H, W, C\]"):
         conv(x[0], *common, torch.empty(1, 4, 4, 8, dtype=torch.float16), kernel=(3, 3))
-    tile = Tile(64, 64, 64, 4, 3, 2, second_n=32)
-    with pytest.raises(ValueError, match="has two widths"):
-        conv(x, *common, torch.empty(1, 1, 4, 4, 8, dtype=torch.float16), kernel=(3, 3), tile=tile)
+    for tile in (Tile(64, 64, 64, 4, 3, 2, second_n=32), Tile(32, 64, 64, 4, 4, 4, swap=True)):
+        with pytest.raises(ValueError, match="linear layers only"):
+            conv(x, *common, torch.empty(1, 1, 4, 4, 8, dtype=torch.float16), kernel=(3, 3), tile=tile)
     with pytest.raises(ValueError, match="share a bit class"):
         conv_ragged_of_two_classes(tools)
 

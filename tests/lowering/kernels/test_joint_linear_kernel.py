@@ -48,6 +48,7 @@ def test_one_launch_gives_the_bits_of_a_launch_each(tools: Any, name: str, dtype
     {"cap": 1},
     {"tile": SMALL},
     {"tile": Tile(16, 32, 64, 4, 3, 2, second_n=16)},
+    {"tile": Tile(16, 64, 64, 4, 3, 2, swap=True)},
 ])  # fmt: skip
 def test_epilogues_caps_and_tiles(tools: Any, options: dict[str, Any]) -> None:
     check(tools, [VIT, BERT], HALF, **options)

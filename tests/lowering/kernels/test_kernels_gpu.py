@@ -298,6 +298,23 @@ def test_weights_on_the_m_side(gpu_tools: Any) -> None:
     gpu_tools.close(out, torch.stack(want), HALF)
 
 
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("size", [(8, 136, 200), (33, 768, 768), (197, 768, 3072)])
+def test_rows_on_the_n_side_leave_the_bits(
+    gpu_tools: Any, size: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    case = linear_case(gpu_tools, 2, size, dtype)
+    tiles = choose.candidates(choose.linear_class([size], dtype), dtype)
+    plain = next(tile for tile in tiles if not tile.swap)
+    bias: dict[str, Any] = {"scale": None, "residual": None}
+    for named in ({}, bias, {**bias, "activation": "none"}):
+        want = run_linear(gpu_tools, case, [0, 1], 2, 132, tile=plain, **named)
+        for tile in tiles:
+            if tile.swap:
+                got = run_linear(gpu_tools, case, [1, 0], 2, 132, tile=tile, **named)
+                assert torch.equal(got.flip(0), want), (tile, named)
+
+
 def test_embedding(gpu_tools: Any) -> None:
     weights = [gpu_tools.guarded(torch.randn(50, 768).half()) for _ in range(4)]
     rows = torch.tensor([2, 0, 3, 1], device=CUDA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_mux.lowering.kernels import reference
+from torch_mux.lowering.kernels import choose, reference
 from torch_mux.lowering.kernels.data import Activation, BitClass, Family, Part, Tile, Vector
-from torch_mux.lowering.kernels.linear import linear, linear_problems
+from torch_mux.lowering.kernels.linear import linear, linear_launch, linear_problems
 
 pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")
@@ -93,8 +94,8 @@ def test_tiles_of_two_widths(tools: Any, filled: Any, n: int, k_major: bool, swa
         out = filled(3, m, n, dtype=dtype)
         linear(
             x, tools.table(stored), 1, torch.arange(3), tools.control(2, 1), out, n=n, k=k,
-            weight_strides=(k, 1) if k_major else (1, n), activation="gelu", tile=TWO_WIDTHS,
-            bit_class=BitClass(None, swap=swap), **named,
+            weight_strides=(k, 1) if k_major else (1, n), activation="gelu",
+            tile=replace(TWO_WIDTHS, swap=swap), **named,
         )  # fmt: skip
         scales, residuals = (list(arena[:, :n]), list(residual)) if "scale" in named else (None, None)
         want = reference.linear(list(x), weights, scales, list(arena[:, n:]), residuals, "gelu")
@@ -112,6 +113,35 @@ def test_the_largest_tiles(tools: Any, tile: Tile) -> None:
     )  # fmt: skip
     want = reference.linear(list(x), weights, shifts=list(arena), activation="gelu")
     tools.close(out, torch.stack(want), torch.float16)
+
+
+@pytest.mark.parametrize("m", [5, 32, 70])
+@pytest.mark.parametrize(
+    "tile", [Tile(32, 64, 128, 4, 4, 2, swap=True), Tile(32, 64, 64, 4, 4, 4, swap=True)]
+)
+def test_tiles_with_rows_on_the_n_side(tools: Any, filled: Any, tile: Tile, m: int) -> None:
+    n, k, dtype = 136, 200, torch.float16
+    x, weights = operands(tools, 3, m, n, k, dtype)
+    arena, residual = torch.randn(3, n), torch.randn(3, m, n).to(dtype)
+    for more in (None, residual):
+        out = filled(3, m, n, dtype=dtype)
+        linear(
+            x, tools.table(weights), 1, torch.arange(3), tools.control(2, 1), out, n=n, k=k,
+            shift=Vector(arena, 0), residual=more, activation="relu", tile=tile,
+        )  # fmt: skip
+        added = None if more is None else list(more)
+        want = reference.linear(list(x), weights, None, list(arena), added, "relu")
+        tools.close(out[:2], torch.stack(want)[:2], dtype)
+        assert bool((out[2:] == 7.0).all())
+
+
+@pytest.mark.parametrize("bit_class", [
+    BitClass(Family.WGMMA, precision="tf32"), BitClass(Family.WGMMA, precision="tf32x3", step=64),
+    BitClass(None, swap=True),
+])  # fmt: skip
+def test_a_tile_swaps_only_where_it_leaves_the_bits(bit_class: BitClass) -> None:
+    with pytest.raises(ValueError, match="M side"):
+        choose.check(Tile(32, 64, 64, 4, 4, 4, swap=True), bit_class)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -273,11 +303,12 @@ def test_several_weights_of_one_input_give_the_bits_of_each(
     strides = (k, 1) if k_major else (1, parts[0].n)
     for active, cap in [(3, 132), (2, 1)]:
         out = filled(slots, m, total, dtype=dtype)
-        linear(
+        together = linear_launch(
             x, table, 1, rows, tools.control(active, cap), out, n=total, k=k, weight_strides=strides,
             scale=Vector(arena, 0), shift=Vector(arena, 0), residual=residual, activation="relu",
             parts=parts, sms=2, tile=tile,
         )  # fmt: skip
+        together.run()
         left = 0
         for part in parts:
             alone = filled(slots, m, part.n, dtype=dtype)
@@ -286,8 +317,8 @@ def test_several_weights_of_one_input_give_the_bits_of_each(
                 weight_strides=(k, 1) if k_major else (1, part.n), scale=Vector(arena, part.scale_offset),
                 shift=Vector(arena, part.shift_offset),
                 residual=residual[..., left : left + part.n].contiguous(), activation="relu", sms=1,
-                tile=tile,
-            )  # fmt: skip
+                tile=together.tile,
+            )  # fmt: skip  # numpy's products, unlike the device's, depend on the tile
             assert torch.equal(out[..., left : left + part.n], alone)
             left += part.n
         assert bool((out[active:] == 7.0).all())

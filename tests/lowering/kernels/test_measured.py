@@ -22,6 +22,7 @@ NUMBERS = [
         "kernels-families-h100.json",
         "kernels-epilogue-h100.json",
         "kernels-conv-h100.json",
+        "kernels-rows-h100.json",
     )
 ]
 ANY, GATHER = BitClass(None), BitClass(None, gather=True)
@@ -51,7 +52,13 @@ def test_every_entry_is_of_its_class_and_has_several_tiles() -> None:
 
 
 def test_written_and_read_again() -> None:
-    two = Entry(ANY, (197, 768, 768), None, 16, {TILE: 4e-6, replace(TILE, second_n=32): 8e-6})
+    two = Entry(
+        ANY,
+        (197, 768, 768),
+        None,
+        16,
+        {TILE: 4e-6, replace(TILE, second_n=32): 8e-6, replace(TILE, swap=True): 9e-6},
+    )
     table = Table("sm_90", 132, (entry((128, 64, 64)), entry((128, 64, 147), 3), two))
     assert "64x64+32x64 w4 s4 p3" in measured.dump(table)
     again = measured.parse(measured.dump(table))

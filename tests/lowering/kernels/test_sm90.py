@@ -31,6 +31,7 @@ ARENA = torch.zeros(16, 8192)
 BIG = Tile(128, 128, 64, 4, 3, 2)
 EIGHT, TWO = Tile(128, 128, 64, 8, 3, 2), Tile(128, 64, 64, 4, 4, 2, second_n=32)
 DEEP = Tile(64, 128, 64, 4, 8, 1)
+FEW, FEW64 = Tile(32, 64, 128, 4, 4, 2, swap=True), Tile(32, 64, 64, 4, 4, 4, swap=True)
 SCALED = {"scale": Vector(ARENA, 4096), "activation": "relu"}
 BIAS = {"residual": None, "activation": "none"}
 
@@ -127,6 +128,17 @@ WGMMA = {
     ),
     "eight warps, of four programs": lambda: joint(
         *(linear_of(4, m, 3072, 768, HALF, residual=None) for m in (197, 128, 128, 49)), tile=EIGHT
+    ),
+    "rows on the N side, bias": lambda: linear_of(1, 197, 768, 3072, HALF, tile=FEW, **BIAS),
+    "rows on the N side, gelu": lambda: linear_of(1, 197, 3072, 768, HALF, tile=FEW64, residual=None),
+    "rows on the N side, scale and residual": lambda: linear_of(
+        4, 197, 776, 776, BRAIN, tile=FEW64, **SCALED
+    ),
+    "rows on the N side, three linears": lambda: linear_of(
+        1, 197, 768 * 3, 768, HALF, parts=THREE, tile=FEW, **BIAS
+    ),
+    "rows on the N side, of two programs": lambda: joint(
+        linear_of(1, 197, 2304, 768, HALF), linear_of(1, 128, 2304, 768, HALF, parts=THREE), tile=FEW
     ),
     "addmm bf16": lambda: linear_of(16, 197, 768, 768, BRAIN, weight_strides=(1, 768), tile=BIG),
     "linear tf32": lambda: linear_of(4, 197, 768, 768, FULL, allow_tf32=True),
