@@ -104,14 +104,19 @@ class Dispatcher:
         if failed:
             self._runner.end(failed, self._clock())
 
-    def kick(self) -> None:
+    def kick(self, roused: bool = False) -> None:
         """Has what is pending sent out, for requests that nobody waits for: by the service thread.
 
         Where that does not keep up, since the caller has the interpreter most of the time, he sends out what
         can go at once himself, or leaves the interpreter for a moment to who does that. Nobody waits for the
         device here.
+
+        Args:
+            roused: whoever sleeps until companions come has been told of what is pending.
         """
         with self._mutex:
+            if not roused:
+                self._line.rouse()
             help_out = self._kicked()
         help_out()
 

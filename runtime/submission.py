@@ -93,7 +93,7 @@ class Submission:
             raise
         if kick:  # of what is queued by now: to be interrupted here must not take it back
             for dispatcher, _ in by_dispatcher(requests):
-                dispatcher.kick()
+                dispatcher.kick(roused=True)
         return requests
 
     def _outlook(

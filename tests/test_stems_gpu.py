@@ -29,7 +29,7 @@ def test_answers_alone_and_together(
     served = [torch.compile(net, backend="mux", dynamic=False) for net in nets]
     with torch.inference_mode():
         alone = [net(image) for net, image in zip(served, images, strict=True)]
-    together: list[Tensor] = list(torch_mux.gather(*zip(served, images, strict=True)))
+        together: list[Tensor] = list(torch_mux.gather(*zip(served, images, strict=True)))
     for net, image, one, other in zip(nets, images, alone, together, strict=True):
         assert torch.equal(one, other)
         assert net.bias is not None

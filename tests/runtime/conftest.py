@@ -71,6 +71,9 @@ class FakeStorage:
         found = [source for source in sources if source is not None]
         return len(found) == len(sources) and self._stamp(found) != self.stamps[row]
 
+    def watched(self, row: int) -> None:
+        """Nothing that could be compared without the interpreter's lock."""
+
     def refresh(self, row: int, parameters: Sequence[Tensor]) -> None:
         self.refreshes += 1
         self._write(row, parameters)
