@@ -64,6 +64,7 @@ class Submission:
             waits = self._admission.admit(quotas, arrival, outlook)
         except Overloaded:
             self._catch_up()
+            known.clear()
             waits = self._admission.admit(quotas, arrival, outlook)
         try:
             self._memory.reserve(calls)

@@ -159,6 +159,13 @@ def _merged(outer: Quota, changes: tuple[tuple[str, Any], ...]) -> Quota:
     return merged
 
 
+@dataclass(eq=False)
+class _Terms:
+    """The fields that one scope sets; apart from the scope, so that what it remembers is no cycle."""
+
+    changes: dict[str, Any]
+
+
 @dataclass(frozen=True, eq=False)
 class _Active:
     """The scopes entered in one context, outermost first, and what they resolved to at an epoch.
@@ -167,7 +174,7 @@ class _Active:
         outer: what was active when the last scope was entered, where that is known.
     """
 
-    scopes: tuple[QuotaScope, ...]
+    scopes: tuple[_Terms, ...]
     resolved: list[tuple[int, Quota]]
     outer: _Active | None = None
 
@@ -196,7 +203,7 @@ def current_quota() -> Quota:
 def _refresh(active: _Active) -> Quota:
     epoch, resolved = _epoch, _DEFAULT
     for scope in active.scopes:
-        resolved = _resolve(resolved, scope._changes)
+        resolved = _resolve(resolved, scope.changes)
     active.resolved[0] = (epoch, resolved)
     return resolved
 
@@ -205,9 +212,9 @@ class QuotaScope:
     """What ``quota(...)`` returns: a context manager, a decorator, and the handle to ``update`` it."""
 
     def __init__(self, changes: Mapping[str, object]) -> None:
-        self._changes = _checked(changes)
-        if "sms" in self._changes and "reserve" in self._changes:
-            _resolve(_DEFAULT, self._changes)
+        self._terms = _Terms(_checked(changes))
+        if "sms" in self._terms.changes and "reserve" in self._terms.changes:
+            _resolve(_DEFAULT, self._terms.changes)
         self._entered: _Active | None = None
 
     def __enter__(self) -> QuotaScope:
@@ -226,9 +233,9 @@ class QuotaScope:
         outer, mine = _active.get(), self._entered
         # A scope is entered around each request, in the same place again and again.
         if mine is None or mine.outer is not outer or mine.resolved[0][0] != _epoch:
-            epoch, resolved = _epoch, _resolve(current_quota(), self._changes)
+            epoch, resolved = _epoch, _resolve(current_quota(), self._terms.changes)
             scopes = outer.scopes if outer is not None else ()
-            mine = self._entered = _Active((*scopes, self), [(epoch, resolved)], outer)
+            mine = self._entered = _Active((*scopes, self._terms), [(epoch, resolved)], outer)
         return mine
 
     def __exit__(
@@ -238,15 +245,15 @@ class QuotaScope:
         traceback: TracebackType | None,
     ) -> None:
         active = _active.get()
-        if active is not None and active.scopes[-1] is self:
+        if active is not None and active.scopes[-1] is self._terms:
             outer = active.outer
             if len(active.scopes) == 1 + (0 if outer is None else len(outer.scopes)):
                 _active.set(outer)
                 return
         scopes = list(active.scopes) if active is not None else []
-        if self not in scopes:
+        if self._terms not in scopes:
             raise RuntimeError("this quota was left in another context than the one it was entered in")
-        del scopes[len(scopes) - 1 - scopes[::-1].index(self)]
+        del scopes[len(scopes) - 1 - scopes[::-1].index(self._terms)]
         _active.set(_Active(tuple(scopes), [(-1, _DEFAULT)]) if scopes else None)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
@@ -304,17 +311,17 @@ class QuotaScope:
         }
         changes = _checked({**shares, **limits, "slo": slo, "deadline": deadline, **unknown})
         with _lock:
-            merged = {**self._changes, **changes}
+            merged = {**self._terms.changes, **changes}
             if "sms" in merged and "reserve" in merged:
                 _resolve(_DEFAULT, merged)
-            self._changes = merged
+            self._terms.changes = merged
             _epoch += 1
         engine = state.peek()
         if "reserve" in changes and "tenant" in merged and engine is not None:
             engine.lower_reserve(merged["tenant"], merged["reserve"])
 
     def __repr__(self) -> str:
-        return f"quota({', '.join(f'{name}={value!r}' for name, value in self._changes.items())})"
+        return f"quota({', '.join(f'{name}={value!r}' for name, value in self._terms.changes.items())})"
 
 
 def quota(

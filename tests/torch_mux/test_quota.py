@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -302,3 +304,16 @@ def test_what_a_rate_needs_says_nothing_alone(field: dict[str, Any]) -> None:
         pass
     with quota("alice", rate=5), quota(**field):
         assert current_quota().rate == 5
+
+
+def test_a_scope_that_was_used_once_needs_no_collector() -> None:
+    scope = quota("alice")
+    with quota("outer"), scope:
+        assert current_quota().tenant == "alice"
+    gone = weakref.ref(scope)
+    gc.disable()
+    try:
+        del scope
+        assert gone() is None
+    finally:
+        gc.enable()
