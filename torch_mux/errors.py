@@ -73,10 +73,11 @@ class InvalidQuota(MuxError):
 
 
 class InvalidRequest(MuxError):
-    """Something that is not ``(model, *args)`` given to ``gather``."""
+    """Something that is not ``(model, *args)`` given to ``gather`` or ``submit_all``."""
 
     message = (
-        "request {index} of gather is {got}; write torch_mux.gather((model, *args), (model, *args), ...)"
+        "request {index} is {got}; give (model, *args) for each: torch_mux.gather((model, *args), ...), and "
+        "in submit_all also (quota, model, *args)"
     )
 
 
