@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Final
 
 import torch_mux
-from torch_mux.bench.figures.stage import configured
 from torch_mux.bench.mix_contenders import MuxMix, settle
 from torch_mux.bench.mix_rows import Row
 from torch_mux.bench.workloads import Tenants
@@ -14,8 +13,6 @@ from torch_mux.bench.workloads import Tenants
 __all__ = ["traced"]
 
 _ROUNDS: Final = 3
-#: So long that all of a round go out together; what a request waits for is seen.
-_WAIT: Final = "2ms"
 
 
 def traced(contender: MuxMix, row: Row, tenants: Tenants, path: Path) -> None:
@@ -26,19 +23,17 @@ def traced(contender: MuxMix, row: Row, tenants: Tenants, path: Path) -> None:
     """
     names = [f"{name} {number}" for name, count in row.members for number in range(count)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with configured(max_wait=_WAIT):
-        settle(contender, tenants)
-        _rounds(contender, tenants, names)  # names are admitted
-        with torch_mux.trace(path):
-            _rounds(contender, tenants, names)
+    settle(contender, tenants)
+    _rounds(contender, tenants, names)  # names are admitted
+    with torch_mux.trace(path):
+        _rounds(contender, tenants, names)
     path.with_suffix(".txt").write_text(f"{torch_mux.explain()}\n")
 
 
 def _rounds(contender: MuxMix, tenants: Tenants, names: list[str]) -> None:
+    scopes = [torch_mux.quota(name) for name in names]
     for requests in tenants.requests[:_ROUNDS]:
-        futures = []
-        for name, model, arguments in zip(names, contender.models, requests, strict=True):
-            with torch_mux.quota(name):
-                futures.append(torch_mux.submit(model, *arguments))
+        items = zip(scopes, contender.models, requests, strict=True)
+        futures = torch_mux.submit_all(*((scope, model, *given) for scope, model, given in items))
         for future in futures:
             future.result()
