@@ -75,7 +75,8 @@ class Submission:
         queued: list[Request] = []
         try:
             self._make(calls, waits, arrival, requests)
-            for dispatcher, own in by_dispatcher(requests):
+            groups = by_dispatcher(requests)
+            for dispatcher, own in groups:  # all of them first: a device that fails has no other's queued
                 executor = dispatcher.executor
                 if executor.fault is not None:
                     raise DeviceFailed(device=executor.device, fault=executor.fault) from executor.fault
@@ -83,6 +84,7 @@ class Submission:
                 if mark is not None:
                     for request in own:
                         request.mark = mark
+            for dispatcher, own in groups:
                 dispatcher.enqueue(own)
                 queued.extend(own)
         except BaseException:
@@ -93,7 +95,7 @@ class Submission:
             self._admission.withdraw([quota for _, _, quota in left])
             raise
         if kick:  # of what is queued by now: to be interrupted here must not take it back
-            for dispatcher, _ in by_dispatcher(requests):
+            for dispatcher, _ in groups:
                 dispatcher.kick(roused=True)
         return requests
 

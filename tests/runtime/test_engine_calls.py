@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_mux.errors import CancelledRequest, ClosedError, DeviceMismatch, ExecutionFailed
+from torch_mux.errors import CancelledRequest, ClosedError, DeviceFailed, DeviceMismatch, ExecutionFailed
 from torch_mux.runtime.request import RequestState
 from torch_mux.types import Quota
 
@@ -39,6 +39,22 @@ def test_submitted_together_goes_out_together(lab: Any) -> None:
     assert [request.result()[0].tolist() for request in requests] == [[3.0 * s] * 4 for s in range(5)]
     assert lab.plans["affine"].bundles == [5]
     assert engine.stats().sizes == {5: 1}
+
+
+def test_a_device_that_failed_leaves_nothing_of_another_queued(lab: Any) -> None:
+    engine, program, elsewhere = lab.engine(), lab.program(), lab.engine()
+    models = [lab.Affine(2.0), lab.Affine(3.0)]
+    here = engine.instance(program, models[0].tensors())
+    broken = elsewhere.instance(lab.program(), models[1].tensors())
+    broken.served.dispatcher.executor.fault = RuntimeError("an illegal access")
+    with pytest.raises(DeviceFailed, match="illegal access"):
+        engine.submit_all([(one, [lab.x(1.0)], Quota()) for one in (here, broken)], kick=True)
+    tenant = engine.stats().tenants["default"]
+    assert (tenant.pending, tenant.ok) == (0, 0)
+    (request,) = engine.submit_all([(here, [lab.x(1.0)], Quota())])
+    engine.wait([request])
+    assert request.result()[0][0].item() == 2.0
+    assert engine.stats().sizes == {1: 1}
 
 
 def test_one_instance_may_hold_several_slots(lab: Any) -> None:
