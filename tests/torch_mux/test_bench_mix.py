@@ -17,7 +17,7 @@ import torch
 
 import torch_mux
 from torch_mux.bench import mix, mix_contenders, mix_table, plot_mix, plot_trace
-from torch_mux.bench.mix_ahead import Wanted, compile_ahead
+from torch_mux.bench.ahead import Wanted, compile_ahead
 from torch_mux.bench.mix_contenders import MuxMix, name_of
 from torch_mux.bench.mix_rows import ROWS, Pool, longest_of, workload_of
 from torch_mux.bench.plot import BEGIN, END

@@ -207,8 +207,34 @@ def test_what_the_budget_does_not_reach_is_in_the_table(
 
 
 @pytest.mark.parametrize(
+    ("figure", "names"),
+    [("knob", ["tiny-cnn"]), ("weights", ["tiny-cnn", "tiny-encoder", "tiny-mlp", "tiny-mixer"])],
+)
+def test_what_the_figures_serve_is_compiled_ahead(
+    figure: str, names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+
+    def compile_ahead(
+        wanted: list[Any], jobs: int, limit: float, flags: list[str], say: Any
+    ) -> dict[str, str]:
+        asked.append((jobs, limit, flags))
+        return {one.name: f"{one.count} of {one.bundle}" for one in wanted}
+
+    monkeypatch.setattr(serve, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(serve, "draw", lambda report, path: None)
+    _replaced(monkeypatch, **{figure: lambda stage: Finding((), {})})
+    record = tmp_path / "serve.json"
+    flags = ["--device", "cpu", "--ahead", "3", "--budget", "100", "--servers", "inductor"]
+    assert serve.main([*flags, "--json", str(record)]) == 0
+    assert asked == [(3, 50.0, ["--mux", "--inductor", "--device=cpu", "--dtype=float32"])]
+    assert json.loads(record.read_text())["ahead"]["programs"] == dict.fromkeys(names, "4 of 64")
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--ahead", "-1"], "--ahead must not be negative"),
         (["--figures", "rate,luck"], "unknown figures luck; choose from rate"),
         (["--models", "lenet"], "unknown models lenet"),
         (["--models", "tiny-cnn"], "takes four different workloads, not 1"),

@@ -30,9 +30,9 @@ import torch
 
 import torch_mux
 from torch_mux.bench import measure
+from torch_mux.bench.ahead import Wanted, compile_ahead
 from torch_mux.bench.contenders import Contender, NotApplicable
 from torch_mux.bench.limits import within
-from torch_mux.bench.mix_ahead import Wanted, compile_ahead
 from torch_mux.bench.mix_contenders import CONTENDERS, OURS, MuxMix, Padded, settle
 from torch_mux.bench.mix_rows import ROWS, Pool, Row, longest_of
 from torch_mux.bench.mix_table import table

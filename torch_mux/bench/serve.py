@@ -1,13 +1,15 @@
 """The table of serving figures by one command: ``python -m torch_mux.bench.serve --json serve.json``.
 
 Requests arrive one by one from seeded processes, or closed-loop clients keep so many under way; each figure
-measures one promise of the runtime and compares it with its target. Models are built and warmed once for all
-figures, and the record is written after each, so that a run that is cut off leaves what it has.
+measures one promise of the runtime and compares it with its target. Programs are compiled ahead by processes
+side by side (``--ahead``), models are built and warmed once for all figures, and the record is written after
+each, so that a run that is cut off leaves what it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -17,7 +19,9 @@ from typing import Any, Final
 
 import torch
 
+from torch_mux import state
 from torch_mux.bench import measure
+from torch_mux.bench.ahead import Wanted, compile_ahead
 from torch_mux.bench.arrivals import PROCESSES
 from torch_mux.bench.figures import (
     aggressor,
@@ -61,6 +65,10 @@ _MODELS: Final = {
 #: Of one run, and of the search for the highest rate; as they are and with ``--quick``.
 _SECONDS: Final = {"cuda": (1.2, 0.7), "cpu": (1.0, 0.4)}
 _STEPS: Final = (5, 4)
+#: Figures of which all four architectures are served.
+_CROWDS: Final = frozenset({"mix", "shares", "weights", "prediction", "latency"})
+#: Seconds for what is compiled ahead.
+_AHEAD: Final = 180.0
 #: Requests a second of the latency tenant.
 _RATE: Final = {"cuda": 200.0, "cpu": 50.0}
 
@@ -85,17 +93,31 @@ def _measured(name: str, stage: Stage) -> dict[str, Any]:
     }
 
 
+def _compiled(options: Options, figures: Sequence[str], jobs: int, limit: float) -> dict[str, Any]:
+    """Has the programs of these figures compiled for mux and the peers; what that took and came to."""
+    begun = time.perf_counter()
+    models = options.models if _CROWDS.intersection(figures) else options.models[:1]
+    flags = ["--mux", *["--inductor"] * bool(options.servers), f"--device={options.device}"]
+    flags.append(f"--dtype={str(options.dtype).removeprefix('torch.')}")
+    most = state.settings().max_bundle
+    wanted = [Wanted(name, options.tenants, most) for name in models]
+    found = compile_ahead(wanted, jobs, limit, flags, lambda words: print(words, file=sys.stderr, flush=True))
+    return {"seconds": time.perf_counter() - begun, "programs": found}
+
+
 def run(
     options: Options,
     figures: Sequence[str],
     budget: float | None = None,
     save: Callable[[dict[str, Any]], object] = lambda report: None,
+    ahead: int = 0,
 ) -> dict[str, Any]:
     """Measures figures one after another; one that fails is in the record with its error.
 
     Args:
         budget: seconds after which no other figure begins; those are in the record as not run.
         save: gets the record after each figure.
+        ahead: processes that compile before anything is served; 0: none.
     """
     begun = time.perf_counter()
     report: dict[str, Any] = {
@@ -103,6 +125,9 @@ def run(
         "options": options.data(),
         "figures": {},
     }
+    if ahead:
+        limit = _AHEAD if budget is None else min(_AHEAD, budget / 2)
+        report["ahead"] = _compiled(options, figures, ahead, limit)
     stage = Stage(options)
     try:
         for name in figures:
@@ -173,6 +198,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seconds", type=float, default=None, help="length of a run")
     result.add_argument("--quick", action="store_true", help="shorter runs and fewer of them")
     result.add_argument("--budget", type=float, default=None, help="seconds after which no figure begins")
+    ahead = max(1, (os.cpu_count() or 1) - 2) if torch.cuda.is_available() else 0
+    result.add_argument("--ahead", type=int, default=ahead, help="processes that compile ahead; 0 for none")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--json", type=Path, default=None, help="write the record here, plots beside it")
     result.add_argument("--show", type=Path, default=None, help="print the table of this record instead")
@@ -233,7 +260,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(flags, arguments)
     figures = [name for name in FIGURES if name in wanted]
     measure.announce(options.device)
-    report = run(options, figures, arguments.budget, lambda found: measure.write(found, arguments.json))
+    if arguments.ahead < 0:
+        flags.error("--ahead must not be negative")
+    report = run(
+        options,
+        figures,
+        arguments.budget,
+        lambda found: measure.write(found, arguments.json),
+        arguments.ahead,
+    )
     print(table(report))
     if arguments.json is not None:
         draw(report, arguments.json)

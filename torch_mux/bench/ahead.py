@@ -117,7 +117,7 @@ def compile_ahead(
 
 
 def _start(wanted: Wanted, flags: Sequence[str], environment: Mapping[str, str]) -> _Job:
-    command = [sys.executable, "-m", "torch_mux.bench.mix_ahead", *wanted.flags, *flags]
+    command = [sys.executable, "-m", "torch_mux.bench.ahead", *wanted.flags, *flags]
     log = tempfile.TemporaryFile()  # noqa: SIM115, the job closes it
     process = subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -154,7 +154,7 @@ def _compile(given: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles one architecture for later processes."""
-    flags = argparse.ArgumentParser(prog="python -m torch_mux.bench.mix_ahead", description=__doc__)
+    flags = argparse.ArgumentParser(prog="python -m torch_mux.bench.ahead", description=__doc__)
     flags.add_argument("name", help="of an architecture, as in the rows of torch_mux.bench.mix")
     flags.add_argument("--count", type=int, default=1, help="requests of a bundle")
     flags.add_argument("--bundle", type=int, default=16, help="max_bundle of the process that will serve")
