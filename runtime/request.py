@@ -93,7 +93,6 @@ class Request:
     """
 
     __slots__ = (
-        "__weakref__",
         "alone",
         "arrival",
         "callbacks",
