@@ -1,7 +1,7 @@
 """The wheel: pure Python, or with ``TORCH_MUX_COMPILED=1`` with a request's path compiled by mypyc.
 
 All else is in pyproject.toml. mypyc (https://mypyc.readthedocs.io) compiles typed modules as they are, so
-both wheels are made of the same sources; ``docs/design/compiled.md`` tells what that gains and what it asks.
+both wheels are made of the same sources; ``docs/design/runtime.md`` tells what that gains and what it asks.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ HOT = (
     "runtime/runner",
     "runtime/shares",
     "runtime/submission",
+    "runtime/tally",
     "runtime/verdicts",
     "runtime/executors/device_clock",
+    "runtime/executors/lane_set",
 )
 _CONFIG = """[mypy]
 follow_imports = silent

@@ -1,4 +1,4 @@
-"""Which of its two builds this package is; see ``docs/design/compiled.md``."""
+"""Which of its two builds this package is; see ``docs/design/runtime.md``."""
 
 from __future__ import annotations
 
