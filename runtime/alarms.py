@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import heapq
-import weakref
 from itertools import count
 
-from torch_mux.runtime.request import Request, RequestState
+from torch_mux.runtime.request import Request
 
 __all__ = ["Alarms"]
 
@@ -14,11 +13,21 @@ _NEVER = float("inf")
 _KEPT = 64
 
 
+class _Alarm:
+    """What rings: a request, or nobody any more."""
+
+    __slots__ = ("request",)
+
+    def __init__(self, request: Request) -> None:
+        self.request: Request | None = request
+
+
 class Alarms:
-    """A heap of moments. What has gone out or ended meanwhile is passed over and not kept alive."""
+    """A heap of moments of those who are in line. Whoever has left it is forgotten and not kept alive."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, weakref.ref[Request]]] = []
+        self._heap: list[tuple[float, int, _Alarm]] = []
+        self._own: dict[Request, tuple[_Alarm, ...]] = {}
         self._numbers = count()
         self._prune_at = _KEPT
         self._seen = -_NEVER
@@ -32,10 +41,17 @@ class Alarms:
     def set(self, moment: float, request: Request) -> None:
         """Rings for ``request`` at ``moment``, seconds on the clock."""
         if len(self._heap) >= self._prune_at:
-            self._heap = [entry for entry in self._heap if _pending(entry[2]) is not None]
+            self._heap = [entry for entry in self._heap if entry[2].request is not None]
             heapq.heapify(self._heap)
             self._prune_at = max(_KEPT, 2 * len(self._heap))
-        heapq.heappush(self._heap, (moment, next(self._numbers), weakref.ref(request)))
+        alarm = _Alarm(request)
+        self._own[request] = (*self._own.get(request, ()), alarm)
+        heapq.heappush(self._heap, (moment, next(self._numbers), alarm))
+
+    def forget(self, request: Request) -> None:
+        """The request has left the line."""
+        for alarm in self._own.pop(request, ()):
+            alarm.request = None
 
     def peek(self) -> float:
         """When the first one was set for, which may have been passed over; takes no lock."""
@@ -46,7 +62,7 @@ class Alarms:
 
     def next(self) -> float:
         """When the next one rings, or never."""
-        while self._heap and _pending(self._heap[0][2]) is None:
+        while self._heap and self._heap[0][2].request is None:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else _NEVER
 
@@ -57,20 +73,14 @@ class Alarms:
         self._seen = now
         rung: list[Request] = []
         while self.next() <= now:
-            request = heapq.heappop(self._heap)[2]()
+            request = heapq.heappop(self._heap)[2].request
             if request is not None:
                 rung.append(request)
         return rung
 
     def _move(self, by: float) -> None:
-        self._heap = [(moment + by, number, reference) for moment, number, reference in self._heap]
-        for request in {_pending(reference) for _, _, reference in self._heap}:
-            if request is not None:
-                request.eligible += by
-                request.expires += by
-                request.due += by
-
-
-def _pending(reference: weakref.ref[Request]) -> Request | None:
-    request = reference()
-    return request if request is not None and request.state is RequestState.QUEUED else None
+        self._heap = [(moment + by, number, alarm) for moment, number, alarm in self._heap]
+        for request in self._own:
+            request.eligible += by
+            request.expires += by
+            request.due += by

@@ -102,7 +102,7 @@ class Line:
         expired: list[Request] = []
         for request in self.alarms.ring(now) if self.alarms else ():
             if request.state is not RequestState.QUEUED:
-                continue
+                continue  # both of its alarms rang
             if request.expires <= now:
                 self.take_out((request,))
                 request.state = RequestState.EXPIRED
@@ -144,6 +144,7 @@ class Line:
             request.state = RequestState.RUNNING
             if request in self._held:
                 del self._held[request]
+                self.alarms.forget(request)
             elif request in self.queue_of(request).requests:
                 self.take_bundle((request,))
 
@@ -151,6 +152,9 @@ class Line:
         """Removes pending requests of one queue."""
         queue = self.queue_of(requests[0])
         queue.requests.take(requests)
+        if self.alarms:
+            for request in requests:
+                self.alarms.forget(request)
         self.pending -= len(requests)
         if not queue.requests:
             self.active.pop(queue, None)

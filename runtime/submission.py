@@ -79,7 +79,9 @@ class Submission:
             for dispatcher, own in groups:  # all of them first: a device that fails has no other's queued
                 executor = dispatcher.executor
                 if executor.fault is not None:
-                    raise DeviceFailed(device=executor.device, fault=executor.fault) from executor.fault
+                    failed = DeviceFailed(device=executor.device, fault=executor.fault)
+                    failed.__cause__ = executor.fault  # mypyc leaves out the second half of `raise ... from`
+                    raise failed
                 mark = executor.mark()
                 if mark is not None:
                     for request in own:

@@ -9,18 +9,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from torch_mux.compat.build import compiled
+
 # Every test lowers what it serves, in processes of its own too; those of the kept plans say otherwise.
 os.environ["TORCH_MUX_KEEP_PLANS"] = "0"
+# Who asks for the compiled build's tests has that build.
+assert compiled() or os.environ.get("TORCH_MUX_COMPILED") != "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests that need a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Deselect the tests that need a GPU where there is none, and what a compiled build does not allow."""
+    absent = [] if torch.cuda.is_available() else ["gpu"]
+    absent += ["interpreted"] if compiled() else []
+    out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        left = set(items) - set(out)
+        items[:] = [item for item in items if item in left]
 
 
 @pytest.fixture(autouse=True)

@@ -360,8 +360,7 @@ def test_alarms_of_what_was_served_keep_nothing_alive(lab: Any) -> None:
     gone = []
     for _ in range(500):
         request = lab.submit(engine, program, model, quota=quota)
-        request.result()
-        gone.append(weakref.ref(request))
+        gone.append(weakref.ref(request.result()[0]))
     alarms = request.dispatcher._line.alarms
     del request
     gc.collect()

@@ -162,7 +162,7 @@ def test_results_that_nobody_reads_are_let_go(lab: Any) -> None:
         requests = [lab.submit(engine, program, model, quota=Quota(f"t{n}")) for n in range(50)]
         engine.kick()
         lab.until(lambda requests=requests: all(request.done() for request in requests))
-        kept += [weakref.ref(request) for request in requests]
+        kept += [weakref.ref(request.outputs[0]) for request in requests]
         del requests
     gc.collect()
     lab.until(lambda: gc.collect() is not None and not any(one() is not None for one in kept))

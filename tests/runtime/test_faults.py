@@ -209,6 +209,7 @@ def test_memory_that_stays_short_is_the_error_of_the_request_that_needs_it(lab: 
     assert engine.plans()[0].changes == ()
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("point", ["decide", "issued", "land"])
 def test_a_dispatcher_that_dies_is_an_error_on_every_waiting_call_within_a_second(
     lab: Any, point: str

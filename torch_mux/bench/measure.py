@@ -24,6 +24,7 @@ from torch import Tensor
 from torch_mux import __version__
 from torch_mux.bench.contenders import Contender, SelfTimed, synchronize
 from torch_mux.bench.workloads import Tenants
+from torch_mux.compat.build import compiled
 
 __all__ = [
     "Memory",
@@ -261,6 +262,25 @@ def command(argv: Sequence[str]) -> str:
     return " ".join(["python -m" if argv[0].endswith(".py") else "", module, *rest]).strip()
 
 
+def call_seconds(calls: int = 20_000) -> float:
+    """Seconds that a call of a Python function takes on this host, the least of several loops.
+
+    What serving costs the host is Python for the most part, and hosts differ several times in that: host
+    figures of two machines are divided by it before they are compared.
+    """
+
+    def nothing(argument: int) -> int:
+        return argument
+
+    def loop() -> float:
+        begin = time.perf_counter()
+        for number in range(calls):
+            nothing(number)
+        return (time.perf_counter() - begin) / calls
+
+    return min(loop() for _ in range(9))
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, versions, commit and command line of a record."""
     import triton
@@ -271,7 +291,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": triton.__version__,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
+        "python_call_ns": call_seconds() * 1e9,
         "torch_mux": __version__,
+        "runtime": "compiled" if compiled() else "interpreted",
         "commit": commit(),
         "command": command(sys.argv),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -154,6 +154,7 @@ tenants = st.lists(
 )
 
 
+@pytest.mark.interpreted
 @settings(max_examples=100, deadline=None)
 @given(
     tenants=tenants,
