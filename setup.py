@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Distribution, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 NESTED = {"torch_mux": "torch_mux", "lowering": "torch_mux/lowering", "runtime": "torch_mux/runtime"}
@@ -73,5 +74,25 @@ def extensions() -> list[Any]:
     return found
 
 
-COMPILED = os.environ.get("TORCH_MUX_COMPILED") == "1"
-setup(ext_modules=extensions() if COMPILED else [], setup_requires=["mypy>=1.13"] if COMPILED else [])
+class Compiled(Distribution):
+    """Has extension modules, though which they are is known only once mypyc has run."""
+
+    def has_ext_modules(self) -> bool:
+        """For the wheel's name."""
+        return True
+
+
+class Build(build_ext):
+    """Runs mypyc when extensions are built, not whenever somebody asks what the package needs."""
+
+    def finalize_options(self) -> None:
+        """See setuptools."""
+        if not self.distribution.ext_modules:
+            self.distribution.ext_modules = extensions()
+        super().finalize_options()
+
+
+if os.environ.get("TORCH_MUX_COMPILED") == "1":
+    setup(distclass=Compiled, cmdclass={"build_ext": Build}, setup_requires=["mypy>=1.13"])
+else:
+    setup()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from itertools import count
 
 from torch_mux.runtime.request import Request
@@ -48,10 +49,12 @@ class Alarms:
         self._own[request] = (*self._own.get(request, ()), alarm)
         heapq.heappush(self._heap, (moment, next(self._numbers), alarm))
 
-    def forget(self, request: Request) -> None:
-        """The request has left the line."""
-        for alarm in self._own.pop(request, ()):
-            alarm.request = None
+    def forget(self, requests: Iterable[Request]) -> None:
+        """These have left the line."""
+        if self._own:
+            for request in requests:
+                for alarm in self._own.pop(request, ()):
+                    alarm.request = None
 
     def peek(self) -> float:
         """When the first one was set for, which may have been passed over; takes no lock."""

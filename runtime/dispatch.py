@@ -68,7 +68,7 @@ class Dispatcher:
         self._driver = Driver(executor, policy, clock, settings, self._line, self._runner)
         self._runner.retirement.factor = settings.straggler
         self._holder: threading.Thread | None = None
-        self._closed = False
+        self.closed = False
         self._released = float("-inf")
         alarm = self._line.alarms.peek
         self.service = Service(self.attend, executor.flying, lambda: alarm() - clock(), self.fail_all)
@@ -91,7 +91,7 @@ class Dispatcher:
         failed: list[Request] = []
         taken: list[Request] = []
         with self._mutex:
-            if self._closed:
+            if self.closed:
                 raise ClosedError
             for request in requests:
                 request.instance.uses += 1
@@ -379,7 +379,7 @@ class Dispatcher:
     def close(self, timeout: float) -> None:
         """Refuses new requests, drains what can run and stops the service thread."""
         with self._mutex:
-            self._closed = True
+            self.closed = True
         self.fail_all(ClosedError(), unready_only=True)
         self.drain()
         self.service.close(timeout)
@@ -388,7 +388,7 @@ class Dispatcher:
         """In a forked child: the threads are gone, and with them everything that was pending or under way."""
         self._mutex = threading.Lock()
         self._holder = None
-        self._closed = True
+        self.closed = True
         self._line.get_up()
         self._runner.abandon_after_fork(self._mutex)
         self.service.abandon_after_fork()

@@ -55,7 +55,7 @@ class Line:
             [request for queue in self.active for request in queue.requests], key=lambda one: one.seq
         )
         for request in pending:
-            self.take_bundle((request,))
+            self._remove((request,))
         self._apart = apart
         for request in pending:
             self._append(request)
@@ -144,17 +144,18 @@ class Line:
             request.state = RequestState.RUNNING
             if request in self._held:
                 del self._held[request]
-                self.alarms.forget(request)
+                self.alarms.forget((request,))
             elif request in self.queue_of(request).requests:
                 self.take_bundle((request,))
 
     def take_bundle(self, requests: Sequence[Request]) -> None:
-        """Removes pending requests of one queue."""
+        """Removes pending requests of one queue; they leave the line."""
+        self._remove(requests)
+        self.alarms.forget(requests)
+
+    def _remove(self, requests: Sequence[Request]) -> None:
         queue = self.queue_of(requests[0])
         queue.requests.take(requests)
-        if self.alarms:
-            for request in requests:
-                self.alarms.forget(request)
         self.pending -= len(requests)
         if not queue.requests:
             self.active.pop(queue, None)

@@ -8,7 +8,8 @@ from threading import get_ident
 
 import torch
 
-from torch_mux.errors import DeviceFailed, Overloaded
+from torch_mux.compat.build import caused
+from torch_mux.errors import ClosedError, DeviceFailed, Overloaded
 from torch_mux.runtime.admission import Admission
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import MemoryLedger
@@ -78,10 +79,11 @@ class Submission:
             groups = by_dispatcher(requests)
             for dispatcher, own in groups:  # all of them first: a device that fails has no other's queued
                 executor = dispatcher.executor
+                if dispatcher.closed:
+                    raise ClosedError
                 if executor.fault is not None:
                     failed = DeviceFailed(device=executor.device, fault=executor.fault)
-                    failed.__cause__ = executor.fault  # mypyc leaves out the second half of `raise ... from`
-                    raise failed
+                    raise caused(failed, executor.fault)
                 mark = executor.mark()
                 if mark is not None:
                     for request in own:

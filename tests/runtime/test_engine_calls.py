@@ -49,6 +49,9 @@ def test_a_device_that_failed_leaves_nothing_of_another_queued(lab: Any) -> None
     broken.served.dispatcher.executor.fault = RuntimeError("an illegal access")
     with pytest.raises(DeviceFailed, match="illegal access"):
         engine.submit_all([(one, [lab.x(1.0)], Quota()) for one in (here, broken)], kick=True)
+    broken.served.dispatcher.executor.fault, broken.served.dispatcher.closed = None, True
+    with pytest.raises(ClosedError):
+        engine.submit_all([(one, [lab.x(1.0)], Quota()) for one in (here, broken)], kick=True)
     tenant = engine.stats().tenants["default"]
     assert (tenant.pending, tenant.ok) == (0, 0)
     (request,) = engine.submit_all([(here, [lab.x(1.0)], Quota())])

@@ -147,7 +147,7 @@ def test_what_is_not_queued_after_all_is_not_counted(lab: Any, ready: Any) -> No
         engine.submit_all(
             [(instance, [lab.x()], Quota()), (instance, [torch.empty(4, device="meta")], Quota())]
         )
-    engine._dispatchers[torch.device("cpu")]._closed = True
+    engine._dispatchers[torch.device("cpu")].closed = True
     with pytest.raises(ClosedError):
         engine.submit_all([(instance, [lab.x()], Quota())])
     assert engine._memory._flying == {}

@@ -227,7 +227,8 @@ def test_what_the_figures_serve_is_compiled_ahead(
     record = tmp_path / "serve.json"
     flags = ["--device", "cpu", "--ahead", "3", "--budget", "100", "--servers", "inductor"]
     assert serve.main([*flags, "--json", str(record)]) == 0
-    assert asked == [(3, 50.0, ["--mux", "--inductor", "--device=cpu", "--dtype=float32"])]
+    peers = ["--inductor"] if figure == "knob" else []
+    assert asked == [(3, 50.0, ["--mux", *peers, "--device=cpu", "--dtype=float32"])]
     assert json.loads(record.read_text())["ahead"]["programs"] == dict.fromkeys(names, "4 of 64")
 
 

@@ -67,6 +67,8 @@ _SECONDS: Final = {"cuda": (1.2, 0.7), "cpu": (1.0, 0.4)}
 _STEPS: Final = (5, 4)
 #: Figures of which all four architectures are served.
 _CROWDS: Final = frozenset({"mix", "shares", "weights", "prediction", "latency"})
+#: Figures that peers are measured for.
+_RIVALS: Final = frozenset({"rate", "mix", "knob"})
 #: Seconds for what is compiled ahead.
 _AHEAD: Final = 180.0
 #: Requests a second of the latency tenant.
@@ -97,7 +99,7 @@ def _compiled(options: Options, figures: Sequence[str], jobs: int, limit: float)
     """Has the programs of these figures compiled for mux and the peers; what that took and came to."""
     begun = time.perf_counter()
     models = options.models if _CROWDS.intersection(figures) else options.models[:1]
-    flags = ["--mux", *["--inductor"] * bool(options.servers), f"--device={options.device}"]
+    flags = ["--mux", *["--inductor"] * bool(_RIVALS.intersection(figures)), f"--device={options.device}"]
     flags.append(f"--dtype={str(options.dtype).removeprefix('torch.')}")
     most = state.settings().max_bundle
     wanted = [Wanted(name, options.tenants, most) for name in models]
@@ -128,6 +130,7 @@ def run(
     if ahead:
         limit = _AHEAD if budget is None else min(_AHEAD, budget / 2)
         report["ahead"] = _compiled(options, figures, ahead, limit)
+        save(report)
     stage = Stage(options)
     try:
         for name in figures:
@@ -198,8 +201,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seconds", type=float, default=None, help="length of a run")
     result.add_argument("--quick", action="store_true", help="shorter runs and fewer of them")
     result.add_argument("--budget", type=float, default=None, help="seconds after which no figure begins")
-    ahead = max(1, (os.cpu_count() or 1) - 2) if torch.cuda.is_available() else 0
-    result.add_argument("--ahead", type=int, default=ahead, help="processes that compile ahead; 0 for none")
+    words = "processes that compile ahead, 0 for none; two less than cores, on a GPU"
+    result.add_argument("--ahead", type=int, default=None, help=words)
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--json", type=Path, default=None, help="write the record here, plots beside it")
     result.add_argument("--show", type=Path, default=None, help="print the table of this record instead")
@@ -259,15 +262,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = _names(flags, "figures", arguments.figures, FIGURES) or tuple(FIGURES)
     options = _options(flags, arguments)
     figures = [name for name in FIGURES if name in wanted]
-    measure.announce(options.device)
-    if arguments.ahead < 0:
+    cores = max(1, (os.cpu_count() or 1) - 2) if options.device.type == "cuda" else 0
+    ahead = cores if arguments.ahead is None else arguments.ahead
+    if ahead < 0:
         flags.error("--ahead must not be negative")
+    measure.announce(options.device)
     report = run(
         options,
         figures,
         arguments.budget,
         lambda found: measure.write(found, arguments.json),
-        arguments.ahead,
+        ahead,
     )
     print(table(report))
     if arguments.json is not None:
