@@ -50,6 +50,11 @@ class Punctual:
         self._looked = real
         return self._now
 
+    def skips(self, seconds: float) -> None:
+        """So much has passed at once."""
+        with self._lock:
+            self._now += seconds
+
     def leaves(self, count: int = 1) -> None:
         """So many have an answer."""
         with self._lock:
