@@ -97,9 +97,7 @@ class SlowDevice(CpuExecutor):
             time.sleep(left if self.clock is time.perf_counter else _LOOK)
 
 
-def slow(
-    lab: Any, own: Callable[[], float] = time.perf_counter, **settings: Any
-) -> tuple[Any, SlowDevice]:
+def slow(lab: Any, own: Callable[[], float] = time.perf_counter, **settings: Any) -> tuple[Any, SlowDevice]:
     """An engine, and its device.
 
     Args:

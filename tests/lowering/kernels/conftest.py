@@ -1,8 +1,8 @@
 """Runs tests marked ``interpreter`` in one subprocess a module under Triton's interpreter.
 
-TRITON_INTERPRET must be set before Triton is imported, and must not be set for the tests that compile. Each of
-these processes keeps one core busy and the other tests hardly more: they run one after another beside those,
-from the beginning on, and are asked for what they found at the end.
+TRITON_INTERPRET must be set before Triton is imported, and must not be set for the tests that compile. Each
+of these processes keeps one core busy and the other tests hardly more: they run one after another beside
+those, from the beginning on, and are asked for what they found at the end.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
 
 class _Ahead:
     """What the modules' processes found, made in the order in which their tests come."""

@@ -125,9 +125,7 @@ def served(lab: Any, seconds: float, **settings: Any) -> tuple[Any, Any, Any]:
 def test_what_cannot_meet_its_deadline_is_refused_at_once_or_served_late(lab: Any) -> None:
     engine, program, model = served(lab, 0.02)
     before = len(lab.plans["affine"].bundles)
-    with pytest.raises(
-        DeadlineUnattainable, match=r"'a' cannot meet its deadline of 0\.01 s.*take 0\.02"
-    ):
+    with pytest.raises(DeadlineUnattainable, match=r"'a' cannot meet its deadline of 0\.01 s.*take 0\.02"):
         lab.submit(engine, program, model, quota=Quota("a", deadline=0.01))
     assert len(lab.plans["affine"].bundles) == before
     lab.submit(engine, program, model, quota=Quota("a", slo=0.01)).result()
