@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from backlogged import hold_to_the_bound, longest_stretch, served
+from backlogged import contended, hold_to_the_bound, longest_stretch, served
 from clocks import Punctual
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -343,7 +343,7 @@ def flood(engine: Engine, lab: Any, device: str, inside: Callable[[], Any]) -> l
         for thread in threads:
             thread.start()
         last = time.monotonic() + 30.0
-        while len(contended(timeline.spans)) < ENOUGH and time.monotonic() < last:
+        while len(contended(timeline.spans, WEIGHTS)) < ENOUGH and time.monotonic() < last:
             time.sleep(0.2)
         done.set()
         for thread in threads:
@@ -355,18 +355,9 @@ def flood(engine: Engine, lab: Any, device: str, inside: Callable[[], Any]) -> l
 ENOUGH = 200
 
 
-def contended(spans: Sequence[BundleSpan]) -> list[BundleSpan]:
-    """Only what went out while everybody waited is judged: others may use the host and the device, too.
-
-    At first nobody knows how long bundles take, and charges are off.
-    """
-    begun = min((span.issued for span in spans), default=0.0)
-    return longest_stretch([span for span in list(spans) if span.issued > begun + 0.3], list(WEIGHTS))
-
-
 def check(spans: Sequence[BundleSpan], flying: int) -> None:
     """That they are served by weight while everybody waits."""
-    stretch = contended(spans)
+    stretch = contended(spans, WEIGHTS)
     assert len(stretch) >= ENOUGH, f"of {len(spans)} bundles"
     hold_to_the_bound(stretch, WEIGHTS, flying)
     got = served(stretch)
