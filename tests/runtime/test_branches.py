@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from clocks import Told
 from slow_device import slow
 
 from torch_mux import compat
@@ -251,8 +252,10 @@ def test_a_bundle_keeps_to_what_the_others_leave_it(world: World) -> None:
     assert lane.ring.table[:1].view(torch.int32).tolist() == [1, 33]
 
 
-def served(lab: Any, names: str, **settings: Any) -> tuple[Any, Any, dict[str, Any]]:
-    engine, device = slow(lab, branches=4, **settings)
+def served(
+    lab: Any, names: str, clock: Callable[[], float] = time.perf_counter, **settings: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    engine, device = slow(lab, clock, branches=4, **settings)
     models = {name: lab.Affine(float(index + 2)) for index, name in enumerate(names)}
     for name in names:
         engine.register(lab.program(name))
@@ -261,27 +264,25 @@ def served(lab: Any, names: str, **settings: Any) -> tuple[Any, Any, dict[str, A
 
 
 def test_overlapping_bundles_are_charged_the_busy_time_and_no_more(lab: Any) -> None:
-    engine, device, models = served(lab, "abcd")
+    clock = Told()
+    engine, device, models = served(lab, "abcd", clock)
     device.seconds_of = lambda bundle: {"a": 0.05, "b": 0.1, "c": 0.15, "d": 0.2}[bundle.served.program.name]
-    started = time.perf_counter()
     with recorders.record(Timeline()) as timeline:
         requests = [
             lab.submit(engine, lab.program(name), model, 1.0, quota=Quota(name))
             for name, model in models.items()
         ]
         engine.wait(requests)
+        clock.now += 0.21  # one after another they take half a second
         lab.until(lambda: all(request.done() for request in requests))
-    assert time.perf_counter() - started < 0.4, "one after another they take half a second"
     assert [request.result()[0][0].item() for request in requests] == [2.0, 3.0, 4.0, 5.0]
     lab.until(lambda: engine.stats().bundles == 4)
-    spans = sorted((span.ended - span.seconds, span.ended) for span in timeline.spans)
-    busy, reached = 0.0, 0.0
-    for begin, end in spans:
-        busy += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
+    assert {round(span.ended - span.seconds, 9) for span in timeline.spans} == {100.0}
     tenants = engine.stats().tenants
-    assert sum(tenants[name].device_seconds for name in "abcd") == pytest.approx(busy, rel=0.02)
-    assert tenants["a"].device_seconds < tenants["d"].device_seconds
+    assert sum(tenants[name].device_seconds for name in "abcd") == pytest.approx(0.2)
+    steps = [0.05 / slots for slots in (4, 3, 2, 1)]
+    for index, name in enumerate("abcd"):
+        assert tenants[name].device_seconds == pytest.approx(sum(steps[: index + 1]))
 
 
 def test_a_branch_that_fails_fails_its_own_tenants(lab: Any) -> None:
@@ -302,12 +303,13 @@ def test_a_branch_that_fails_fails_its_own_tenants(lab: Any) -> None:
 
 
 def test_a_program_that_is_removed_while_others_are_at_work(lab: Any) -> None:
-    engine, device, models = served(lab, "ab")
-    device.seconds = 0.2
+    clock = Told()
+    engine, _, models = served(lab, "ab", clock)
     requests = [lab.submit(engine, lab.program(name), model, 1.0) for name, model in models.items()]
     engine.wait(requests)
     engine.remove(models["a"].tensors())
     assert lab.plans["a"].storage.bound == 1, "the device still reads its row"
+    clock.now += 1.0
     lab.until(lambda: lab.plans["a"].storage.bound == 0)
     assert requests[0].result()[0][0].item() == 2.0
     assert lab.plans["b"].storage.bound == 1
@@ -339,13 +341,15 @@ def test_branches_are_made_when_they_are_needed(world: World) -> None:
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_plan_is_slow_only_where_it_has_the_device_to_itself(lab: Any, beside: bool) -> None:
-    engine, device, models = served(lab, "ab", straggler=4.0)
+    clock = Told()
+    engine, device, models = served(lab, "ab", clock, straggler=4.0)
     took = {"a": 0.002, "b": 0.6}
     device.seconds_of = lambda bundle: took[bundle.served.program.name]
 
     def run(name: str) -> None:
         request = lab.submit(engine, lab.program(name), models[name], 1.0)
         engine.wait([request])
+        clock.now += took[name] + 1e-6
         lab.until(request.done)
 
     for _ in range(10):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from clocks import Told
 
 from torch_mux.errors import ExecutionFailed
 from torch_mux.runtime.bundle import Bundle
@@ -184,9 +184,15 @@ def test_device_time_is_divided_by_work_over_all_programs(lab: Any) -> None:
 
 def test_a_reserve_that_is_no_longer_in_use_packs_nothing_apart(lab: Any) -> None:
     """Its tenant asked once: while it is at work, or will be soon, bundles go out by themselves."""
-    place = Place(lab, ["a", "b"], isolation="caps")
+    clock = Told()
+    place = Place(lab, ["a", "b"], clock=clock, isolation="caps")
+
+    def take(inputs: Any) -> None:
+        clock.now += 3e-3
+
+    lab.plans["a"].before = take
     place.submit(("a", Quota("reserved", reserve=0.25)))[0].result()
-    time.sleep(0.3)  # a hundred bundles
+    clock.now += 0.3  # a hundred bundles
     requests = place.submit(("a", Quota("x")), ("b", Quota("y")))
     place.check(requests, ["a", "b"])
     assert place.executor.joint == [[("a", 1), ("b", 1)]]

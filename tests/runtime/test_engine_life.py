@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_mux.errors import DispatchFailed, ExecutionFailed
+from torch_mux.runtime import dispatch, stopping
 from torch_mux.runtime.scheduler.policy import FairPolicy
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
@@ -126,7 +127,9 @@ def test_a_failed_compile_is_its_callers_error(lab: Any) -> None:
     assert engine.plans()[0].error == "ValueError: no code for broken"
 
 
-def test_closing_fails_what_still_compiles(lab: Any) -> None:
+def test_closing_fails_what_still_compiles(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0.0 < stopping._JOIN <= 5.0
+    monkeypatch.setattr(stopping, "_JOIN", 0.2)
     lab.slow["slow"] = threading.Event()
     engine, program, model = lab.engine(), lab.program("slow"), lab.Affine()
     request = lab.submit(engine, program, model)
@@ -185,7 +188,8 @@ def test_an_interrupted_dispatcher_loses_nobody_elses_request(lab: Any) -> None:
     assert other.result()[0][0].item() == 10.0
 
 
-def test_a_holder_that_is_gone_is_noticed(lab: Any) -> None:
+def test_a_holder_that_is_gone_is_noticed(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_LIVENESS", 0.05)
     engine, program, model = lab.engine(), lab.program(), lab.Affine(2.0)
     lab.call(engine, program, model)
     dispatcher = lab.submit(engine, program, model, 1.0).dispatcher

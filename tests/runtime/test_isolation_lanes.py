@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from clocks import Told
 from slow_device import slow
 
 from torch_mux.runtime.timeline import Timeline, recorders
@@ -25,54 +26,59 @@ def flood(lab: Any, engine: Any, count: int) -> threading.Thread:
     return thread
 
 
+def alone(lab: Any, engine: Any, device: Any, clock: Told, model: Any) -> None:
+    """A first request of the tenant with a reserve, to its end."""
+    lab.submit(engine, lab.program(), model, quota=LATENT).result()
+    clock.runs_until(lambda: not device.flying(), 0.1)
+
+
 def test_it_goes_out_at_once_while_the_common_lane_is_full(lab: Any) -> None:
-    engine, device = slow(lab, max_bundle=1, in_flight=2)
+    clock = Told()
+    engine, device = slow(lab, clock, max_bundle=1, in_flight=2)
     device.seconds = 0.4
-    program, model = lab.program(), lab.Affine(3.0)
-    lab.submit(engine, program, model, quota=LATENT).result()
-    lab.until(lambda: not device.flying())
+    model = lab.Affine(3.0)
+    alone(lab, engine, device, clock, model)
     thread = flood(lab, engine, 5)
     lab.until(lambda: len(device.lanes[0]) == 2)
-    time.sleep(0.05)
-    started = time.perf_counter()
-    request = lab.submit(engine, program, model, 2.0, quota=LATENT)
-    assert request.result()[0][0].item() == 6.0
-    assert time.perf_counter() - started < 0.2
+    # No time passes: no bundle ends before it is out.
+    request = lab.submit(engine, lab.program(), model, 2.0, quota=LATENT)
+    assert lab.answers([request]) == [6.0]
     assert request.flight.bundle.lane == 1
     assert len(device.lanes[0]) == 2
-    thread.join(10)
-    assert not thread.is_alive()
+    clock.runs_until(lambda: not thread.is_alive(), 0.1)
 
 
 def test_neither_a_kicked_one_waits_and_its_end_is_told_in_time(lab: Any) -> None:
-    engine, device = slow(lab, max_bundle=1, in_flight=2)
+    clock = Told()
+    engine, device = slow(lab, clock, max_bundle=1, in_flight=2)
     program, model = lab.program(), lab.Affine(3.0)
-    lab.submit(engine, program, model, quota=LATENT).result()
-    lab.until(lambda: not device.flying())
+    alone(lab, engine, device, clock, model)
     device.seconds = 0.5
     requests = [lab.submit(engine, program, model, quota=Quota("others")) for _ in range(5)]
     engine.kick()
     lab.until(lambda: len(device.lanes[0]) == 2)
     device.seconds = 0.05
     told = threading.Event()
-    started = time.perf_counter()
     request = lab.submit(engine, program, model, quota=LATENT)
     request.add_done_callback(lambda _: told.set())
     engine.kick()
+    lab.until(lambda: request.out)
+    assert not told.is_set()
+    clock.now += 0.051
     assert told.wait(10)
-    assert time.perf_counter() - started < 0.35
-    engine.wait(requests)
+    assert len(device.lanes[0]) == 2
+    clock.runs_until(lambda: all(other.out for other in requests), 0.1)
 
 
 def test_the_others_are_capped_beside_it_and_only_then(lab: Any) -> None:
-    engine, device = slow(lab)
-    device.seconds = 0.05
+    clock = Told()
+    engine, _ = slow(lab, clock)
     program, model = lab.program(), lab.Affine()
     with recorders.record(Timeline()) as timeline:
-        lab.submit(engine, program, model, quota=Quota("others")).result()
-        lab.submit(engine, program, model, quota=LATENT).result()
-        lab.submit(engine, program, model, quota=Quota("others")).result()
-        lab.until(lambda: len(timeline.spans) == 3)
+        for quota in (Quota("others"), LATENT, Quota("others")):
+            lab.submit(engine, program, model, quota=quota).result()
+            clock.now += 1e-3
+        clock.runs_until(lambda: len(timeline.spans) == 3, 0.02)
     spans = sorted(timeline.spans, key=lambda span: span.issued)
     assert [(span.lane, span.reserved, span.share) for span in spans] == [
         (0, False, 1.0),
@@ -82,25 +88,26 @@ def test_the_others_are_capped_beside_it_and_only_then(lab: Any) -> None:
 
 
 def test_tenants_together_are_charged_the_time_in_which_the_device_was_busy(lab: Any) -> None:
-    engine, device = slow(lab)
+    clock = Told()
+    engine, device = slow(lab, clock)
     device.seconds = 0.2
     program, model = lab.program(), lab.Affine()
-    began = time.perf_counter()
     engine.wait([lab.submit(engine, program, model, quota=Quota("others"))])
+    clock.now += 0.05
     engine.wait([lab.submit(engine, program, model, quota=LATENT)])
-    lab.until(lambda: not device.flying())
-    took = time.perf_counter() - began
+    clock.now += 0.25
     lab.until(lambda: engine.stats().bundles == 2)
     stats = engine.stats()
     charged = [stats.tenants[name].device_seconds for name in ("others", "latent")]
     assert sum(charged) == pytest.approx(stats.device_seconds)
-    assert 0.2 <= stats.device_seconds < took + 0.01
-    assert charged[1] < 0.1 < charged[0]
+    assert stats.device_seconds == pytest.approx(0.25)
+    # One had the whole device, for as long as it did not know of the other, who may use a quarter.
+    assert charged == [pytest.approx(0.05 + 0.15 * 0.8), pytest.approx(0.15 * 0.2 + 0.05)]
 
 
 def test_isolation_can_be_turned_off_and_on_with_requests_pending(lab: Any) -> None:
     engine, device = slow(lab, max_bundle=4, in_flight=1)
-    device.seconds = 0.05
+    device.seconds = 0.01
     program, model = lab.program(), lab.Affine(2.0)
     for isolation in ("off", "caps", "priority", "off"):
         thread = flood(lab, engine, 5)
@@ -157,8 +164,8 @@ def test_what_was_sent_off_before_isolation_changed_is_served(lab: Any) -> None:
 
 
 def test_what_runs_again_alone_keeps_the_cap_of_its_bundle(lab: Any) -> None:
-    engine, device = slow(lab)
-    device.seconds = 0.05
+    clock = Told()
+    engine, _ = slow(lab, clock)
     program, model = lab.program(), lab.Affine(2.0)
 
     def broken(inputs: list[Any]) -> None:
@@ -170,7 +177,7 @@ def test_what_runs_again_alone_keeps_the_cap_of_its_bundle(lab: Any) -> None:
         lab.submit(engine, program, model, quota=LATENT).result()
         others = [lab.submit(engine, program, model, quota=Quota("others", sms=0.9)) for _ in range(2)]
         assert [request.result()[0][0].item() for request in others] == [2.0, 2.0]
-        lab.until(lambda: len(timeline.spans) == 3)
+        clock.runs_until(lambda: len(timeline.spans) == 3, 0.02)
     assert [span.share for span in timeline.spans if not span.reserved] == [0.75, 0.75]
 
 

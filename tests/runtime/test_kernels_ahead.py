@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from clocks import Told
 from torch import nn
 
 import torch_mux
@@ -57,20 +58,19 @@ def test_the_first_sizes_now_and_all_others_later() -> None:
     thread.close(10)
 
 
-def test_the_end_of_a_job_is_no_quiet_moment() -> None:
-    thread, order = CompileThread(quiet=0.5), []
-    ended: list[float] = []
+def test_the_end_of_a_job_is_no_quiet_moment(lab: Any) -> None:
+    clock, done = Told(), threading.Event()
+    thread = CompileThread(quiet=0.05, clock=clock)
 
     def slow() -> None:
-        time.sleep(0.7)
-        ended.append(time.monotonic())
+        clock.now += 0.07
 
     thread.submit(slow)
-    thread.submit(lambda: order.append(time.monotonic()), Rank.AHEAD)
-    deadline = time.monotonic() + 10
-    while not order and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert order[0] - ended[0] >= 0.45
+    thread.submit(done.set, Rank.AHEAD)
+    lab.until(lambda: thread.finished == 1)
+    assert not done.wait(0.15)
+    clock.now += 0.051
+    assert done.wait(10)
     thread.close(10)
 
 
@@ -126,24 +126,29 @@ def test_ranks_order_the_jobs_and_what_nobody_asked_for_is_not_awaited() -> None
 
 
 def test_what_nobody_asked_for_waits_for_a_quiet_moment() -> None:
-    thread, done = CompileThread(quiet=0.4), threading.Event()
-    began = time.monotonic()
+    clock, done = Told(), threading.Event()
+    thread = CompileThread(quiet=0.05, clock=clock)
     thread.submit(done.set, Rank.AHEAD)
-    assert done.wait(5) and time.monotonic() - began < 0.4  # nothing was under way before
+    assert done.wait(10), "nothing was under way before"
     done.clear()
     for _ in range(4):
+        clock.now += 0.04
         thread.stir()
         thread.submit(done.set, Rank.AHEAD)
-        assert not done.wait(0.15)
+        assert not done.wait(0.06)
+    clock.now += 0.04
     asked = threading.Event()
     thread.submit(asked.set)
-    assert asked.wait(5) and not done.is_set()
-    began = time.monotonic()
-    assert done.wait(5) and time.monotonic() - began > 0.2
+    assert asked.wait(10)
+    clock.now += 0.04
+    assert not done.wait(0.06)
+    clock.now += 0.02
+    assert done.wait(10)
+    assert thread.quiesce(10, Rank.AHEAD)
     done.clear()
     thread.stir()
     thread.submit(done.set, Rank.AHEAD)
-    assert thread.quiesce(0.3, Rank.AHEAD) and done.is_set()  # somebody waits for it
+    assert thread.quiesce(10, Rank.AHEAD) and done.is_set(), "somebody waits for it"
     thread.close(10)
 
 

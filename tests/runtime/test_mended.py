@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import Told
 
 from torch_mux.errors import ExecutionFailed, MemoryQuotaExceeded
 from torch_mux.runtime.forecasts import Forecasts
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 def test_a_deadline_is_refused_only_for_what_is_ahead_in_its_own_queue(lab: Any) -> None:
     """Others' requests, and the tenant's own to another model, are not ahead of it."""
-    engine, fast, model = lab.engine(max_bundle=1), lab.program(), lab.Affine()
+    engine, fast, model = lab.engine(Told(), max_bundle=1), lab.program(), lab.Affine()
     lab.call(engine, fast, model)
     lab.slow["slow"] = threading.Event()
     elsewhere = [lab.submit(engine, lab.program("slow"), model, quota=Quota("a")) for _ in range(60)]

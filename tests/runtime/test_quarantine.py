@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from clocks import Punctual
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torch_mux
+from torch_mux import state
 from torch_mux.runtime.quarantine import Quarantine
 
 A = ("a", "Net")
@@ -63,8 +65,12 @@ class Table(nn.Module):
         return self.table(x)
 
 
-def test_the_engine_refuses_the_tenant_and_serves_the_others() -> None:
+def test_the_engine_refuses_the_tenant_and_serves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Punctual()
     torch_mux.configure(quarantine=3)
+    engine = state.engine()
+    monkeypatch.setattr(engine, "clock", clock)
+    engine.reset()
     model = torch.compile(Table().eval(), backend="mux")
     other = torch.compile(nn.Sequential(nn.Linear(4, 4)).eval(), backend="mux")
     good, bad = torch.tensor([1]), torch.tensor([9])
@@ -83,21 +89,13 @@ def test_the_engine_refuses_the_tenant_and_serves_the_others() -> None:
         health = torch_mux.health()
         assert health.status == "degraded" and list(health.quarantined) == [("mallory", "Table")]
         assert "mallory" in str(health)
-        _wait()
+        clock.skips(0.2)
         with torch_mux.quota("mallory"):
             torch_mux.gather((model, good))
     assert torch_mux.health().status == "ok"
     got = torch_mux.stats().tenants["mallory"]
     assert (got.errors, got.refused, got.ok) == (3, 1, 2)
     assert got.accepted == got.ok + got.errors and got.pending == 0
-
-
-def _wait() -> None:
-    import time
-
-    deadline = time.monotonic() + 5.0
-    while torch_mux.health().quarantined and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("value", [-1, True, 1.5, "often"])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 from torch_mux.runtime.timeline import BundleSpan
 
-__all__ = ["hold_to_the_bound", "longest_stretch", "served"]
+__all__ = ["contended", "hold_to_the_bound", "longest_stretch", "served"]
 
 
 def longest_stretch(spans: Sequence[BundleSpan], tenants: Sequence[str]) -> list[BundleSpan]:
@@ -26,6 +26,15 @@ def longest_stretch(spans: Sequence[BundleSpan], tenants: Sequence[str]) -> list
         if sum(one.seconds for one in run) > sum(one.seconds for one in best):
             best = run
     return best
+
+
+def contended(spans: Sequence[BundleSpan], tenants: Iterable[str]) -> list[BundleSpan]:
+    """Only what went out while everybody waited is judged: others may use the host and the device, too.
+
+    At first nobody knows how long bundles take, and charges are off.
+    """
+    begun = min((span.issued for span in spans), default=0.0)
+    return longest_stretch([span for span in list(spans) if span.issued > begun + 0.3], list(tenants))
 
 
 def served(spans: Sequence[BundleSpan]) -> Counter[str]:

@@ -59,10 +59,16 @@ def work(seconds: float) -> None:
     zlib.crc32(_BUFFER[: round(min(1.0, seconds / 1e-3) * len(_BUFFER))] or _BUFFER[:8192])
 
 
+_clocks: list[Callable[[], float]] = [time.perf_counter]
+
+
+def _now() -> float:
+    return _clocks[-1]()
+
+
 def _sleep_until(moment: float) -> None:
-    left = moment - time.perf_counter()
-    if left > 0.0:
-        time.sleep(left)
+    while (left := moment - _now()) > 0.0:
+        time.sleep(left if _clocks[-1] is time.perf_counter else min(left, 0.25e-3))
 
 
 @dataclass
@@ -105,10 +111,10 @@ class _Event:
         events[self.cuda_event] = self
 
     def record(self, stream: _Stream) -> None:
-        self.at = max(time.perf_counter(), stream.free)
+        self.at = max(_now(), stream.free)
 
     def query(self) -> bool:
-        return time.perf_counter() >= self.at
+        return _now() >= self.at
 
     def synchronize(self) -> None:
         _sleep_until(self.at)
@@ -138,7 +144,7 @@ class _Graph:
         graphs[self.address] = self
 
     def replay(self, stream: _Stream) -> None:
-        stream.free = max(time.perf_counter(), stream.free) + self.seconds(self.slots)
+        stream.free = max(_now(), stream.free) + self.seconds(self.slots)
 
 
 graphs: dict[int, _Graph] = {}
@@ -150,7 +156,7 @@ class _Native:
 
     def record(self, event: int, stream: int) -> None:
         work(3e-6)
-        events[event].at = time.perf_counter()
+        events[event].at = _now()
 
     def enqueue(
         self,
@@ -170,12 +176,12 @@ class _Native:
             on.wait_event(events[mark])
         events[start].record(on)
         active = ctypes.c_int32.from_address(host).value
-        on.free = max(time.perf_counter(), on.free) + graphs[graph].seconds(active)
+        on.free = events[start].at + graphs[graph].seconds(active)
         events[end].record(on)
         return any(map(compat.native.checks().changed, watched))
 
     def await_any(self, watched: list[int], seconds: float) -> bool:
-        end = time.perf_counter() + seconds
+        end = _now() + seconds
         first = min(events[address].at for address in watched)
         _sleep_until(min(first, end))
         return first <= end
@@ -192,7 +198,7 @@ class _Steps:
         burn(self._timing.launches)
         assert self.lane is not None
         on: Any = self.lane.stream
-        on.free = max(time.perf_counter(), on.free) + self._timing.bundle(served.program.name, layout.slots)
+        on.free = max(_now(), on.free) + self._timing.bundle(served.program.name, layout.slots)
 
     def launches(self, served: ServedProgram, slots: int) -> list[Any]:
         return []
@@ -211,7 +217,7 @@ class _Capturer(Capturer):
         pass
 
     def _capture(self, lane: Lane, served: ServedProgram, slots: int) -> Executable:
-        begun = time.perf_counter()
+        begun = _now()
         for _ in range(round(self.timing.capture / self.timing.piece)):
             burn(self.timing.piece)
             self._thread.breathe()
@@ -296,8 +302,10 @@ class SimulatedPlan:
 
 
 @contextlib.contextmanager
-def simulated_engine(timing: Timing, **settings: Any) -> Iterator[tuple[Engine, list[SimulatedGpu]]]:
-    """An engine whose devices are simulated, and these."""
+def simulated_engine(
+    timing: Timing, clock: Callable[[], float] = time.perf_counter, **settings: Any
+) -> Iterator[tuple[Engine, list[SimulatedGpu]]]:
+    """An engine whose devices are simulated, and these; all of them on one clock."""
     made: list[SimulatedGpu] = []
     own = threading.local()
 
@@ -328,9 +336,12 @@ def simulated_engine(timing: Timing, **settings: Any) -> Iterator[tuple[Engine, 
         patch(compat, "current_stream", current)
         patch(compat, "on_stream", lambda stream: contextlib.nullcontext())
         patch(compat, "guard_synchronize", lambda: None)
+        _clocks.append(clock)
+        stack.callback(_clocks.pop)
         plan: Any = SimulatedPlan
         engine = Engine(
             Settings(**{"pack": 1, **settings}),
+            clock,
             compile_plan=plan,
             compile_lock=compat.compile_lock(),
             executor=make,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from clocks import Told
 
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Flight
@@ -17,6 +18,8 @@ from torch_mux.runtime.served import failure
 from torch_mux.settings import Settings
 
 __all__ = ["SlowDevice", "slow"]
+
+_LOOK = 0.25e-3
 
 
 @dataclass(eq=False)
@@ -31,11 +34,13 @@ class SlowDevice(CpuExecutor):
 
     seconds = 0.02
 
-    def __init__(self, device: torch.device, stack: Any) -> None:
+    def __init__(self, device: torch.device, stack: Any, clock: Callable[[], float]) -> None:
         super().__init__(device, stack)
+        self.clock = clock
         self.lanes: list[list[SlowFlight]] = [[]]
         self.highest = 0
         self.faults: list[Exception] = []
+        self.on_end: Callable[[SlowFlight], object] = lambda flight: None
         self.seconds_of: Callable[[Bundle], float] = lambda bundle: self.seconds
 
     def configure(self, settings: Settings) -> None:
@@ -49,7 +54,7 @@ class SlowDevice(CpuExecutor):
     def launch(self, bundle: Bundle) -> Flight | None:
         super().launch(bundle)
         lane = self.lanes[bundle.lane]
-        now = time.perf_counter()
+        now = self.clock()
         begin = max([now, *(flight.until for flight in lane)])
         seconds = self.seconds_of(bundle)
         if bundle.issue.passes:
@@ -71,12 +76,13 @@ class SlowDevice(CpuExecutor):
     def reap(self) -> Sequence[Flight]:
         landed: list[Flight] = []
         for lane in self.lanes:
-            while lane and lane[0].until <= time.perf_counter():
+            while lane and lane[0].until <= self.clock():
                 flight = lane.pop(0)
                 flight.ended, flight.finished = flight.until, True
                 if self.faults:
                     flight.error = failure(flight.bundle.served, self.faults.pop())
                 landed.append(flight)
+                self.on_end(flight)
         return landed
 
     def flying(self) -> bool:
@@ -86,19 +92,28 @@ class SlowDevice(CpuExecutor):
         return [lane[0] for lane in self.lanes if lane]
 
     def await_end(self) -> None:
-        ends = [lane[0].until for lane in self.lanes if lane]
-        time.sleep(max(0.0, min(ends, default=0.0) - time.perf_counter()))
+        end = min([lane[0].until for lane in self.lanes if lane], default=0.0)
+        while (left := end - self.clock()) > 0.0:
+            time.sleep(left if self.clock is time.perf_counter else _LOOK)
 
 
-def slow(lab: Any, **settings: Any) -> tuple[Any, SlowDevice]:
+def slow(lab: Any, own: Callable[[], float] = time.perf_counter, **settings: Any) -> tuple[Any, SlowDevice]:
+    """An engine, and its device.
+
+    Args:
+        own: the device's clock; the engine's too unless that has one of its own.
+    """
     made: list[SlowDevice] = []
+    settings.setdefault("clock", own)
 
     def make(engine: Any, device: torch.device) -> SlowDevice:
-        executor = SlowDevice(device, lab.stack)
+        executor = SlowDevice(device, lab.stack, own)
         made.append(executor)
         return executor
 
     engine = lab.engine(executor=make, **settings)
+    if isinstance(own, Told):
+        lab.at_last.append(lambda: setattr(own, "now", float("inf")))
     engine.register(lab.program())
     assert engine.quiesce(10)
     return engine, made[0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -123,6 +124,17 @@ def instances(model: Any) -> list[Any]:
     """The engine's instances that use tensors of ``model`` alone."""
     tensors = frozenset(map(id, (*model.parameters(), *model.buffers())))
     return [found for found in state.engine()._instances() if found.uses_only(tensors)]
+
+
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """What is there already is not walked again: a collection looks at what was made inside only."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import Told
 from torch import nn
 
 import torch_mux
 from torch_mux import backend
+from torch_mux.compat import collector
 from torch_mux.compat.collector import Rest
 
 BEFORE = (701, 11, 9)
@@ -63,21 +65,25 @@ def test_it_goes_on_after_the_last_of_several_threads() -> None:
 
 
 def test_it_rests_through_a_pause_between_two_traces() -> None:
-    rest = Rest(quiet=0.5)
+    clock = Told()
+    rest = Rest(quiet=0.05, clock=clock)
     for _ in range(4):
         with rest.paused():
-            time.sleep(0.01)
-        time.sleep(0.2)
+            clock.now += 0.01
+        clock.now += 0.02
+        time.sleep(0.06)
         assert resting()
+    clock.now += 0.04
     assert goes_on()
 
 
 def test_traces_one_after_another_do_not_put_it_off_for_ever() -> None:
-    rest = Rest(quiet=60.0, longest=0.2)
+    clock = Told()
+    rest = Rest(quiet=60.0, longest=0.2, clock=clock)
     with rest.paused():
         pass
     assert resting()
-    time.sleep(0.3)
+    clock.now += 0.3
     with rest.paused():
         pass
     assert gc.get_threshold() == BEFORE
@@ -129,9 +135,12 @@ def test_it_rests_from_a_first_trace_to_the_first_answer(monkeypatch: pytest.Mon
         seen.append(resting())
         return capture(*args)
 
+    clock = Told()
+    monkeypatch.setattr(collector._rest, "_clock", clock)
     monkeypatch.setattr(backend, "_capture", watching)
     model: Any = torch.compile(nn.Linear(4, 4).eval(), backend="mux", dynamic=False)
     with torch.no_grad():
         torch_mux.gather((model, torch.randn(1, 4)))
     assert seen == [True] and resting()
+    clock.now += 1.1
     assert goes_on()

@@ -6,7 +6,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 __all__ = ["Rest", "paused_collector"]
@@ -26,9 +26,16 @@ class Rest:
     Args:
         quiet: seconds after the last exit before the collector goes on.
         longest: seconds since the first entry after which it goes on as soon as nobody is inside.
+        clock: seconds, increasing; on which these are measured.
     """
 
-    def __init__(self, quiet: float = _QUIET, longest: float = _LONGEST) -> None:
+    def __init__(
+        self,
+        quiet: float = _QUIET,
+        longest: float = _LONGEST,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._quiet = quiet
         self._longest = longest
         self._start()
@@ -45,7 +52,7 @@ class Rest:
         """No automatic collection in this process meanwhile, nor in the quiet moment after."""
         with self._changed:
             if self._before is None and gc.get_threshold()[0]:
-                self._since = time.monotonic()
+                self._since = self._clock()
                 self._before = before = gc.get_threshold()
                 gc.set_threshold(0, *before[1:])
             self._held += 1
@@ -54,7 +61,7 @@ class Rest:
         finally:
             with self._changed:
                 self._held -= 1
-                self._left = time.monotonic()
+                self._left = self._clock()
                 if not self._held:
                     self._end()
 
@@ -71,7 +78,7 @@ class Rest:
     def _wait(self) -> None:
         with self._changed:
             while self._before is not None:
-                left = self._left + self._quiet - time.monotonic()
+                left = self._left + self._quiet - self._clock()
                 if self._held or left > 0:
                     self._changed.wait(max(left, self._quiet / 2))
                 else:

@@ -1,6 +1,8 @@
 """Runs tests marked ``interpreter`` in one subprocess a module under Triton's interpreter.
 
-TRITON_INTERPRET must be set before Triton is imported, and must not be set for the tests that compile.
+TRITON_INTERPRET must be set before Triton is imported, and must not be set for the tests that compile. Each
+of these processes keeps one core busy and the other tests hardly more: they run one after another beside
+those, from the beginning on, and are asked for what they found at the end.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +20,42 @@ import pytest
 import torch
 from torch import Tensor
 
-RESULTS: dict[Path, dict[str, str]] = {}
+
+class _Ahead:
+    """What the modules' processes found, made in the order in which their tests come."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="interpreter")
+        self._found: dict[Path, Future[dict[str, str]]] = {}
+
+    def begin(self, items: Sequence[pytest.Item]) -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        modules: dict[Path, list[pytest.Item]] = {}
+        for item in items:
+            modules.setdefault(item.path, []).append(item)
+        for path, own in modules.items():
+            if any(item.get_closest_marker("interpreter") for item in own):
+                directory = own[0].config._tmp_path_factory.mktemp("interpreter")  # type: ignore[attr-defined]
+                self._found[path] = self._pool.submit(_run, own, directory, environment)
+
+    def of(self, path: Path) -> dict[str, str]:
+        return self._found[path].result()
+
+    def end(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+AHEAD = _Ahead()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreter: runs in a subprocess under Triton's interpreter")
 
 
-def _run(items: Sequence[pytest.Item], directory: Path) -> dict[str, str]:
+def _run(items: Sequence[pytest.Item], directory: Path, environment: dict[str, str]) -> dict[str, str]:
     """What failed, by test name; "" for what passed."""
     report = directory / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *(item.nodeid for item in items)],
         cwd=items[0].config.rootpath,
@@ -45,16 +72,26 @@ def _run(items: Sequence[pytest.Item], directory: Path) -> dict[str, str]:
     return found
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        items.sort(key=lambda item: item.get_closest_marker("interpreter") is not None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1" and not session.config.option.collectonly:
+        AHEAD.begin(session.items)
+
+
+def pytest_sessionfinish() -> None:
+    AHEAD.end()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if pyfuncitem.get_closest_marker("interpreter") is None or os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    module = pyfuncitem.path
-    if module not in RESULTS:
-        factory = pyfuncitem.session.config._tmp_path_factory  # type: ignore[attr-defined]
-        items = [item for item in pyfuncitem.session.items if item.path == module]
-        RESULTS[module] = _run(items, factory.mktemp("interpreter"))
-    outcome = RESULTS[module].get(pyfuncitem.name, "not among the results of the interpreter's run")
+    outcome = AHEAD.of(pyfuncitem.path).get(pyfuncitem.name, "not among the results of the interpreter's run")
     if outcome:
         pytest.fail(outcome, pytrace=False)
     return True

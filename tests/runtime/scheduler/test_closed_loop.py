@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from backlogged import hold_to_the_bound, longest_stretch, served
+from backlogged import contended, hold_to_the_bound, longest_stretch, served
+from clocks import Punctual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import Queue, Ticket
@@ -258,59 +259,62 @@ def test_a_bundle_that_did_not_run_is_expected_by_nobody() -> None:
 WEIGHTS = {"one": 1.0, "two": 2.0, "four": 4.0, "eight": 8.0}
 
 
-def shares(engine: Engine, ask: Callable[[str, float], object]) -> dict[str, float]:
-    """What part of the device two threads of each tenant get, while they keep asking."""
-    failed: list[BaseException] = []
-    done = threading.Event()
-
-    def client(name: str) -> None:
-        try:
-            while not done.is_set():
-                ask(name, WEIGHTS[name])
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [
-        threading.Thread(target=client, args=(name,), daemon=True) for name in WEIGHTS for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.5)
-    before = engine.stats().tenants
-    time.sleep(4.0)
-    after = engine.stats().tenants
-    done.set()
-    for thread in threads:
-        thread.join(60)
-    assert not failed
-    got = {name: after[name].device_seconds - before[name].device_seconds for name in WEIGHTS}
-    return {name: seconds / sum(got.values()) for name, seconds in got.items()}
-
-
 @pytest.mark.parametrize("branches", [1, 4])
 def test_threads_before_a_slow_device_share_it_by_weight(lab: Any, branches: int) -> None:
-    engine, device = slow(lab, linger=0.05, in_flight=2, branches=branches)
-    times = {"one": 0.008, "two": 0.014, "four": 0.018, "eight": 0.012}
+    """Two threads of each tenant, each of which asks again when it has its answer."""
+    clock = Punctual()
+    engine, device = slow(lab, clock, linger=0.0125, in_flight=2, branches=branches)
+    times = {"one": 0.002, "two": 0.0035, "four": 0.0045, "eight": 0.003}
     models = {name: lab.Affine(2.0) for name in WEIGHTS}
     for name in WEIGHTS:
         engine.register(lab.program(name))
     assert engine.quiesce(10)
     device.seconds_of = lambda bundle: times[bundle.served.program.name]
+    device.on_end = lambda flight: clock.leaves(len(flight.bundle.requests))
+    failed: list[BaseException] = []
+    done = threading.Event()
 
-    def ask(name: str, weight: float) -> None:
-        done = threading.Event()
-        request = lab.submit(engine, lab.program(name), models[name], quota=Quota(name, weight=weight))
-        request.add_done_callback(lambda _: done.set())
-        request.result()
-        assert done.wait(20)
+    def client(name: str) -> None:
+        first, quota = True, Quota(name, weight=WEIGHTS[name])
+        try:
+            while not done.is_set():
+                ended = threading.Event()
+                request = lab.submit(engine, lab.program(name), models[name], quota=quota)
+                request.add_done_callback(lambda _, ended=ended: ended.set())
+                if not first:
+                    clock.returns()
+                first = False
+                request.result()
+                assert ended.wait(20)
+        except BaseException as error:
+            failed.append(error)
+        clock.returns()
 
-    # Threads of a busy machine come back late now and then; the simulation above is exact.
-    for name, share in shares(engine, ask).items():
-        assert share == pytest.approx(WEIGHTS[name] / 15, rel=0.15)
+    def seconds_at(moment: float) -> dict[str, float]:
+        lab.until(lambda: clock() >= moment, 60.0)
+        tenants = engine.stats().tenants
+        return {name: tenants[name].device_seconds for name in WEIGHTS}
+
+    begun = clock()
+    threads = [
+        threading.Thread(target=client, args=(name,), daemon=True) for name in WEIGHTS for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    before, after = seconds_at(begun + 0.125), seconds_at(begun + 1.125)
+    done.set()
+    for thread in threads:
+        thread.join(60)
+    assert not failed
+    got = {name: after[name] - before[name] for name in WEIGHTS}
+    for name in WEIGHTS:
+        assert got[name] / sum(got.values()) == pytest.approx(WEIGHTS[name] / 15, rel=0.15)
 
 
 def flood(engine: Engine, lab: Any, device: str, inside: Callable[[], Any]) -> list[BundleSpan]:
-    """Bundles while two threads of each tenant have four requests under way all the time; for two seconds.
+    """Bundles while two threads of each tenant have four requests under way all the time.
+
+    Until everybody has waited through enough of them.
 
     Args:
         inside: the context that a thread submits in.
@@ -338,7 +342,9 @@ def flood(engine: Engine, lab: Any, device: str, inside: Callable[[], Any]) -> l
     with recorders.record(Timeline()) as timeline:
         for thread in threads:
             thread.start()
-        time.sleep(2.0)
+        last = time.monotonic() + 30.0
+        while len(contended(timeline.spans, WEIGHTS)) < ENOUGH and time.monotonic() < last:
+            time.sleep(0.2)
         done.set()
         for thread in threads:
             thread.join(60)
@@ -346,14 +352,13 @@ def flood(engine: Engine, lab: Any, device: str, inside: Callable[[], Any]) -> l
     return timeline.spans
 
 
-def check(spans: Sequence[BundleSpan], flying: int) -> None:
-    """Only what went out while everybody waited is judged: others may use the host and the device, too.
+ENOUGH = 200
 
-    At first nobody knows how long bundles take, and charges are off.
-    """
-    begun = min(span.issued for span in spans)
-    stretch = longest_stretch([span for span in spans if span.issued > begun + 0.3], list(WEIGHTS))
-    assert len(stretch) > 60, f"of {len(spans)} bundles"
+
+def check(spans: Sequence[BundleSpan], flying: int) -> None:
+    """That they are served by weight while everybody waits."""
+    stretch = contended(spans, WEIGHTS)
+    assert len(stretch) >= ENOUGH, f"of {len(spans)} bundles"
     hold_to_the_bound(stretch, WEIGHTS, flying)
     got = served(stretch)
     assert sorted(got, key=got.__getitem__) == sorted(WEIGHTS, key=WEIGHTS.__getitem__)
@@ -362,7 +367,7 @@ def check(spans: Sequence[BundleSpan], flying: int) -> None:
 def test_threads_before_a_simulated_gpu_share_it_by_weight(lab: Any) -> None:
     seconds = {"one": 5e-3, "two": 3e-3, "four": 4e-3, "eight": 3.5e-3}
     timing = Timing(bundle=lambda name, slots: seconds[name], capture=1e-3)
-    with simulated_engine(timing, max_bundle=1, branches=1) as (engine, _):
+    with simulated_engine(timing, Punctual(), max_bundle=1, branches=1) as (engine, _):
         check(flood(engine, lab, "cpu", contextlib.nullcontext), engine.settings.in_flight)
 
 

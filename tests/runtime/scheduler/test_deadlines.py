@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
+from clocks import Told
 from simulated import IDLE, Queue, Ticket
 
 from torch_mux.errors import DeadlineUnattainable
@@ -108,10 +108,15 @@ def test_a_hold_ends_before_it_makes_somebody_late() -> None:
 
 
 def served(lab: Any, seconds: float, **settings: Any) -> tuple[Any, Any, Any]:
-    engine, program, model = lab.engine(**settings), lab.program(), lab.Affine(2.0)
+    clock = Told()
+    engine, program, model = lab.engine(clock, **settings), lab.program(), lab.Affine(2.0)
     engine.register(program)
     assert engine.quiesce(10)
-    lab.plans["affine"].before = lambda inputs: time.sleep(seconds * inputs[0].shape[0])
+
+    def take(inputs: Any) -> None:
+        clock.now += seconds * inputs[0].shape[0]
+
+    lab.plans["affine"].before = take
     for _ in range(5):
         lab.submit(engine, program, model).result()
     return engine, program, model
@@ -120,9 +125,7 @@ def served(lab: Any, seconds: float, **settings: Any) -> tuple[Any, Any, Any]:
 def test_what_cannot_meet_its_deadline_is_refused_at_once_or_served_late(lab: Any) -> None:
     engine, program, model = served(lab, 0.02)
     before = len(lab.plans["affine"].bundles)
-    with pytest.raises(
-        DeadlineUnattainable, match=r"'a' cannot meet its deadline of 0\.01 s.*take 0\.0[2-9]"
-    ):
+    with pytest.raises(DeadlineUnattainable, match=r"'a' cannot meet its deadline of 0\.01 s.*take 0\.02"):
         lab.submit(engine, program, model, quota=Quota("a", deadline=0.01))
     assert len(lab.plans["affine"].bundles) == before
     lab.submit(engine, program, model, quota=Quota("a", slo=0.01)).result()
@@ -142,7 +145,7 @@ def test_a_tenants_own_queue_counts_and_that_of_others_does_not(lab: Any) -> Non
 
     with pytest.raises(DeadlineUnattainable):
         fill_up()
-    assert 3 <= len(own) <= 30
+    assert 25 <= len(own) <= 30
     engine.wait([*crowd, *own])
 
 
