@@ -8,7 +8,6 @@ from threading import get_ident
 
 import torch
 
-from torch_mux.compat.build import caused
 from torch_mux.errors import ClosedError, DeviceFailed, Overloaded
 from torch_mux.runtime.admission import Admission
 from torch_mux.runtime.instance import Instance
@@ -82,8 +81,7 @@ class Submission:
                 if dispatcher.closed:
                     raise ClosedError
                 if executor.fault is not None:
-                    failed = DeviceFailed(device=executor.device, fault=executor.fault)
-                    raise caused(failed, executor.fault)
+                    raise DeviceFailed(device=executor.device, fault=executor.fault) from executor.fault
                 mark = executor.mark()
                 if mark is not None:
                     for request in own:

@@ -10,12 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from torch_mux.compat.build import compiled
-
 # Every test lowers what it serves, in processes of its own too; those of the kept plans say otherwise.
 os.environ["TORCH_MUX_KEEP_PLANS"] = "0"
-# Who asks for the compiled build's tests has that build.
-assert compiled() or os.environ.get("TORCH_MUX_COMPILED") != "1"
 
 # How fast a machine is decides no test, nor do dice that fall differently for a change that has nothing to do
 # with them: other examples than these are drawn with --hypothesis-profile=explore.
@@ -26,14 +22,13 @@ settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests that need a GPU where there is none, and what a compiled build does not allow."""
-    absent = [] if torch.cuda.is_available() else ["gpu"]
-    absent += ["interpreted"] if compiled() else []
-    out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
-    if out:
-        config.hook.pytest_deselected(items=out)
-        left = set(items) - set(out)
-        items[:] = [item for item in items if item in left]
+    """Deselect the tests that need a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
     copy = tmp_path_factory.mktemp("copy")
     for name in NAMES:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     out = tmp_path_factory.mktemp("dist")
     code = f"from setuptools.build_meta import build_wheel; build_wheel({str(out)!r})"
@@ -214,23 +214,3 @@ def test_every_error_is_public() -> None:
 
     assert set(errors.__all__) <= set(torch_mux.__all__)
     assert all(issubclass(getattr(torch_mux, name), torch_mux.MuxError) for name in errors.__all__)
-
-
-def _hot() -> list[Path]:
-    """The modules that the compiled build compiles."""
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    (names,) = (
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HOT"
-    )
-    found = [sorted(ROOT.glob(f"{name}.py")) for name in names]
-    assert all(found), "a name in HOT is no file"
-    return [path for paths in found for path in paths]
-
-
-@pytest.mark.parametrize("path", _hot(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_cause_is_lost_when_it_is_compiled(path: Path) -> None:
-    raised = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
-    lost = [node.lineno for node in raised if node.cause is not None]
-    assert not lost, f"mypyc leaves out what they are raised from; compat.build.caused does not: {lost}"

@@ -8,7 +8,6 @@ from importlib import metadata
 import torch
 
 from torch_mux import compat
-from torch_mux.compat.build import compiled
 from torch_mux.state import settings
 
 __all__ = ["info"]
@@ -25,7 +24,6 @@ def info() -> dict[str, str]:
         "triton": _version("triton"),
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({torch.get_num_threads()} threads)",
         "executor": "captured CUDA graphs" if cuda else "CPU (sms is recorded, not enforced)",
-        "runtime": "compiled" if compiled() else "interpreted",
         "weight checks": compat.native.status(),
         "settings": str(settings()),
     }

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from torch_mux import compat
-from torch_mux.compat.build import caused
 from torch_mux.errors import IsolationUnavailable
 from torch_mux.runtime.lanes import Lane, highest_priority
 from torch_mux.runtime.scheduler.base import Issue, LaneKind, LaneLoad, idle_lanes
@@ -49,7 +48,7 @@ class LaneSet:
             try:
                 compat.green.check(self._device)
             except compat.green.Unavailable as error:
-                raise caused(IsolationUnavailable(str(error)), error)  # noqa: B904
+                raise IsolationUnavailable(str(error)) from error
         self._green = settings.isolation == "green"
         seen: Counter[LaneKind] = Counter()
         places: list[_Place] = []
@@ -101,7 +100,7 @@ class LaneSet:
         try:
             halves = compat.green.split(self._device, compat.green.fitting(self._device, reserve))
         except compat.green.Unavailable as error:
-            raise caused(IsolationUnavailable(str(error)), error)  # noqa: B904
+            raise IsolationUnavailable(str(error)) from error
         return halves.own if kind is LaneKind.RESERVED else halves.rest
 
     def _make(

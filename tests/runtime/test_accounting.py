@@ -44,7 +44,6 @@ def test_parts_are_in_proportion_and_add_up(total: int, works: list[int]) -> Non
         assert abs(part * sum(works) - total * work) < sum(works)
 
 
-@pytest.mark.interpreted
 @given(
     st.lists(
         st.tuples(
@@ -64,7 +63,6 @@ def test_the_sum_over_tenants_is_the_bundles_time_exactly(
     assert accounting._device_time == sum(round(seconds * PICOSECONDS) for _, seconds in bundles)
 
 
-@pytest.mark.interpreted
 def test_ragged_slots_count_by_their_work() -> None:
     accounting = Accounting()
     accounting.ran(bundle(("small", 1), ("large", 3), ("small", 1)), 1e-3, True)

@@ -27,7 +27,6 @@ def seconds(flights: list[Flight]) -> list[float]:
     return [one.charge / PICOSECONDS for one in flights]
 
 
-@pytest.mark.interpreted
 def test_bundles_of_one_lane_are_charged_what_they_took() -> None:
     busy, flights = BusyTime(), [flight(0, 0.0, 1.0), flight(0, 1.0, 1.5), flight(0, 3.0, 3.25)]
     busy.divide(flights[:1], flights[1:2])
@@ -35,7 +34,6 @@ def test_bundles_of_one_lane_are_charged_what_they_took() -> None:
     assert seconds(flights) == [1.0, 0.5, 0.25]
 
 
-@pytest.mark.interpreted
 def test_what_overlaps_is_divided_by_caps() -> None:
     """The small bundle runs from 1 to 2 with a quarter of the device, beside one with three quarters."""
     busy, small, large = BusyTime(), flight(1, 1.0, 2.0, 0.25), flight(0, 0.0, 4.0, 0.75)
@@ -45,7 +43,6 @@ def test_what_overlaps_is_divided_by_caps() -> None:
     assert seconds([small, large]) == [0.25, 3.75]
 
 
-@pytest.mark.interpreted
 def test_bundles_that_are_one_are_charged_by_their_parts() -> None:
     busy, pair = BusyTime(), [flight(0, 0.0, 2.0, part=0.25), flight(0, 0.0, 2.0, part=0.75)]
     busy.divide(pair, [])
@@ -56,7 +53,6 @@ def test_bundles_that_are_one_are_charged_by_their_parts() -> None:
     assert seconds([*pair, beside]) == [0.25, 0.75, 1.0], "as one they weigh as much as the other lane's"
 
 
-@pytest.mark.interpreted
 def test_while_one_goes_first_the_time_is_its_own() -> None:
     busy, short, long = BusyTime(), flight(1, 1.0, 2.0, passes=True), flight(0, 0.0, 4.0)
     busy.divide([short], [long])
@@ -65,7 +61,6 @@ def test_while_one_goes_first_the_time_is_its_own() -> None:
     assert (short.paused, long.paused) == (0.0, 1.0)
 
 
-@pytest.mark.interpreted
 @given(
     lanes=st.lists(
         st.lists(st.tuples(st.floats(0.0, 0.5), st.floats(0.01, 1.0), st.floats(0.01, 1.0)), max_size=8),

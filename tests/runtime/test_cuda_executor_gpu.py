@@ -207,7 +207,6 @@ class Watching(FairPolicy):
         return super().form(view, now, settings)
 
 
-@pytest.mark.interpreted
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_no_more_than_in_flight_bundles_are_enqueued_a_lane(lab: Any, lanes: int) -> None:
     engine = lab.gpu_engine(in_flight=2, max_bundle=1, lanes=lanes, capture=False)

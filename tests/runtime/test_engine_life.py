@@ -152,7 +152,6 @@ class Faulty(FairPolicy):
         return super().form(*args)
 
 
-@pytest.mark.interpreted
 def test_a_dead_dispatcher_thread_is_an_error_and_never_a_hang(lab: Any) -> None:
     engine, program, model = lab.engine(), lab.program(), lab.Affine(2.0)
     lab.call(engine, program, model)

@@ -209,7 +209,6 @@ def test_memory_that_stays_short_is_the_error_of_the_request_that_needs_it(lab: 
     assert engine.plans()[0].changes == ()
 
 
-@pytest.mark.interpreted
 @pytest.mark.parametrize("point", ["decide", "issued", "land"])
 def test_a_dispatcher_that_dies_is_an_error_on_every_waiting_call_at_once(
     lab: Any, point: str, monkeypatch: pytest.MonkeyPatch

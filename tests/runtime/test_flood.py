@@ -108,7 +108,6 @@ def test_who_finds_the_dispatcher_busy_goes_on_after_a_moment(lab: Any) -> None:
     assert all(request.result()[0].tolist() == [6.0] * 4 for request in requests)
 
 
-@pytest.mark.interpreted
 def test_a_flood_behind_a_broken_policy_fails_and_does_not_hang(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

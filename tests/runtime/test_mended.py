@@ -38,7 +38,6 @@ def test_a_deadline_is_refused_only_for_what_is_ahead_in_its_own_queue(lab: Any)
     engine.wait([*elsewhere, *others])
 
 
-@pytest.mark.interpreted
 def test_counting_goes_on_while_latencies_are_sorted(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, program, model = lab.engine(), lab.program(), lab.Affine(2.0)
     lab.call(engine, program, model)

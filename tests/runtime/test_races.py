@@ -13,7 +13,6 @@ from torch_mux.runtime.scheduler.bucket import TokenBucket
 from torch_mux.types import Quota
 
 
-@pytest.mark.interpreted
 @pytest.mark.parametrize("taken", ["failed", "compiled"])
 def test_what_was_taken_out_to_fail_cannot_be_cancelled(lab: Any, taken: str) -> None:
     """Between the two steps of a failure another thread cancels; a bystander's request is in the queue."""
@@ -98,7 +97,6 @@ def test_calls_that_race_with_a_reset_are_answered_or_told(lab: Any) -> None:
         assert got.pending == 0 and got.accepted == got.ok + got.errors
 
 
-@pytest.mark.interpreted
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_program_registered_while_a_reset_stops_the_old_ones_is_compiled(lab: Any, moment: str) -> None:
     engine, program, model = lab.engine(), lab.program(), lab.Affine(2.0)

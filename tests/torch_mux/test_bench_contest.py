@@ -137,3 +137,9 @@ def test_what_was_prepared_is_released_when_the_user_ends_the_run(monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         models.run(options)
     assert released == [Eager.name]
+
+
+def test_a_record_tells_how_fast_the_host_is() -> None:
+    told = measure.environment(torch.device("cpu"))["python_call_ns"]
+    assert 1.0 < told < 10_000.0
+    assert measure.call_seconds(calls=100) > 0.0

@@ -189,7 +189,6 @@ def test_a_held_request_goes_out_in_time_though_its_caller_sent_the_others_out()
         future.result(timeout=5.0)
 
 
-@pytest.mark.interpreted
 def test_an_interrupt_behind_the_queue_takes_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
     (model,), x = make(1), torch.randn(2, 8)
     torch_mux.submit(model, x).result()

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch_mux import __version__
 from torch_mux.bench.contenders import Contender, SelfTimed, synchronize
 from torch_mux.bench.workloads import Tenants
-from torch_mux.compat.build import compiled
 
 __all__ = [
     "Memory",
@@ -293,7 +292,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "python_call_ns": call_seconds() * 1e9,
         "torch_mux": __version__,
-        "runtime": "compiled" if compiled() else "interpreted",
         "commit": commit(),
         "command": command(sys.argv),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -111,7 +111,6 @@ class Faulty(FairPolicy):
         super().issued(issue, now)
 
 
-@pytest.mark.interpreted
 def test_a_policy_that_raises_fails_its_bundle_and_nobody_hangs(lab: Any) -> None:
     engine, program, model = lab.engine(), lab.program(), lab.Affine(2.0)
     lab.call(engine, program, model)

@@ -154,7 +154,6 @@ tenants = st.lists(
 )
 
 
-@pytest.mark.interpreted
 @settings(max_examples=100, deadline=None)
 @given(
     tenants=tenants,
