@@ -14,8 +14,7 @@ from torch_mux.runtime.quarantine import Quarantine
 from torch_mux.runtime.rates import Rates
 from torch_mux.runtime.request import Request, RequestState
 from torch_mux.runtime.shares import PICOSECONDS, divided
-from torch_mux.runtime.stats import TenantStats
-from torch_mux.runtime.tally import TenantTally
+from torch_mux.runtime.tally import TenantStats, TenantTally
 from torch_mux.types import Quota
 
 __all__ = ["OTHERS", "Accounting", "StatsSnapshot", "TenantStats"]

@@ -68,7 +68,7 @@ class Dispatcher:
         self._driver = Driver(executor, policy, clock, settings, self._line, self._runner)
         self._runner.retirement.factor = settings.straggler
         self._holder: threading.Thread | None = None
-        self.closed = False
+        self.closed = False  # whether it takes nothing more
         self._released = float("-inf")
         alarm = self._line.alarms.peek
         self.service = Service(self.attend, executor.flying, lambda: alarm() - clock(), self.fail_all)

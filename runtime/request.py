@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING
 
 from torch_mux.errors import ClosedError
 from torch_mux.runtime.leaving import wait_if_leaving
@@ -13,7 +13,6 @@ from torch_mux.types import Quota
 
 if TYPE_CHECKING:
     from torch_mux.runtime.dispatch import Dispatcher
-    from torch_mux.runtime.executors.base import Executor
     from torch_mux.runtime.instance import Instance
     from torch_mux.runtime.served import ServedProgram
 
@@ -71,23 +70,6 @@ class Waiter:
         return self._gate.acquire(timeout=max(0.0, timeout))
 
 
-class Keeper(Protocol):
-    """Who has a request in line and knows its end: the dispatcher of its device."""
-
-    @property
-    def executor(self) -> Executor:
-        """Whose lanes it goes out on."""
-
-    def wait(self, requests: Sequence[Request]) -> object:
-        """Blocks until these have gone out."""
-
-    def cancel(self, request: Request) -> bool:
-        """Takes one out that has not gone out yet."""
-
-    def add_done_callback(self, request: Request, callback: Callable[[Request], object]) -> object:
-        """Calls back once it has ended."""
-
-
 class Request:
     """One call of one instance.
 
@@ -137,7 +119,7 @@ class Request:
 
     def __init__(
         self,
-        dispatcher: Keeper,
+        dispatcher: Dispatcher,
         instance: Instance,
         inputs: Sequence[object],
         outputs: list[object],
@@ -234,8 +216,8 @@ def by_dispatcher(requests: Sequence[Request]) -> list[tuple[Dispatcher, Sequenc
         if request.dispatcher is not first:
             break
     else:
-        return [(cast("Dispatcher", first), requests)]
+        return [(first, requests)]
     groups: dict[Dispatcher, list[Request]] = {}
     for request in requests:
-        groups.setdefault(cast("Dispatcher", request.dispatcher), []).append(request)
+        groups.setdefault(request.dispatcher, []).append(request)
     return list(groups.items())

@@ -100,8 +100,8 @@ class Retirement:
                 watch.since, watch.until = now, now + watch.pause
                 watch.pause = min(_MOST, 2 * watch.pause)
                 served.take(watch.reason)
-                logger.warning("a plan rests for %g s: %s", watch.until - now, watch.reason)
                 watch.reason = None
+                logger.warning("a plan rests for %g s: %s", watch.until - now, served.retired)
                 self._changed(served)
         elif not watch.since <= now < watch.until:
             watch.slow = watch.raised = watch.good = 0

@@ -3,34 +3,98 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from torch_mux.runtime.request import RequestState
 from torch_mux.runtime.shares import PICOSECONDS
-from torch_mux.runtime.stats import ModelStats, TenantStats
 
-__all__ = ["Tally", "TenantTally"]
+__all__ = ["ModelStats", "Tally", "TenantStats", "TenantTally"]
 
 _WINDOW: Final = 2048
 _CANCELLED, _EXPIRED = RequestState.CANCELLED, RequestState.EXPIRED
-_COUNTERS: Final = (
-    "cancelled",
-    "coalescible",
-    "device_time",
-    "errors",
-    "expired",
-    "late",
-    "ok",
-    "queue_seconds",
-    "shared",
-)
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """What one tenant got of one model's class.
+
+    Attributes:
+        ok, late, expired, cancelled, errors: its requests that ended, by outcome; see :class:`TenantStats`.
+        device_seconds, queue_seconds: as there.
+        coalesced_share: as there.
+    """
+
+    ok: int
+    late: int
+    expired: int
+    cancelled: int
+    errors: int
+    device_seconds: float
+    queue_seconds: float
+    coalesced_share: float | None
+
+
+@dataclass(frozen=True)
+class TenantStats:
+    """What one tenant got so far.
+
+    Attributes:
+        tenant: its name.
+        accepted: requests queued; always ok + late + expired + cancelled + errors + pending.
+        ok, errors, cancelled: requests by outcome.
+        pending: requests queued or under way.
+        p50, p99: latency quantiles in seconds from submission to the end on the device, over the last 2,048
+            requests that ended well; None before the first.
+        device_seconds: device time, that of a bundle divided over its slots by their work. While bundles of
+            several lanes are at work the time is divided among them by their caps, so that the sum over
+            tenants is the time in which the device was busy.
+        queue_seconds: time its requests spent queued, in sum.
+        held: bytes that it holds now, see :class:`torch_mux.runtime.memory.MemoryLedger`.
+        late: requests that were served, but after their ``slo`` or ``deadline``.
+        expired: requests that were dropped because their ``deadline`` had passed.
+        refused: requests that were not accepted: a limit of their quota said no.
+        weight, reserve: of the quota that its last accepted request ran under.
+        coalesced_share: part of its requests to coalesced plans that shared their bundle, None before the
+            first.
+        models: the same by model, for what has ended.
+    """
+
+    tenant: str
+    accepted: int
+    ok: int
+    errors: int
+    cancelled: int
+    pending: int
+    p50: float | None
+    p99: float | None
+    device_seconds: float
+    queue_seconds: float
+    coalesced_share: float | None
+    held: int = 0
+    late: int = 0
+    expired: int = 0
+    refused: int = 0
+    weight: float = 1.0
+    reserve: float = 0.0
+    models: Mapping[str, ModelStats] = field(default_factory=dict)
 
 
 class Tally:
     """Counters of requests that went out or ended."""
 
-    __slots__ = _COUNTERS
+    __slots__ = (
+        "cancelled",
+        "coalescible",
+        "device_time",
+        "errors",
+        "expired",
+        "late",
+        "ok",
+        "queue_seconds",
+        "shared",
+    )
 
     def __init__(self) -> None:
         self.ok = self.late = self.errors = self.cancelled = self.expired = 0
@@ -43,7 +107,7 @@ class Tally:
         """All of them together."""
         whole = cls()
         for part in parts:
-            for name in _COUNTERS:
+            for name in cls.__slots__:
                 setattr(whole, name, getattr(whole, name) + getattr(part, name))
         return whole
 

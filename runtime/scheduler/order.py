@@ -117,8 +117,7 @@ class Order:
             place = heap[0]
             tag, seq, _, turns = place
             places = self._places.get(turns)
-            current = None if places is None else places.get(level)
-            if places is None or current is None or current[2] != place[2]:
+            if places is None or places.get(level) is not place:
                 heappop(heap)
                 continue
             found = turns.first(level)

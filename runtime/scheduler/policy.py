@@ -149,12 +149,12 @@ class FairPolicy:
         awaited = self._cohorts.awaited(queue, search.now, search.settings)
         if awaited is None or not queue.timed:
             return awaited
-        moment: float | None = awaited[0]
+        moment, missing = awaited
         begin = self._backlog.free_at(choice.lane, search.now)
         latest = latest_start(queue, begin, self._forecast(choice, 1).high)
         if latest <= search.now:
             return None  # a hold ends before it makes somebody late
-        return (None if moment is None else min(moment, latest)), awaited[1]
+        return (moment if moment is None else min(moment, latest)), missing
 
     def _first(self, search: Search) -> Issue | None:
         """The bundle of who is first by class, deadline, start tag and age; None where it has to wait."""
