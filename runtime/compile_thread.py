@@ -166,6 +166,7 @@ class CompileThread:
                 self._running = rank
             begun = self._clock()
             try:
+                compat.leave_captures_alone()
                 with compat.quick_switching(self._interval()):
                     job()
             except BaseException:  # were the thread to end, requests would wait for their plans for ever

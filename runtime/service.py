@@ -7,6 +7,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+from torch_mux import compat
+
 __all__ = ["Service"]
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class Service:
     def _work(self) -> None:
         me = threading.current_thread()
         try:
+            compat.leave_captures_alone()
             while self._next_turn():
                 self._attend()
         except BaseException as error:

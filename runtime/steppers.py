@@ -10,6 +10,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final
 
+from torch_mux import compat
+
 __all__ = ["ENDED", "Abandoned", "Hand", "Stepper"]
 
 #: What :meth:`Stepper.step` returns when the function has ended.
@@ -117,6 +119,7 @@ def _work(steps: SimpleQueue[Any], values: SimpleQueue[Any]) -> None:
         if run is None:
             return
         try:
+            compat.leave_captures_alone()
             hand(None)  # set up
             run(hand)
         except BaseException as error:

@@ -32,6 +32,7 @@ FIRST_SIZES: Final = (1, 2, 16)
 
 
 def _build(launch: Buildable) -> None:
+    compat.leave_captures_alone()
     with torch.cuda.device(launch.device):
         launch.build()
 

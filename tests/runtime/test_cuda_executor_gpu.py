@@ -88,6 +88,21 @@ def test_a_request_inside_of_a_users_capture_is_refused_and_harms_nobody(lab: An
     )
 
 
+def test_a_users_capture_and_ours_do_not_end_each_other(lab: Any) -> None:
+    engine = lab.gpu_engine()
+    program, models = served(engine, lab, 5)
+    bundle(engine, lab, program, models)
+    graph, y = torch.cuda.CUDAGraph(), torch.zeros(8, device=CUDA)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):  # while the compile thread captures the bundle's size
+        assert engine.quiesce(60)
+        y += 1
+    graph.replay()
+    assert y.sum().item() == 8.0
+    assert engine.plans()[0].capture_failures == ()
+    assert engine.plans()[0].captured == ((5,),)
+
+
 def test_a_captured_size_runs_no_python(lab: Any) -> None:
     engine = lab.gpu_engine()
     program, models = served(engine, lab, 4)

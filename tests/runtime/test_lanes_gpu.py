@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 import torch_mux
 from torch_mux import compat
 from torch_mux.compat import native
+from torch_mux.compat.driver import call
 from torch_mux.runtime.scheduler.base import Issue
 from torch_mux.types import Quota
 
@@ -30,6 +33,27 @@ def built() -> None:
 def spin(milliseconds: float) -> None:
     """Keeps the current stream busy, on one multiprocessor."""
     torch.cuda._sleep(int(milliseconds * 1.5e6))
+
+
+class Gate:
+    """Where a stream waits until the host lets it pass."""
+
+    def __init__(self) -> None:
+        self._word = torch.zeros(1, dtype=torch.int32).pin_memory()
+
+    def hold(self) -> None:
+        """The current stream waits from here on."""
+        stream = torch.cuda.current_stream().cuda_stream
+        address, value, at_least = (
+            ctypes.c_uint64(self._word.data_ptr()),
+            ctypes.c_uint32(1),
+            ctypes.c_uint(0),
+        )
+        call("cuStreamWaitValue32_v2", ctypes.c_void_p(stream), address, value, at_least)
+
+    def open(self) -> None:
+        """It goes on."""
+        self._word.fill_(1)
 
 
 def ready(engine: Any, program: Any) -> None:
@@ -59,16 +83,20 @@ def test_a_bundle_runs_while_a_long_one_of_others_is_under_way(lab: Any) -> None
     for program, model, quota in ((long, models[0], OTHERS), (short, models[1], LATENT)):
         lab.submit(engine, program, model, quota=quota).result()
     torch.cuda.synchronize()
-    flights = watched(engine)
-    lab.plans["long"].before = lambda inputs: spin(600.0)
-    engine.wait([lab.submit(engine, long, models[0], 1.0, OTHERS)])
-    own = torch.cuda.Stream()  # the other client's waits for the long bundle from here on
-    with torch.cuda.stream(own):
-        request = lab.submit(engine, short, models[1], 2.0, LATENT)
-        engine.wait([request])
-    slow, quick = flights
-    quick.end.wait()
-    assert not slow.end.event.query(), "it waited for the bundle of others"
+    flights, gate = watched(engine), Gate()
+    lab.plans["long"].before = lambda inputs: gate.hold()
+    try:
+        engine.wait([lab.submit(engine, long, models[0], 1.0, OTHERS)])
+        own = torch.cuda.Stream()  # the other client's waits for the long bundle from here on
+        with torch.cuda.stream(own):
+            request = lab.submit(engine, short, models[1], 2.0, LATENT)
+            engine.wait([request])
+        slow, quick = flights
+        lab.until(quick.end.event.query)
+        assert not slow.end.event.query()
+        time.sleep(0.06)
+    finally:
+        gate.open()
     slow.end.wait()
     assert slow.start.event.elapsed_time(quick.start.event) > 0.0
     assert quick.end.event.elapsed_time(slow.end.event) > 50.0

@@ -97,16 +97,20 @@ def test_floors_are_of_every_number_of_tenants(stage: Stage) -> None:
 
 def test_the_floor_of_layers_of_nothing_but_weights() -> None:
     tenants = build(WORKLOADS["mlp"], 1, CPU, torch.float16, variants=1)
-    found = floor.round_floor(tenants, 64)
+    found = floor.round_floor(tenants, 64, floor.H100)
     assert found.levels == 3
     assert found.flops == 64 * 3 * 2 * 1024**2
     assert found.nbytes == 64 * 3 * (1024**2 + 1024) * 2
     assert found.seconds == pytest.approx(found.nbytes / 3.0e12 + 3e-6)
+    faster = floor.round_floor(tenants, 64, "NVIDIA H200")
+    assert faster.seconds == pytest.approx(found.nbytes / 4.3e12 + 3e-6)
+    assert faster.data()["device"] == "NVIDIA H200"
+    assert floor.round_floor(tenants, 64, "another GPU").data()["device"] == floor.H100
 
 
 def test_the_floor_counts_every_weight_once_and_levels_along_the_longest_way() -> None:
     tenants = build(WORKLOADS["tiny-encoder"], 1, CPU, torch.float32, variants=1)
-    found = floor.round_floor(tenants, 1)
+    found = floor.round_floor(tenants, 1, floor.H100)
     layers = [*tenants.models[0].get_submodule("qkv").parameters()]
     layers += [*tenants.models[0].get_submodule("out").parameters()]
     assert found.nbytes == sum(each.nbytes for each in layers)
@@ -118,9 +122,9 @@ def test_the_floor_of_a_layer_is_its_traffic_or_its_arithmetic() -> None:
     layers = {layer.name: layer for layer in LAYERS}
     traffic = 2 * 16 * 3136 * (64 + 2 * 256) + 2 * 16 * 64 * 256
     expected = traffic / 3.0e12 + 1e-6
-    assert floor.layer_floor(layers["1x1 64-256 @56 add"], 16) == pytest.approx(expected)
+    assert floor.layer_floor(layers["1x1 64-256 @56 add"], 16, "an unknown GPU") == pytest.approx(expected)
     wide = Layer("own", "wide", 4096, 4096, 4096, 1)
-    assert floor.layer_floor(wide, 1) == pytest.approx(2 * 4096**3 / 800e12 + 1e-6)
+    assert floor.layer_floor(wide, 1, floor.H100) == pytest.approx(2 * 4096**3 / 800e12 + 1e-6)
 
 
 @pytest.mark.gpu

@@ -83,3 +83,40 @@ def test_a_pool_serves_after_a_lost_capture_and_after_its_graphs_are_gone() -> N
     graph.replay(stream)
     stream.synchronize()
     assert torch.equal(y, torch.full_like(y, 3.0))
+
+
+@pytest.mark.gpu
+def test_a_users_capture_survives_threads_that_leave_it_alone() -> None:
+    device, failed = torch.device("cuda", 0), []
+    event, y = torch.cuda.Event(), torch.zeros(4, device=device)
+    event.record()
+
+    def beside(megabytes: int) -> None:
+        try:
+            compat.leave_captures_alone()
+            compat.leave_captures_alone()  # it was said already
+            event.query()
+            torch.empty(
+                megabytes << 20, dtype=torch.uint8, device=device
+            )  # more than the allocator has cached
+        except RuntimeError as error:
+            failed.append(error)
+
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # in the global mode
+        for megabytes in (100, 200):
+            other = threading.Thread(target=beside, args=(megabytes,))
+            other.start()
+            other.join(30)
+        y += 1
+    assert not failed
+    graph.replay()
+    assert y.tolist() == [1.0] * 4
+
+
+def test_leaving_captures_alone_brings_no_cuda_into_use() -> None:
+    before = torch.cuda.is_initialized()
+    compat.leave_captures_alone()
+    assert torch.cuda.is_initialized() == before

@@ -1,8 +1,8 @@
-"""What a round or a layer cannot be faster than on an H100, by its arithmetic and its memory traffic.
+"""What a round or a layer cannot be faster than on a Hopper GPU, by its arithmetic and its memory traffic.
 
-One dependent operation takes at least max(FLOPs / 800e12, bytes / 3.0e12) seconds and a microsecond: what the
-tensor cores and the memory of an NVIDIA H100 80GB HBM3 reach in practice, and the least from a node of a CUDA
-graph to the next.
+One dependent operation takes at least max(FLOPs / 800e12, bytes / bandwidth) seconds and a microsecond: what
+the tensor cores and the memory of the device reach in practice, and the least from a node of a CUDA graph to
+the next. A device without an entry in ``BANDWIDTHS`` has the floor of an H100, and the record says whose it is.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from torch_mux.bench.layers import Layer
 from torch_mux.bench.workloads import Tenants, TensorOnly
 from torch_mux.lowering.flops import flops_of
 
-__all__ = ["Floor", "layer_floor", "round_floor", "seconds"]
+__all__ = ["BANDWIDTHS", "FLOPS", "H100", "Floor", "layer_floor", "round_floor", "whose"]
 
 FLOPS: Final = 800e12
-BANDWIDTH: Final = 3.0e12
 LEVEL: Final = 1e-6
+H100: Final = "NVIDIA H100 80GB HBM3"
+#: Bytes a second that long copies move, by the device's name.
+BANDWIDTHS: Final = {H100: 3.0e12, "NVIDIA H200": 4.3e12}
 
 
-def seconds(flops: float, nbytes: float) -> float:
-    """Of one operation."""
-    return max(flops / FLOPS, nbytes / BANDWIDTH) + LEVEL
+def whose(device: str) -> str:
+    """The device whose floor this one's is taken to be; by name."""
+    return device if device in BANDWIDTHS else H100
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class Floor:
         flops: of all tenants, in convolutions, matrix products and attention.
         nbytes: of all tenants' weights of those operations, each read once.
         levels: those operations that depend on each other, at most.
+        device: whose it is.
     """
 
     seconds: float
     flops: int
     nbytes: int
     levels: int
+    device: str
 
     def data(self) -> dict[str, Any]:
         """Plain data, in microseconds."""
@@ -55,15 +59,20 @@ class Floor:
             "flops": self.flops,
             "weight_bytes": self.nbytes,
             "levels": self.levels,
+            "device": self.device,
         }
 
 
-def round_floor(tenants: Tenants, count: int) -> Floor:
+def round_floor(tenants: Tenants, count: int, device: str) -> Floor:
     """From the operations of one model, traced on no device: activations are taken to stay in the cache.
 
     Equal operations of all tenants go out together, independent ones of a model beside each other: so the
     levels count a microsecond each, and the rest adds up.
+
+    Args:
+        device: its name, as CUDA gives it.
     """
+    bandwidth = BANDWIDTHS[whose(device)]
     graph = _trace(tenants)
     weights = {node.name for node in graph.graph.nodes if node.op == "get_attr"}
     holders: dict[Node, frozenset[str]] = {}  # which weights a node is only another view of
@@ -79,10 +88,10 @@ def round_floor(tenants: Tenants, count: int) -> Floor:
             holders[node] = frozenset().union(*(holders[source] for source in node.all_input_nodes))
         if own:
             read = sum(_nbytes(source) for source in node.all_input_nodes if source in holders)
-            work += max(count * own / FLOPS, count * read / BANDWIDTH)
+            work += max(count * own / FLOPS, count * read / bandwidth)
             flops, nbytes = flops + count * own, nbytes + count * read
     levels = max(depth.values(), default=0)
-    return Floor(work + levels * LEVEL, flops, nbytes, levels)
+    return Floor(work + levels * LEVEL, flops, nbytes, levels, whose(device))
 
 
 def _trace(tenants: Tenants) -> torch.fx.GraphModule:
@@ -104,10 +113,11 @@ def _nbytes(node: Node) -> int:
     return 0 if not isinstance(value, torch.Tensor) else value.numel() * value.element_size()
 
 
-def layer_floor(layer: Layer, slots: int, size: int = 2) -> float:
+def layer_floor(layer: Layer, slots: int, device: str, size: int = 2) -> float:
     """Seconds of one layer for so many slots: weights, inputs, outputs and residuals go through memory once.
 
     Args:
+        device: its name, as CUDA gives it.
         size: bytes of an element.
     """
     inputs = layer.m * layer.k
@@ -117,4 +127,5 @@ def layer_floor(layer: Layer, slots: int, size: int = 2) -> float:
         if layer.conv[2] == 1 and layer.conv[3] > 1:  # a strided 1x1 reads the pixels that it keeps
             inputs = layer.m * layer.k
     elements = inputs + layer.n * layer.k + layer.m * layer.n * (2 if layer.residual else 1)
-    return seconds(2.0 * slots * layer.m * layer.n * layer.k, slots * size * elements)
+    flops, nbytes = 2.0 * slots * layer.m * layer.n * layer.k, slots * size * elements
+    return max(flops / FLOPS, nbytes / BANDWIDTHS[whose(device)]) + LEVEL

@@ -30,6 +30,7 @@ __all__ = [
     "Spread",
     "aligned",
     "announce",
+    "device_name",
     "environment",
     "errors",
     "launches",
@@ -280,12 +281,19 @@ def call_seconds(calls: int = 20_000) -> float:
     return min(loop() for _ in range(9))
 
 
+def device_name(device: torch.device) -> str:
+    """Of a GPU as CUDA gives it, of a CPU its architecture at least."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).name)
+    return platform.processor() or platform.machine()
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, versions, commit and command line of a record."""
     import triton
 
     facts: dict[str, Any] = {
-        "device": platform.processor() or platform.machine(),
+        "device": device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cores": os.cpu_count(),
@@ -299,6 +307,5 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts |= {"device": properties.name, "sms": properties.multi_processor_count}
-        facts |= {"cuda": torch.version.cuda}
+        facts |= {"sms": properties.multi_processor_count, "cuda": torch.version.cuda}
     return facts

@@ -41,13 +41,14 @@ class Achieved:
 def achieved(content: dict[str, Any], tenants: int) -> list[Achieved]:
     """The layers of a record at that many tenants, in its order."""
     sms, own = content["environment"]["multiprocessors"], table.table_of(content)
+    device = content["environment"]["device"]
     return [
         Achieved(
             each.layer.model,
             each.layer.name,
             each.layer.count,
             each.microseconds[table.chosen(each, sms, own)],
-            1e6 * layer_floor(each.layer, each.slots),
+            1e6 * layer_floor(each.layer, each.slots, device),
         )
         for each in table.read(content)
         if each.slots == tenants

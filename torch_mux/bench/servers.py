@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_mux
-from torch_mux import state
+from torch_mux import compat, state
 from torch_mux.bench.contenders import inductor_callables
 from torch_mux.bench.load import Client, Finished, Server, Shot
 from torch_mux.bench.workloads import Tenants
@@ -114,7 +114,7 @@ class GraphServer:
         for index, (call, arguments) in enumerate(pairs):
             graph, held = torch.cuda.CUDAGraph(), tuple(x.clone() for x in arguments)
             # A pool a graph: they replay at the same time.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with compat.capturing(), torch.cuda.graph(graph, capture_error_mode="relaxed"):
                 output = call(*held)
             model = tenants.workload.name, index
             self._graphs[model] = graph, held, output

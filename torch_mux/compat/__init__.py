@@ -7,6 +7,7 @@ from .caches import cache_folder
 from .captures import (
     capturing,
     guard_synchronize,
+    leave_captures_alone,
 )
 from .collector import paused_collector
 from .cuda_graphs import Graph, Pool, captured
@@ -121,6 +122,7 @@ __all__ = [
     "is_fake",
     "is_symbolic",
     "keep_launchers_apart",
+    "leave_captures_alone",
     "native",
     "on_stream",
     "only_passes_on",

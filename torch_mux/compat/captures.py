@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 from collections.abc import Callable
@@ -10,9 +11,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["capturing", "guard_synchronize"]
+from .driver import call
 
+__all__ = ["capturing", "guard_synchronize", "leave_captures_alone"]
+
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _lock = threading.RLock()
+_local = threading.local()
 
 
 def capturing() -> AbstractContextManager[object]:
@@ -30,6 +35,25 @@ def guard_synchronize() -> None:
     """
     for module in (torch.cuda, torch.accelerator):
         _wrap(module)
+
+
+def leave_captures_alone() -> None:
+    """Nothing that this thread does from now on ends a capture of another thread.
+
+    In the global mode, which ``torch.cuda.graph`` takes by default, a capture is lost when any thread of the
+    process allocates device memory, loads a kernel or asks for an event, and until the process ends torch's
+    generator believes that it goes on. A thread that knows that it touches nothing of others' captures may
+    say so (``cuThreadExchangeStreamCaptureMode``); its own captures allow it these calls too. Before CUDA is
+    in use, and when it was said already, this does nothing.
+
+    Raises:
+        RuntimeError: what CUDA says.
+    """
+    cuda: Any = torch.cuda
+    if getattr(_local, "told", False) or not cuda.is_initialized():
+        return
+    call("cuThreadExchangeStreamCaptureMode", ctypes.byref(ctypes.c_int(_RELAXED)))
+    _local.told = True
 
 
 def _wrap(module: Any) -> None:

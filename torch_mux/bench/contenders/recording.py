@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from torch_mux import compat
 from torch_mux.bench.contenders.base import Arguments, NotApplicable
 
 __all__ = ["Body", "Captured", "Recorder", "Recording", "Rerun", "captured", "recorder", "run"]
@@ -61,7 +62,7 @@ class Graphs:
     """CUDA graphs on the current device."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = compat.Pool(torch.device("cuda"))  # outlives the graphs of a while ago
         self._streams: list[torch.cuda.Stream] = []
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
@@ -70,8 +71,13 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         outputs: list[Tensor] = []
         self.lanes(len(bodies))
-        pool, stream = (self._pool, None) if beside is None else (None, self._streams[beside])
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        pool: Any
+        pool, stream = (self._pool.key, None) if beside is None else (None, self._streams[beside])
+        # Relaxed: what else this process does on this thread, garbage collection too, does not end a capture.
+        with (
+            compat.capturing(),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="relaxed"),
+        ):
             if len(bodies) == 1:
                 outputs += bodies[0]()
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch_mux.bench import measure
 from torch_mux.bench.floor import round_floor
 from torch_mux.bench.measures.caps import caps
 from torch_mux.bench.measures.clients import clients
@@ -20,7 +21,8 @@ ROUNDS = "rounds"
 
 def _floors(stage: Stage) -> dict[str, Any]:
     """What the device could not be faster than, by number of tenants."""
-    return {"floors": {count: round_floor(stage.tenants, count).data() for count in stage.counts}}
+    device = measure.device_name(stage.tenants.device)
+    return {"floors": {count: round_floor(stage.tenants, count, device).data() for count in stage.counts}}
 
 
 #: In the order in which they are taken: what captures further sizes comes after what must not have seen them.
