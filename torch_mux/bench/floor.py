@@ -2,7 +2,7 @@
 
 One dependent operation takes at least max(FLOPs / 800e12, bytes / bandwidth) seconds and a microsecond: what
 the tensor cores and the memory of the device reach in practice, and the least from a node of a CUDA graph to
-the next. A device without an entry in ``BANDWIDTHS`` has the floor of an H100, and the record says whose it is.
+the next. A device without an entry in ``BANDWIDTHS`` has the floor of an H100; the record says whose it is.
 """
 
 from __future__ import annotations
