@@ -128,7 +128,7 @@ class GpuWays:
         # What a first launch does, loading code and choosing a vendor's kernel, cannot be captured.
         if plain:
             with _tuned():
-                self.data.vendor(0, 0)
+                self._vendor()  # all of it: cuDNN chooses again for weights that are aligned otherwise
         elif name == COALESCED:
             self.whole[0].run()
         else:

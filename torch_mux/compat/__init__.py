@@ -10,7 +10,7 @@ from .captures import (
     leave_captures_alone,
 )
 from .collector import paused_collector
-from .cuda_graphs import Graph, Pool, captured
+from .cuda_graphs import Graph, Pool, captured, end_lost_capture
 from .dispatch import (
     device_kernel,
     fake_tensors,
@@ -99,6 +99,7 @@ __all__ = [
     "current_stream",
     "device_kernel",
     "empties",
+    "end_lost_capture",
     "fake_tensors",
     "frame_guards",
     "frame_name",

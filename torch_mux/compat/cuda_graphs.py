@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from .driver import call, driver
 from .streams import current_stream
 
-__all__ = ["Graph", "Pool", "captured"]
+__all__ = ["Graph", "Pool", "captured", "end_lost_capture"]
 
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
@@ -52,6 +52,19 @@ class Pool:
         finally:
             torch._C._cuda_endAllocateToPool(self.device, self.key)
             torch._C._cuda_releasePool(self.device, self.key)
+
+
+def end_lost_capture(pool: Pool) -> None:
+    """After ``torch.cuda.graph`` into ``pool``, of the current device, has raised when the capture ended.
+
+    torch goes on believing that it captures then: everything that this thread allocates on that stream would
+    come from the pool, and no thread of the process could draw random numbers on the device any more.
+    """
+    with suppress(RuntimeError):  # the capture had not begun to allocate
+        torch._C._cuda_endAllocateToPool(pool.device, pool.key)
+        torch._C._cuda_releasePool(pool.device, pool.key)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
+        torch.zeros(1, device=torch.device("cuda", pool.device))  # torch warns of an empty graph
 
 
 class Graph:

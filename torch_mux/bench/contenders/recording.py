@@ -67,25 +67,34 @@ class Graphs:
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def record(self, bodies: Sequence[Body], beside: int | None = None) -> Recording:
-        """One graph. What cuBLAS works in belongs to the stream that is captured, so lanes capture theirs."""
+        """One graph. What cuBLAS works in belongs to the stream that is captured, so lanes capture theirs.
+
+        Raises:
+            Exception: what a body raised; further graphs can be recorded after it.
+        """
         graph = torch.cuda.CUDAGraph()
         outputs: list[Tensor] = []
         self.lanes(len(bodies))
-        pool: Any
-        pool, stream = (self._pool.key, None) if beside is None else (None, self._streams[beside])
-        # Relaxed: what else this process does on this thread, garbage collection too, does not end a capture.
-        with (
-            compat.capturing(),
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="relaxed"),
-        ):
-            if len(bodies) == 1:
-                outputs += bodies[0]()
-            else:
-                self.start()
-                for index, body in enumerate(bodies):
-                    with self.lane(index):
-                        outputs += body()
-                self.finish(len(bodies))
+        stream = None if beside is None else self._streams[beside]
+        pool: Any = self._pool if beside is None else compat.Pool(torch.device("cuda"))
+        try:
+            # Relaxed: what else happens on this thread, garbage collection too, does not end the capture.
+            with (
+                compat.capturing(),
+                torch.cuda.graph(graph, pool=pool.key, stream=stream, capture_error_mode="relaxed"),
+            ):
+                if len(bodies) == 1:
+                    outputs += bodies[0]()
+                else:
+                    self.start()
+                    for index, body in enumerate(bodies):
+                        with self.lane(index):
+                            outputs += body()
+                    self.finish(len(bodies))
+        except Exception as error:
+            self._pool = compat.Pool(torch.device("cuda"))
+            compat.end_lost_capture(pool)
+            raise error.__context__ or error  # the body's, not that the capture is lost because of it
         return Recording(graph.replay, outputs)
 
     def lanes(self, count: int) -> None:
