@@ -94,7 +94,7 @@ class Graphs:
         except Exception as error:
             self._pool = compat.Pool(torch.device("cuda"))
             compat.end_lost_capture(pool)
-            raise error.__context__ or error  # the body's, not that the capture is lost because of it
+            raise (error.__context__ or error) from None  # the body's, which lost the capture
         return Recording(graph.replay, outputs)
 
     def lanes(self, count: int) -> None:
