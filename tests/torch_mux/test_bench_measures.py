@@ -15,7 +15,9 @@ from torch_mux.bench.contenders import Mux
 from torch_mux.bench.layers import LAYERS, Layer
 from torch_mux.bench.measures import MEASURES, Stage
 from torch_mux.bench.measures.caps import CAPS
+from torch_mux.bench.measures.launches import rounds_of
 from torch_mux.bench.measures.stage import newcomers
+from torch_mux.bench.models_table import _flat
 from torch_mux.bench.workloads import WORKLOADS, build
 
 CPU = torch.device("cpu")
@@ -90,6 +92,41 @@ def test_device_memory_is_not_made_up_on_a_cpu(stage: Stage) -> None:
     assert found == {"counted": False, "weights": stage.tenants.weight_bytes()}
 
 
+def device_events(rounds: int, slower: float = 0.0) -> list[dict[str, Any]]:
+    """Rounds of a copy, a kernel 1 us behind it and one 2 us behind that, 20 us apart."""
+    found = []
+    for turn in range(rounds):
+        longer = slower if turn == rounds - 1 else 0.0
+        for name, start, length in (("copy", 0.0, 1.0), ("first", 2.0, 3.0 + longer), ("second", 7.0, 4.0)):
+            event = {"name": name, "ts": 20.0 * turn + start, "dur": length, "args": {"grid": [8, 1, 1]}}
+            found.append(event)
+    return found
+
+
+def test_launches_are_medians_over_equal_rounds() -> None:
+    found = rounds_of(list(reversed(device_events(7, slower=1.0))), 7)
+    assert [(one["name"], one["us"], one["idle_us"]) for one in found["launches"]] == [
+        ("copy", 1.0, 0.0),
+        ("first", 3.0, 1.0),
+        ("second", 4.0, 2.0),
+    ]
+    assert (found["total_us"], found["idle_us"]) == (8.0, 3.0)
+    assert _flat(found) == "launches 3, total_us 8, idle_us 3"
+
+
+def test_launches_that_make_no_equal_rounds_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="20 launches are not 7 equal rounds"):
+        rounds_of(device_events(7)[:-1], 7)
+    other = device_events(7)
+    other[-1]["name"] = "another"
+    with pytest.raises(RuntimeError, match="equal rounds"):
+        rounds_of(other, 7)
+
+
+def test_launches_are_not_made_up_on_a_cpu(stage: Stage) -> None:
+    assert MEASURES["launches"](stage) == {"profiled": False}
+
+
 def test_floors_are_of_every_number_of_tenants(stage: Stage) -> None:
     found = MEASURES["floor"](stage)["floors"]
     assert found[3]["flops"] == 3 * found[1]["flops"] and found[3]["levels"] == found[1]["levels"]
@@ -139,6 +176,9 @@ def test_every_measure_on_a_gpu() -> None:
     assert all(entry["captured"] for entry in found["size"]["sizes"].values())
     assert (found["tenant"]["traces"], found["tenant"]["new_programs"]) == (0, 0)
     assert found["caps"]["enforced"] is True
+    rounds = found["launches"]["rounds"]
+    assert set(rounds) == {4, 1} and all(each["total_us"] > 0 for each in rounds.values())
+    assert len(rounds[4]["launches"]) == len(rounds[1]["launches"]) > 3
     memory = found["memory"]
     assert set(range(1, 17)) <= set(memory["sizes_1_to_16"]["captured"])
     assert memory["adopted"]["times_its_weights"] <= memory["plain"]["times_its_weights"]

@@ -146,7 +146,7 @@ def test_unknown_names_are_refused_before_anything_runs(capsys: pytest.CaptureFi
         ("--models bert@4/x", "is not a list of whole numbers such as 1,4,16 and bert@1/4/16"),
         ("--models bert@0", "must be at least 1"),
         ("--contenders eagre", "unknown contender eagre; choose from eager, inductor, graphs"),
-        ("--measures speed", "unknown measure speed; choose from rounds, floor, size"),
+        ("--measures speed", "unknown measure speed; choose from rounds, floor, launches"),
         ("--measures rounds,clients --contenders eager", "add mux to --contenders"),
         ("--limit 0", "--limit must be more than 0 seconds"),
         ("--preparing -1", "--preparing must be more than 0 seconds"),

@@ -48,6 +48,8 @@ def _flat(value: Any) -> str:
             f"{key} ({_flat(each)})" if isinstance(each, dict) else f"{key} {_flat(each)}"
             for key, each in value.items()
         )
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return f"{len(value)}"  # records of their own: the JSON has them
     if isinstance(value, (list, tuple)):
         return "; ".join(map(_flat, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -9,6 +9,7 @@ from torch_mux.bench import measure
 from torch_mux.bench.floor import round_floor
 from torch_mux.bench.measures.caps import caps
 from torch_mux.bench.measures.clients import clients
+from torch_mux.bench.measures.launches import launches
 from torch_mux.bench.measures.size import unseen_size
 from torch_mux.bench.measures.stage import Stage
 from torch_mux.bench.measures.tenant import further_tenant, memory
@@ -28,6 +29,7 @@ def _floors(stage: Stage) -> dict[str, Any]:
 #: In the order in which they are taken: what captures further sizes comes after what must not have seen them.
 MEASURES: dict[str, Callable[[Stage], dict[str, Any]]] = {
     "floor": _floors,
+    "launches": launches,
     "size": unseen_size,
     "tenant": further_tenant,
     "caps": caps,
