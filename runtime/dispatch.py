@@ -89,14 +89,16 @@ class Dispatcher:
             ClosedError: the engine was closed.
         """
         failed: list[Request] = []
-        taken: list[Request] = []
         with self._mutex:
             if self.closed:
                 raise ClosedError
             for request in requests:
-                request.instance.uses += 1
-                request.error = unservable(request.instance)
-                (taken if request.error is None else failed).append(request)
+                instance = request.instance
+                instance.uses += 1
+                if instance.removed or instance.served.error is not None:
+                    request.error = unservable(instance)
+                    failed.append(request)
+            taken = [request for request in requests if request.error is None] if failed else requests
             alarm = self._line.extend(taken)
             self._line.rouse(None if alarm else requests)
         if alarm:

@@ -109,16 +109,17 @@ class Driver:
         self._runner.land()
 
     def _decide(self, now: float) -> Decision:
+        self._runner.tell()
         decision = self.policy.form(self._line.view(self._executor.loads()), now, self._settings)
         self._line.seen()
         return decision
 
     def _taken(self, issue: Issue, now: float) -> list[Bundle]:
         """The bundle of an issue and those that go out with it, out of the line."""
-        take, decide = partial(self._runner.pop, now=now), partial(self._decide, now)
-        bundle = take(issue)
+        bundle = self._runner.pop(issue, now)
         if not self._line.active:
             return [bundle]
+        take, decide = partial(self._runner.pop, now=now), partial(self._decide, now)
         return with_companions(bundle, decide, take, self._executor, self.policy, now)
 
     def _until(self, decision: Decision, now: float) -> float:

@@ -212,7 +212,7 @@ class Engine:
             self._accounting.refused(quota)
             raise
 
-    def submit_all(self, calls: Sequence[Call], kick: bool = False) -> list[Request]:
+    def submit_all(self, calls: Sequence[Call], kick: bool = False, checked: bool = False) -> list[Request]:
         """Queues requests together: none goes out before all of a device are queued. Never waits.
 
         Outputs are allocated here, on the caller's stream and in the caller's inference mode. Nothing goes
@@ -221,6 +221,7 @@ class Engine:
         Args:
             calls: (instance, the program's inputs in order, quota) each.
             kick: has them sent out though nobody waits for them.
+            checked: the inputs are known to be where their programs run.
 
         Raises:
             ClosedError: the engine was closed.
@@ -232,12 +233,12 @@ class Engine:
         """
         while True:
             submission = self._submission  # first: instances of an earlier one are marked before it changes
-            live: list[Call] = []
-            for instance, inputs, quota in calls:
-                if instance.removed or instance.dropped or not instance.alive:
-                    instance = self._live(instance)
-                instance.served.check(inputs)
-                live.append((instance, inputs, quota))
+            live = calls
+            if any([one.removed or one.dropped or not one.alive for one, _, _ in calls]):
+                live = [(self._live(instance), inputs, quota) for instance, inputs, quota in calls]
+            if not checked:
+                for instance, inputs, _ in live:
+                    instance.served.check(inputs)
             try:
                 return submission.queue(live, kick)
             except ClosedError:
@@ -247,7 +248,9 @@ class Engine:
                 raise
 
     def _live(self, instance: Instance) -> Instance:
-        """The instance to use instead of one that was handed out before a reset."""
+        """An instance that can be used: another one for one that was handed out before a reset."""
+        if not (instance.removed or instance.dropped) and instance.alive:
+            return instance
         program = instance.served.program
         if self._closed:
             leaving.wait_if_leaving()

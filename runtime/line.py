@@ -69,8 +69,7 @@ class Line:
         self.pending += 1
         self._unkicked[queue] = None
         if pending.stirred:
-            pending.stirred = False
-            self.active[queue] = self._news[queue] = None
+            self._stirred(queue)
         if request.waiters:
             self.awaited(request)
 
@@ -85,17 +84,31 @@ class Line:
     def extend(self, requests: Sequence[Request]) -> bool:
         """Queues requests behind all others, or holds them; returns whether the next alarm is sooner now."""
         before = self.alarms.peek()
-        for request in requests:
-            request.seq = self._next
-            self._next += 1
+        served: ServedProgram | None = None
+        quota: Quota | None = None
+        first, self._next = self._next, self._next + len(requests)
+        for number, request in enumerate(requests, first):
+            request.seq = number
+            if request.expires < _NEVER:
+                self.alarms.set(request.expires, request)
             if request.eligible > request.arrival:
                 self._held[request] = None
                 self.alarms.set(request.eligible, request)
-            else:
-                self._append(request)
-            if request.expires < _NEVER:
-                self.alarms.set(request.expires, request)
+                continue
+            if request.instance.served is not served or request.quota is not quota:
+                served, quota = request.instance.served, request.quota
+                queue = self.queue(served, quota)
+                pending = queue.requests
+                self._unkicked[queue] = None
+            pending.append(request)
+            self.pending += 1
+            if pending.stirred:
+                self._stirred(queue)
         return self.alarms.peek() < before
+
+    def _stirred(self, queue: ProgramQueue) -> None:
+        queue.requests.stirred = False
+        self.active[queue] = self._news[queue] = None
 
     def ring(self, now: float) -> list[Request]:
         """Lets those go whose hold is over; takes out and returns those whose deadline has passed."""

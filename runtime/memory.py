@@ -77,7 +77,7 @@ class MemoryLedger:
             MemoryQuotaExceeded: a tenant would hold more than its quota allows.
         """
         with self._lock:
-            done = 0
+            done, flying = 0, self._flying
             joined: list[tuple[Instance, str]] = []
             try:
                 for instance, _, quota in calls:
@@ -90,7 +90,7 @@ class MemoryLedger:
                         joined.append((instance, name))
                         if self._kept is not None:
                             self._kept.join(instance, name)
-                    self._flying[name] = self._flying.get(name, 0) + instance.served.output_bytes
+                    flying[name] = flying.get(name, 0) + instance.served.output_bytes
                     done += 1
                     if before is not None:
                         self._check(instance, quota, before)

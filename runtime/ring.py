@@ -9,8 +9,10 @@ the alignment of their arguments, and must not be compiled again because a bundl
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from torch_mux.lowering.program import Program
 
-__all__ = ["RingEntry", "TableLayout", "TableRing", "columns"]
+__all__ = ["Layouts", "RingEntry", "TableLayout", "TableRing"]
 
 _CONTROL_WORDS = 2
 _address = torch.Tensor.data_ptr
@@ -38,17 +40,17 @@ class TableLayout:
         inputs = sum(spec is not None for spec in program.inputs)
         return cls(slots, inputs, sum(spec is not None for spec in program.outputs))
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """Words from one section to the next."""
         return self.slots + self.slots % 2
 
-    @property
+    @cached_property
     def words(self) -> int:
         """Words of the whole table."""
         return _CONTROL_WORDS + self.stride * (1 + self.inputs + self.outputs)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole table."""
         return 8 * self.words
@@ -90,11 +92,26 @@ class Asked(Protocol):
     outputs: list[object]
 
 
-def columns(program: Program, requests: Sequence[Asked]) -> tuple[list[list[Any]], list[list[Any]]]:
-    """The tensors of each tensor input and of each tensor output of a program, one a request."""
-    inputs = [[one.inputs[i] for one in requests] for i, spec in enumerate(program.inputs) if spec]
-    outputs = [[one.outputs[i] for one in requests] for i, spec in enumerate(program.outputs) if spec]
-    return inputs, outputs
+class Layouts:
+    """The tables of one program's bundles, by slots; any thread may ask."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._inputs = [index for index, spec in enumerate(program.inputs) if spec is not None]
+        self._outputs = [index for index, spec in enumerate(program.outputs) if spec is not None]
+        self._known: dict[int, TableLayout] = {}
+
+    def of(self, slots: int) -> TableLayout:
+        """See :meth:`TableLayout.of`."""
+        found = self._known.get(slots)
+        if found is None:
+            found = self._known[slots] = TableLayout.of(self._program, slots)
+        return found
+
+    def columns(self, requests: Sequence[Asked]) -> tuple[list[list[Any]], list[list[Any]]]:
+        """The tensors of each tensor input and of each tensor output, one a request."""
+        inputs = [[one.inputs[index] for one in requests] for index in self._inputs]
+        return inputs, [[one.outputs[index] for one in requests] for index in self._outputs]
 
 
 class Waits(Protocol):
@@ -111,8 +128,8 @@ class RingEntry:
     def __init__(self, words: int, pinned: bool) -> None:
         self.host = torch.zeros(words, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self.address = self.host.data_ptr()
-        self._words = (ctypes.c_int64 * words).from_address(self.address)
         self._halves = (ctypes.c_int32 * (2 * words)).from_address(self.address)
+        self._words = memoryview(self._halves).cast("B").cast("q")
         self.reader: Waits | None = None
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -135,13 +152,13 @@ class RingEntry:
             outputs: the tensors of each output, one a request.
         """
         active = len(rows)
-        padding = layout.slots - active
-        self._halves[2 * start : 2 * start + 4] = [active, cap, layout.slots, cap]
-        words = self._words
-        words[layout.section(0, start)] = [*rows, *[rows[0]] * padding]
-        for number, column in enumerate((*inputs, *outputs), 1):
+        padding = layout.stride - active
+        words = [active | cap << 32, layout.slots | cap << 32, *rows, *rows[:1] * padding]
+        for column in (*inputs, *outputs):
             addresses: list[Any] = list(map(_address, column))
-            words[layout.section(number, start)] = addresses + addresses[:1] * padding
+            words += addresses
+            words += addresses[:1] * padding
+        self._words[start : start + len(words)] = array("q", words)
 
     def deactivate(self) -> None:
         """No slot is active any more: kernels do nothing for this table."""

@@ -22,7 +22,7 @@ from torch_mux.runtime.mixes import label_of
 from torch_mux.runtime.request import Request, RequestState
 from torch_mux.runtime.retirement import Retirement
 from torch_mux.runtime.scheduler.base import Issue, Policy, share_of
-from torch_mux.runtime.served import failure
+from torch_mux.runtime.served import ServedProgram, failure
 from torch_mux.runtime.shares import PICOSECONDS
 from torch_mux.runtime.timeline import recorders
 
@@ -60,8 +60,9 @@ class Runner:
         self._accounting = accounting
         self.mutex = mutex
         self._line = line
-        self.retirement = Retirement(lambda served: policy.forget(served.key))
+        self.retirement = Retirement(self._forget)
         self._underway: list[Bundle] = []
+        self._untold: list[tuple[Issue, float]] = []
         self._busy = BusyTime()
         self.dead: deque[Instance] = deque()
         self.watched = False
@@ -78,8 +79,25 @@ class Runner:
         bundle = Bundle(served, requests, issue)
         self._underway.append(bundle)
         self.went = now
-        self._policy.issued(issue, now)
+        self._untold.append((issue, now))
+        if not self._executor.asynchronous:
+            self.tell()
         return bundle
+
+    def tell(self) -> None:
+        """The policy learns what went out: before it is asked again, and while the device works already."""
+        untold, self._untold = self._untold, []
+        for issue, now in untold:
+            self._policy.issued(issue, now)
+
+    def _over(self, issue: Issue, now: float, seconds: float = 0.0, charge: float | None = None) -> None:
+        if self._untold:
+            self.tell()
+        self._policy.completed(issue, now, seconds, charge)
+
+    def _forget(self, served: ServedProgram) -> None:
+        self.tell()
+        self._policy.forget(served.key)
 
     def run(self, bundles: Sequence[Bundle]) -> None:
         """Runs or enqueues bundles, several as one if that can be; what they raise becomes their errors."""
@@ -92,6 +110,7 @@ class Runner:
             for bundle in left:
                 self._launch(bundle)
         self._underway = []
+        self.tell()
 
     def _launch_together(self, bundles: Sequence[Bundle]) -> bool:
         """Whether they went out as one. If that raised, each goes by itself: that tells whose fault it is."""
@@ -140,7 +159,7 @@ class Runner:
                 if request.error is not None:
                     refused.append(request)
         if refused:
-            self._policy.completed(bundle.issue, self._clock(), 0.0)
+            self._over(bundle.issue, self._clock())
             bundle.requests = [request for request in bundle.requests if request.error is None]
             bundle.issue = replace(bundle.issue, requests=tuple(bundle.requests))
             self.end(refused, self._clock())
@@ -183,7 +202,7 @@ class Runner:
             alone = charge >= _ALONE * seconds
             measured = seconds if bundle.measured and alone else None
             self.retirement.ran(bundle.served, len(bundle.requests), measured, ended)
-        self._policy.completed(bundle.issue, ended, seconds, charge)
+        self._over(bundle.issue, ended, seconds, charge)
         self._accounting.ran(bundle.requests, charge, bundle.coalesced)
         self.end(bundle.requests, ended)
         for timeline in recorders.active:
@@ -191,7 +210,7 @@ class Runner:
 
     def _isolate(self, bundle: Bundle, error: Exception) -> None:
         """A bundle raised: each request runs again alone, so that only the guilty one fails."""
-        self._policy.completed(bundle.issue, self._clock(), 0.0)
+        self._over(bundle.issue, self._clock())
         if bundle.coalesced:
             self.retirement.failed(bundle.served, error)
         if len(bundle.requests) == 1:
@@ -317,7 +336,7 @@ class Runner:
         for bundle in bundles:
             left = [request for request in bundle.requests if not request.out]
             if left:
-                self._policy.completed(bundle.issue, self._clock(), 0.0)
+                self._over(bundle.issue, self._clock())
             stranded += left
         return stranded
 

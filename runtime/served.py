@@ -6,6 +6,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch_mux.lowering.program import Program
 from torch_mux.runtime.instance import Instance, InstanceTable
 from torch_mux.runtime.memory import MemoryLedger, make_room, out_of_memory
 from torch_mux.runtime.queues import ProgramQueue
+from torch_mux.runtime.ring import Layouts
 from torch_mux.types import FallbackReason
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class ServedProgram:
         sizes: bundles that went out, by number of slots.
         compile_seconds: how long the plan took to make, or to load.
         output_bytes: bytes of one request's outputs.
+        layouts: of its bundles' tables on a GPU.
         storage_lock: held while tables are written or a plan is captured over them.
     """
 
@@ -77,13 +80,14 @@ class ServedProgram:
         self.compile_seconds = 0.0
         self.storage_lock = threading.Lock()
         self.output_bytes = sum(spec.nbytes for spec in program.outputs if spec is not None)
+        self.layouts = Layouts(program)
         self.devices = tuple(
             (index, spec.device) for index, spec in enumerate(program.inputs) if spec is not None
         )
-        self._outputs: tuple[Callable[[], object], ...] = tuple(
+        self._outputs: tuple[Callable[[int], Sequence[object]], ...] = tuple(
             compat.empties(tuple(spec.shape), tuple(spec.strides), spec.dtype, spec.device)
             if spec is not None
-            else partial(program.literals.get, position)
+            else partial(mul, [program.literals.get(position)])
             for position, spec in enumerate(program.outputs)
         )
 
@@ -109,30 +113,35 @@ class ServedProgram:
         if self._memory is not None:
             self._memory.changed(instance)
 
-    def empty_outputs(self, instance: Instance, inputs: Sequence[object]) -> list[object]:
-        """Uninitialised outputs, inference tensors in inference mode.
+    def empty_outputs(self, calls: Sequence[tuple[Instance, Sequence[object], Any]]) -> list[list[object]]:
+        """Uninitialised outputs of these calls, inference tensors in inference mode.
 
         Each has its own storage, except those that are views of an input, a parameter or another.
+
+        Args:
+            calls: an instance and its inputs each, and whatever else.
         """
-        outputs = [make() for make in self._outputs]
+        columns = [make(len(calls)) for make in self._outputs]
+        outputs = list(map(list, zip(*columns, strict=True))) if columns else [[] for _ in calls]
         if self.program.derived:
-            self.program.derive(outputs, inputs, instance.current())
+            for own, (instance, inputs, _) in zip(outputs, calls, strict=True):
+                self.program.derive(own, inputs, instance.current())
         return outputs
 
-    def allocate(self, instance: Instance, inputs: Sequence[object]) -> list[object]:
+    def allocate(self, calls: Sequence[tuple[Instance, Sequence[object], Any]]) -> list[list[object]]:
         """:meth:`empty_outputs`, tried again when torch has given back what it kept.
 
         Raises:
             ExecutionFailed: there is no memory for them.
         """
         try:
-            return self.empty_outputs(instance, inputs)
+            return self.empty_outputs(calls)
         except Exception as error:
             if not out_of_memory(error):
                 raise
         make_room(self.program.device)
         try:
-            return self.empty_outputs(instance, inputs)
+            return self.empty_outputs(calls)
         except Exception as error:
             raise failure(self, error) from error
 

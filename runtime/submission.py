@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from threading import get_ident
 
 import torch
@@ -123,10 +123,18 @@ class Submission:
         self, calls: Sequence[Call], waits: Sequence[float] | None, arrival: float, requests: list[Request]
     ) -> None:
         inference, client = torch.is_inference_mode_enabled(), get_ident()
-        for instance, inputs, quota in calls:
-            served = instance.served
-            outputs = served.allocate(instance, inputs) if served.coalesced else []
-            request = Request(served.dispatcher, instance, inputs, outputs, quota, inference, arrival, client)
-            if waits is not None:
-                request.eligible = arrival + waits[len(requests)]
-            requests.append(request)
+        for served, own in groupby(calls, _served):
+            alike = list(own)
+            made = served.allocate(alike) if served.coalesced else [[] for _ in alike]
+            dispatcher = served.dispatcher
+            requests += [
+                Request(dispatcher, instance, inputs, outputs, quota, inference, arrival, client)
+                for (instance, inputs, quota), outputs in zip(alike, made, strict=True)
+            ]
+        if waits is not None:
+            for request, wait in zip(requests, waits, strict=True):
+                request.eligible = arrival + wait
+
+
+def _served(call: Call) -> ServedProgram:
+    return call[0].served

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_mux import carry, compat, state
-from torch_mux.calls import Prepared, prepare, require_mux
+from torch_mux.calls import Prepared, prepare, prepare_all, require_mux
 from torch_mux.condition import Health, condition
 from torch_mux.errors import InvalidSetting, IsolationUnavailable, NotCompiled
 from torch_mux.learned import name_of
@@ -62,9 +62,10 @@ def gather(*requests: tuple[Any, ...]) -> tuple[Any, ...]:
         DeviceMismatch: inputs and weights on different devices.
         Exception: the first failed request's own error, after all others have been completed.
     """
-    items = [checked(index, item) for index, item in enumerate(requests)]
-    here = Here()
-    return _Round([prepare(item[0], item[1:], {}, here) for item in items]).run()
+    for index, item in enumerate(requests):
+        if type(item) is not tuple or not item:
+            checked(index, item)
+    return _Round(prepare_all(requests, Here())).run()
 
 
 class _Round:
@@ -77,9 +78,10 @@ class _Round:
 
     def run(self) -> tuple[Any, ...]:
         """Every answer in order, or the first error once all have ended."""
+        calls, answers, errors = self.calls, self.answers, self.errors
         learned: list[int] = []
         guarded: list[int] = []
-        for index, call in enumerate(self.calls):
+        for index, call in enumerate(calls):
             if call.route is None:
                 call.look_again()
             if call.route is not None:
@@ -94,10 +96,13 @@ class _Round:
         if requests:
             state.engine().wait(list(requests.values()))
         for index, request in requests.items():
-            self._keep(index, self.calls[index].finish_waited, request)
-        if self.errors:
-            raise self.errors[min(self.errors)]
-        return tuple([self.answers[index] for index in range(len(self.calls))])
+            try:
+                answers[index] = calls[index].finish_waited(request)
+            except Exception as error:
+                errors[index] = error
+        if errors:
+            raise errors[min(errors)]
+        return tuple([answers[index] for index in range(len(calls))])
 
     def _keep(self, index: int, function: Callable[..., Any], *args: Any) -> None:
         try:
@@ -108,9 +113,8 @@ class _Round:
     def _submit(self, indices: Sequence[int]) -> dict[int, Any]:
         quotas = [current_quota()] * len(indices)
         requests = {}
-        for index, found in zip(
-            indices, queue([self.calls[index] for index in indices], quotas), strict=True
-        ):
+        calls = [self.calls[index] for index in indices]
+        for index, found in zip(indices, queue(calls, quotas), strict=True):
             if isinstance(found, Exception):
                 self.errors[index] = found
             else:

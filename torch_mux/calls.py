@@ -17,11 +17,12 @@ from torch_mux.learned import learn, name_of
 from torch_mux.routes import ATTRIBUTE, Arranged, Here, Route, RouteTable, arrange, table_of
 from torch_mux.types import FallbackKind, FallbackReason, Quota
 
-__all__ = ["Prepared", "is_mux", "prepare", "require_mux"]
+__all__ = ["Prepared", "is_mux", "prepare", "prepare_all", "require_mux"]
 
 log = logging.getLogger(__name__)
 
 _learning = threading.RLock()
+_NOTHING: dict[str, Any] = {}
 
 
 def is_mux(backend: object) -> bool:
@@ -194,11 +195,36 @@ def prepare(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], here: Her
         require_mux(model)
     here = here or Here()
     table = table_of(model, state.epoch())
-    found = None if kwargs else table.again(args, here)
-    if found is not None:
-        return Prepared(model, args, kwargs, found[0], table, found[1])
+    last = table.last
+    if last is not None and not kwargs and last.fits(args, here):
+        return Prepared(model, args, kwargs, Arranged(args, None, last.key), table, last.route)
     arranged = arrange(args, kwargs, here)
     return Prepared(model, args, kwargs, arranged, table, table.find(arranged, here))
+
+
+def prepare_all(items: Sequence[tuple[Any, ...]], here: Here) -> list[Prepared]:
+    """:func:`prepare` of ``(model, *args)`` each.
+
+    Args:
+        here: the modes of this thread.
+
+    Raises:
+        NotCompiled: a model was not compiled with mux.
+    """
+    found: list[Prepared] = []
+    epoch = state.epoch()
+    for item in items:
+        model, args = item[0], item[1:]
+        known = getattr(model, "__dict__", _NOTHING)
+        table: RouteTable | None = known.get(ATTRIBUTE)
+        if table is not None and table.epoch == epoch:
+            last = table.last
+            if last is not None and last.fits(args, here):
+                arranged = Arranged(args, None, last.key)
+                found.append(Prepared(model, args, _NOTHING, arranged, table, last.route))
+                continue
+        found.append(prepare(model, args, {}, here))
+    return found
 
 
 def _quota() -> Quota:

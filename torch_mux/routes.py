@@ -46,9 +46,10 @@ class Here:
     Attributes:
         grad, inference: grad and inference mode.
         modes: how many torch function and dispatch modes are active.
+        held: the check of global state that succeeded last.
     """
 
-    __slots__ = ("_held", "grad", "inference", "modes")
+    __slots__ = ("grad", "held", "inference", "modes")
 
     def __init__(self) -> None:
         self.look()
@@ -58,15 +59,15 @@ class Here:
         self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
         self.modes = compat.active_modes()
-        self._held: Callable[[], bool] | None = None
+        self.held: Callable[[], bool] | None = None
 
     def holds(self, state: Callable[[], bool]) -> bool:
         """Whether this check of grad mode, autocast and other global state succeeds."""
-        if state is self._held:
+        if state is self.held:
             return True
         if not state():
             return False
-        self._held = state
+        self.held = state
         return True
 
 
@@ -139,7 +140,7 @@ class Route:
         fill: makes the program's inputs in order of the leaves.
         places: (source, position) of every leaf of the result; the sources are outputs, leaves and constants.
         constants: those of the result.
-        plain: whether its arguments are positional tensors and nothing else.
+        plain: whether its arguments are positional tensors, each there once, and nothing else.
     """
 
     engine: Submits
@@ -173,8 +174,8 @@ class Route:
         object.__setattr__(self, "fill", _filling(self.inputs))
         object.__setattr__(self, "places", tuple(places))
         object.__setattr__(self, "constants", tuple(constants))
-        leaves = len(self.tensors) + len(self.same)
-        object.__setattr__(self, "plain", self.spec is None and self.tensors == tuple(range(leaves)))
+        plain = self.spec is None and not self.same and self.tensors == tuple(range(len(self.tensors)))
+        object.__setattr__(self, "plain", plain)
 
     def matches(self, arranged: Arranged, here: Here | None = None) -> bool:
         """Whether the call has this route's signature; its key is equal already."""
@@ -186,21 +187,6 @@ class Route:
             and not here.modes
             and (self.spec is arranged.spec or self.spec == arranged.spec)
             and (not self.same or all(leaves[one] is leaves[other] for one, other in self.same))
-        )
-
-    def fits(self, args: Sequence[Any], key: tuple[object, ...], here: Here) -> bool:
-        """Whether a call of a :attr:`plain` route with this ``Arranged.key`` is one again, without the key.
-
-        What the key says of tensors the check says too, and a tensor that is there twice is no such route.
-        """
-        return (
-            len(args) == len(self.tensors) == len(key) - 2
-            and here.grad is key[0]
-            and here.inference is key[1]
-            and not self.instance.dropped
-            and here.holds(self.state)
-            and self.check(*args)
-            and not here.modes
         )
 
     def holds(self) -> bool:
@@ -237,6 +223,35 @@ def _filling(inputs: Sequence[tuple[bool, Any]]) -> Pick:
     return lambda leaves: [leaves[value] if leaf else value for leaf, value in inputs]
 
 
+class Again:
+    """What tells that a call has the signature of the last one: most have.
+
+    Args:
+        route: a :attr:`Route.plain` one.
+        key: ``Arranged.key`` of its calls. What it says of tensors the route's check says too.
+    """
+
+    __slots__ = ("_check", "_count", "_grad", "_inference", "_instance", "_state", "key", "route")
+
+    def __init__(self, route: Route, key: tuple[object, ...]) -> None:
+        self.route, self.key = route, key
+        self._grad, self._inference, *leaves = key
+        self._count = len(leaves) if len(leaves) == len(route.tensors) else -1
+        self._instance, self._state, self._check = route.instance, route.state, route.check
+
+    def fits(self, args: tuple[Any, ...], here: Here) -> bool:
+        """Whether a call with these positional arguments is one again, without its key."""
+        return (
+            len(args) == self._count
+            and here.grad is self._grad
+            and here.inference is self._inference
+            and not self._instance.dropped
+            and (here.held is self._state or here.holds(self._state))
+            and self._check(*args)
+            and not here.modes
+        )
+
+
 def _no_routes() -> dict[tuple[object, ...], list[Route]]:
     return {}
 
@@ -249,19 +264,13 @@ class RouteTable:
         epoch: the engine's epoch that the routes belong to; another one empties the table.
         routes: by ``Arranged.key``.
         refusals: signatures that stay on the guarded path, and why.
+        last: recognises the signature of the last call that was found, or None.
     """
 
     epoch: int = 0
     routes: dict[tuple[object, ...], list[Route]] = field(default_factory=_no_routes)
     refusals: dict[tuple[object, ...], FallbackReason] = field(default_factory=dict)
-    _last: tuple[Route, tuple[object, ...]] | None = field(default=None, init=False)
-
-    def again(self, args: tuple[Any, ...], here: Here) -> tuple[Arranged, Route] | None:
-        """A call with positional arguments that has the signature of the last one: most have."""
-        last = self._last
-        if last is None or not last[0].fits(args, last[1], here):
-            return None
-        return Arranged(args, None, last[1]), last[0]
+    last: Again | None = field(default=None, init=False)
 
     def find(self, arranged: Arranged, here: Here | None = None) -> Route | None:
         """The route of this signature, if one was learned; ``Route.holds`` is still to be asked."""
@@ -269,7 +278,7 @@ class RouteTable:
             return None
         for route in self.routes.get(arranged.key, ()):
             if route.matches(arranged, here):
-                self._last = (route, arranged.key) if route.plain else None
+                self.last = Again(route, arranged.key) if route.plain else None
                 return route
         return None
 
@@ -278,7 +287,7 @@ class RouteTable:
         while sum(map(len, self.routes.values())) >= ROUTE_LIMIT:
             self.routes.pop(next(iter(self.routes)))
         self.routes.setdefault(key, []).append(route)
-        self._last = None
+        self.last = None
 
     def refuse(self, key: tuple[object, ...], reason: FallbackReason) -> None:
         """Remembers that this signature stays guarded; beyond ``ROUTE_LIMIT`` the oldest is asked again."""
@@ -288,20 +297,20 @@ class RouteTable:
 
     def forget(self, route: Route) -> None:
         """Drops one route, whatever it says of itself."""
-        self._last = None
+        self.last = None
         for key, routes in list(self.routes.items()):
             if route in routes:
                 self.routes[key] = [other for other in routes if other is not route]
 
     def prune(self) -> None:
         """Forgets the routes whose model changed: they would keep its former weights alive."""
-        self._last = None
+        self.last = None
         kept = {key: [route for route in routes if route.holds()] for key, routes in self.routes.items()}
         self.routes = {key: routes for key, routes in kept.items() if routes}
 
     def clear(self) -> None:
         """Forgets everything; the next call of each signature is learned anew."""
-        self._last = None
+        self.last = None
         self.routes = {}
         self.refusals = {}
 

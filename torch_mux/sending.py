@@ -104,7 +104,8 @@ def queue(calls: Sequence[Prepared], quotas: Sequence[Quota], kick: bool = False
         return ()
     try:
         pairs = zip(calls, quotas, strict=True)
-        return state.engine().submit_all([call.request(quota) for call, quota in pairs], kick)
+        # A route's check of its tensors covers where they are.
+        return state.engine().submit_all([call.request(quota) for call, quota in pairs], kick, checked=True)
     except MuxError:
         log.debug("one of several requests was refused; each is submitted on its own")
     found: list[Any] = []

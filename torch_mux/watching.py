@@ -120,7 +120,9 @@ class Watches:
 
     def unchanged(self) -> bool:
         """Whether every watched value is what it was."""
-        return (not (self.entries or self.keys) or self._confirmed()) and self._others()
+        return (not (self.entries or self.keys) or self._confirmed()) and (
+            not (self.sizes or self.items or self.attributes) or self._others()
+        )
 
     def _confirmed(self) -> bool:
         if self._still is None:

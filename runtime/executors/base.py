@@ -89,12 +89,14 @@ class Executor(Protocol):
     Attributes:
         fault: what the device reported that only a new process ends, or None.
         together: most programs whose bundles :meth:`launch_together` takes; 1 where it takes none.
+        asynchronous: whether a bundle is enqueued, so that the host goes on while the device works.
     """
 
     device: torch.device
     sms: int
     fault: Exception | None
     together: int
+    asynchronous: bool
 
     def configure(self, settings: Settings) -> None:
         """Takes over new settings before the next bundle."""

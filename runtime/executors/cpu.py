@@ -82,7 +82,7 @@ class CpuExecutor:
         self._stacks: dict[ServedProgram, _Stacks] = {}
         self._controls: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[tuple[int, ...], Tensor] = {}
-        self.together = 1
+        self.together, self.asynchronous = 1, False
         self._mixes = CpuMixes(background)
         self._loads: Sequence[LaneLoad] = (LaneLoad(),)
 

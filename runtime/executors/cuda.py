@@ -32,7 +32,7 @@ from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, Mark, Marks, marks_of, passed
 from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
-from torch_mux.runtime.ring import RingEntry, TableLayout, columns
+from torch_mux.runtime.ring import RingEntry, TableLayout
 from torch_mux.runtime.scheduler.base import Issue, LaneLoad
 from torch_mux.runtime.served import ServedProgram, failure
 from torch_mux.settings import Settings
@@ -71,7 +71,7 @@ class CudaExecutor:
         self._steps = steps
         self._capturer = capturer
         self._joint = joint(self.sms)
-        self.together = 1
+        self.together, self.asynchronous = 1, True
         self._clock = clock
         self._times = DeviceClock()
         self._lanes = LaneSet(device)
@@ -139,7 +139,7 @@ class CudaExecutor:
     def _predecessors(self, lane: Lane, issue: Issue) -> list[CudaFlight]:
         """What a bundle waits for on the device: its program's in a mix, and what it may not run beside."""
         after = lane.visitors() if lane.guests else []
-        others = self._lanes.beside(lane)
+        others = self._lanes.beside(lane) if len(self._lanes) > 1 else ()
         if others and limited(issue):
             after += [
                 flight for other in others for flight in other.flights if apart(issue, flight.bundle.issue)
@@ -272,11 +272,11 @@ class CudaExecutor:
     ) -> tuple[TableLayout, RingEntry]:
         """The bundle's table, ready to be copied."""
         bundle = flight.bundle
-        program, requests = bundle.served.program, bundle.requests
-        layout = TableLayout.of(program, len(requests) if executable is None else executable.slots)
+        layouts, requests = bundle.served.layouts, bundle.requests
+        layout = layouts.of(len(requests) if executable is None else executable.slots)
         entry = lane.ring.take(flight.end)
         sms = self.sms if lane.context is None else lane.context.sms
-        entry.fill(layout, rows, min(cap_of(bundle.limit, self.sms), sms), *columns(program, requests))
+        entry.fill(layout, rows, min(cap_of(bundle.limit, self.sms), sms), *layouts.columns(requests))
         return layout, entry
 
     def _enqueue(self, lane: Lane, flight: CudaFlight, rows: list[int]) -> object:

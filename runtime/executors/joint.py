@@ -14,7 +14,7 @@ from torch_mux.runtime.executors.base import plain_context, written_rows
 from torch_mux.runtime.executors.joint_capture import JointCapturer, JointExecutable, Member
 from torch_mux.runtime.lanes import CudaFlight, Lane, Mark, marks_of
 from torch_mux.runtime.mixes import Mix, MixBook, MixReport, MixState, rounded
-from torch_mux.runtime.ring import RingEntry, columns
+from torch_mux.runtime.ring import RingEntry
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.runtime.verdicts import MixRun
 from torch_mux.settings import Settings
@@ -118,9 +118,9 @@ class JointLauncher:
         entry = lane.ring.take(flights[0].end)
         places = zip(flights, rows, executable.layouts, executable.starts, strict=True)
         for flight, own, layout, start in places:
-            requests, program = flight.bundle.requests, flight.bundle.served.program
-            cap = cap_of(flight.bundle.share, self._sms)
-            entry.fill(layout, own, cap, *columns(program, requests), start=start)
+            bundle = flight.bundle
+            cap = cap_of(bundle.share, self._sms)
+            entry.fill(layout, own, cap, *bundle.served.layouts.columns(bundle.requests), start=start)
         return entry
 
 

@@ -21,7 +21,7 @@ __all__ = ["PARTS", "gather_parts"]
 
 #: Parts of a ``gather`` of learned calls and the functions that do them.
 PARTS: dict[str, tuple[Any, str]] = {
-    "prepare": (api, "prepare"),  # arguments flattened, their signature looked up
+    "prepare": (api, "prepare_all"),  # arguments flattened, their signature looked up
     "submit": (Engine, "submit_all"),  # outputs allocated, requests queued
     "launch": (Engine, "wait"),  # rows written, the bundle enqueued; on a CPU, run
     "checks": (Route, "unchanged"),  # whether the model is as it was when the call was learned

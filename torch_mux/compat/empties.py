@@ -18,24 +18,26 @@ __all__ = ["empties"]
 
 def empties(
     shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Callable[[], Tensor]:
-    """What makes uninitialised tensors of this form, inference tensors in inference mode.
+) -> Callable[[int], list[Tensor]]:
+    """What makes so many uninitialised tensors of this form, inference tensors in inference mode.
 
     Inductor's own functions, half the time of ``torch.empty_strided``. That one still serves where torch
     function or dispatch modes are to see it, and a GPU that is not the current one.
     """
 
-    def parsed() -> Tensor:
-        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    def parsed(count: int) -> list[Tensor]:
+        form = {"dtype": dtype, "device": device}
+        return [torch.empty_strided(shape, strides, **form) for _ in range(count)]
 
-    def on_cpu() -> Tensor:
-        made: Tensor = parsed() if active_modes() else _empty_strided_cpu(shape, strides, dtype)
-        return made
+    def on_cpu(count: int) -> list[Tensor]:
+        if active_modes():
+            return parsed(count)
+        return [_empty_strided_cpu(shape, strides, dtype) for _ in range(count)]
 
-    def on_gpu() -> Tensor:
-        direct = current is not None and current() == index and not active_modes()
-        made: Tensor = _empty_strided_cuda(shape, strides, dtype) if direct else parsed()
-        return made
+    def on_gpu(count: int) -> list[Tensor]:
+        if current is None or current() != index or active_modes():
+            return parsed(count)
+        return [_empty_strided_cuda(shape, strides, dtype) for _ in range(count)]
 
     index = device.index
     current: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
