@@ -258,11 +258,11 @@ class Storage:
         state = self._rows[row]
         return state.untracked or state.epoch != _epoch.value or state.checks.changed(state.known)
 
-    def watched(self, row: int) -> Any:
+    def watched(self, rows: Iterable[int]) -> list[Any] | None:
         """What ``compat.native.Enqueue`` compares in place of :meth:`stale`, or None where it cannot."""
-        state = self._rows[row]
-        free = state.checks.free and not state.untracked and state.epoch == _epoch.value
-        return state.known if free else None
+        states, epoch = [self._rows[row] for row in rows], _epoch.value
+        known = [one.known for one in states if one.checks.free and not one.untracked and one.epoch == epoch]
+        return known if len(known) == len(states) else None
 
     def weights(self, rows: Sequence[int], column: int) -> list[Tensor]:
         """The weight tensors behind a pointer column, one a slot: what the CPU reads instead of addresses."""

@@ -157,9 +157,9 @@ class Accounting:
         slots = len(requests)
         time, name = round(seconds * PICOSECONDS), requests[0].served.program.name
         coalescible, shared = int(coalesced), int(coalesced and slots > 1)
-        last: Quota | None = None
+        last: Quota | None = requests[0].quota
         queued = [one.started - one.arrival if one.started > one.arrival else 0.0 for one in requests]
-        alone = len({id(request.quota) for request in requests}) == 1
+        alone = not [request for request in requests if request.quota is not last]
         parts = () if alone else divided(time, [request.work for request in requests])
         with self._lock:
             self._bundles += 1
@@ -170,6 +170,7 @@ class Accounting:
                 tenant = self._tenant(requests[0].quota.tenant).model(name)
                 tenant.ran(time, slots * coalescible, slots * shared, sum(queued))
                 return
+            last = None
             for request, part, wait in zip(requests, parts, queued, strict=True):
                 quota = request.quota
                 if quota is not last:

@@ -13,7 +13,7 @@ from torch_mux.runtime.verdicts import MixRun
 __all__ = ["Bundle", "cap_of"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Bundle:
     """Requests of one program that go out together.
 

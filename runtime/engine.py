@@ -234,7 +234,7 @@ class Engine:
         while True:
             submission = self._submission  # first: instances of an earlier one are marked before it changes
             live = calls
-            if any([one.removed or one.dropped or not one.alive for one, _, _ in calls]):
+            if [one for one, _, _ in calls if one.removed or one.dropped or not one.alive]:
                 live = [(self._live(instance), inputs, quota) for instance, inputs, quota in calls]
             if not checked:
                 for instance, inputs, _ in live:

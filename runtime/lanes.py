@@ -109,7 +109,8 @@ class Marks:
 
 def marks_of(requests: Iterable[Request]) -> list[Mark]:
     """What these were submitted behind, each once."""
-    return list({id(mark): cast(Mark, mark) for one in requests if (mark := one.mark) is not None}.values())
+    marks = {id(one.mark): one.mark for one in requests}
+    return [cast(Mark, mark) for mark in marks.values() if mark is not None]
 
 
 class Mark:
@@ -145,7 +146,7 @@ class Mark:
         self._home.append((self.event, self.address))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class CudaFlight(Flight):
     """A bundle enqueued on a lane.
 

@@ -22,15 +22,17 @@ class ProgramQueue:
     Attributes:
         reserved: whether it is that of tenants with a reserve.
         requests: oldest first.
+        key: identity of the program.
         name: what tells it from all other queues.
     """
 
-    __slots__ = ("_served", "name", "requests", "reserved")
+    __slots__ = ("_served", "key", "name", "requests", "reserved")
 
     def __init__(self, served: ServedProgram, reserved: bool) -> None:
         self._served = weakref.ref(served)  # which holds this: its tables on the device go when it does
         self.reserved = reserved
         self.requests: Pending[Request] = Pending()
+        self.key = served.key
         self.name: QueueName = (served.key, reserved)
 
     @property
@@ -44,11 +46,6 @@ class ProgramQueue:
         if found is None:
             raise ReferenceError(f"the program of queue {self.name} was dropped")
         return found
-
-    @property
-    def key(self) -> str:
-        """Identity of the program."""
-        return self.name[0]
 
     @property
     def ready(self) -> bool:

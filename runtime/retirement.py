@@ -144,7 +144,9 @@ class Retirement:
             watch.bad, watch.pause = _RUN, _FIRST
 
     def _slow(self, watch: _Watch, slots: int, seconds: float, now: float) -> bool:
-        size = watch.sizes.setdefault(slots, _Size())
+        size = watch.sizes.get(slots)
+        if size is None:
+            size = watch.sizes[slots] = _Size()
         factor, known = self.factor, size.usual < float("inf")
         watch.seen, watch.ratio = now, seconds / size.usual if known else 1.0
         if not factor or not known or watch.ratio <= factor:

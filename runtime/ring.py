@@ -9,7 +9,6 @@ the alignment of their arguments, and must not be compiled again because a bundl
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from torch_mux import compat
 from torch_mux.lowering.program import Program
 
 __all__ = ["Layouts", "RingEntry", "TableLayout", "TableRing"]
 
 _CONTROL_WORDS = 2
-_address = torch.Tensor.data_ptr
 
 
 @dataclass(frozen=True)
@@ -128,18 +127,18 @@ class RingEntry:
     def __init__(self, words: int, pinned: bool) -> None:
         self.host = torch.zeros(words, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self.address = self.host.data_ptr()
+        self._words = words
         self._halves = (ctypes.c_int32 * (2 * words)).from_address(self.address)
-        self._words = memoryview(self._halves).cast("B").cast("q")
         self.reader: Waits | None = None
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fill(
         self,
         layout: TableLayout,
-        rows: Sequence[int],
+        rows: list[int],
         cap: int,
-        inputs: Sequence[Sequence[Tensor]],
-        outputs: Sequence[Sequence[Tensor]],
+        inputs: Sequence[list[Tensor]],
+        outputs: Sequence[list[Tensor]],
         start: int = 0,
     ) -> None:
         """Writes one bundle's table.
@@ -151,14 +150,10 @@ class RingEntry:
             inputs: the tensors of each input, one a request.
             outputs: the tensors of each output, one a request.
         """
-        active = len(rows)
-        padding = layout.stride - active
-        words = [active | cap << 32, layout.slots | cap << 32, *rows, *rows[:1] * padding]
-        for column in (*inputs, *outputs):
-            addresses: list[Any] = list(map(_address, column))
-            words += addresses
-            words += addresses[:1] * padding
-        self._words[start : start + len(words)] = array("q", words)
+        if start + layout.words > self._words:
+            raise ValueError(f"a table of {layout.words} words does not fit behind {start} of {self._words}")
+        address = self.address + 8 * start
+        compat.native.checks().fill(address, layout.slots, cap, rows, [*inputs, *outputs])
 
     def deactivate(self) -> None:
         """No slot is active any more: kernels do nothing for this table."""

@@ -145,7 +145,8 @@ class Runner:
         with self.mutex:
             for bundle in bundles:
                 go_out(bundle.requests)
-                self.watched = self.watched or any(request.callbacks for request in bundle.requests)
+                if not self.watched and [request for request in bundle.requests if request.callbacks]:
+                    self.watched = True
 
     def _refuse(self, bundle: Bundle) -> None:
         """Ends the requests whose tenants may not have their models prepared, before that costs memory."""
@@ -197,7 +198,7 @@ class Runner:
         """
         bundle.whole = seconds
         bundle.seconds = seconds = seconds * bundle.part
-        if bundle.coalesced and not any(request.error is not None for request in bundle.requests):
+        if bundle.coalesced and not [request for request in bundle.requests if request.error is not None]:
             # Beside a long one a short bundle takes many times what it usually does: that is no fault of its.
             alone = charge >= _ALONE * seconds
             measured = seconds if bundle.measured and alone else None

@@ -49,7 +49,7 @@ class Prepared:
 
     Attributes:
         model, args, kwargs: what to call with what.
-        arranged: the arguments, flattened.
+        leaves, spec, key: the arguments, flattened; see :class:`Arranged`.
         table: what was learned about the model.
         route: the learned route of this signature, or None.
     """
@@ -57,18 +57,21 @@ class Prepared:
     model: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    arranged: Arranged
+    leaves: Sequence[Any]
+    spec: Any
+    key: tuple[object, ...] | None
     table: RouteTable
     route: Route | None
 
     @property
+    def arranged(self) -> Arranged:
+        """The arguments, flattened."""
+        return Arranged(self.leaves, self.spec, self.key)
+
+    @property
     def learnable(self) -> bool:
         """Whether nothing is known yet about this signature."""
-        return (
-            self.route is None
-            and self.arranged.key is not None
-            and self.arranged.key not in self.table.refusals
-        )
+        return self.route is None and self.key is not None and self.key not in self.table.refusals
 
     def look_again(self) -> None:
         """Finds a route that was learned since, where there was none."""
@@ -77,7 +80,7 @@ class Prepared:
     def request(self, quota: Quota) -> tuple[Any, Sequence[object], Quota]:
         """What to give to ``Engine.submit_all`` for a learned signature."""
         assert self.route is not None
-        return self.route.instance, self.route.fill(self.arranged.leaves), quota
+        return self.route.instance, self.route.fill(self.leaves), quota
 
     def submit(self, quota: Quota, kick: bool = False) -> Any:
         """Queues the request of a learned signature; never waits.
@@ -87,7 +90,7 @@ class Prepared:
         """
         route = self.route
         assert route is not None
-        inputs = route.fill(self.arranged.leaves)
+        inputs = route.fill(self.leaves)
         try:
             return route.engine.submit(route.instance, inputs, quota, kick)
         except ClosedError:
@@ -114,7 +117,7 @@ class Prepared:
         if not route.unchanged():
             return self._relearn()
         try:
-            return route.finish(request.outcome(), self.arranged.leaves)
+            return route.finish(request.outcome(), self.leaves)
         except (ClosedError, RefreshNeeded) as error:
             return self._again(error)
 
@@ -123,7 +126,7 @@ class Prepared:
         route = self.route
         assert route is not None
         try:
-            return route.finish(request.result(), self.arranged.leaves)
+            return route.finish(request.result(), self.leaves)
         except (ClosedError, RefreshNeeded) as error:
             return self._again(error)
 
@@ -135,13 +138,13 @@ class Prepared:
         return self._relearn()
 
     def _relearn(self) -> Any:
-        assert self.route is not None and self.arranged.key is not None
+        assert self.route is not None and self.key is not None
         log.info("%s changed since its call was learned; it is learned again", name_of(self.model))
         # A weight that changed its form in place is still the same object: the route itself cannot tell.
         self.table.forget(self.route)
         self.table.prune()
         self.route = None
-        grad, inference = self.arranged.key[:2]
+        grad, inference = self.key[:2]
         with torch.inference_mode(bool(inference)), torch.set_grad_enabled(bool(grad)):
             return self.call()
 
@@ -165,16 +168,16 @@ class Prepared:
         except MuxError:
             raise
         except Exception as error:
-            mismatch = _device_mismatch(self.model, self.arranged.leaves)
+            mismatch = _device_mismatch(self.model, self.leaves)
             if mismatch is not None:
                 raise mismatch from error
             raise
-        assert self.arranged.key is not None
+        assert self.key is not None
         self.table.prune()
         if lesson.route is not None:
-            self.table.add(self.arranged.key, lesson.route)
+            self.table.add(self.key, lesson.route)
         if lesson.refusal is not None:
-            self.table.refuse(self.arranged.key, lesson.refusal)
+            self.table.refuse(self.key, lesson.refusal)
             _report(lesson.refusal)
         return lesson.result
 
@@ -197,9 +200,10 @@ def prepare(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], here: Her
     table = table_of(model, state.epoch())
     last = table.last
     if last is not None and not kwargs and last.fits(args, here):
-        return Prepared(model, args, kwargs, Arranged(args, None, last.key), table, last.route)
+        return Prepared(model, args, kwargs, args, None, last.key, table, last.route)
     arranged = arrange(args, kwargs, here)
-    return Prepared(model, args, kwargs, arranged, table, table.find(arranged, here))
+    route = table.find(arranged, here)
+    return Prepared(model, args, kwargs, arranged.leaves, arranged.spec, arranged.key, table, route)
 
 
 def prepare_all(items: Sequence[tuple[Any, ...]], here: Here) -> list[Prepared]:
@@ -220,8 +224,7 @@ def prepare_all(items: Sequence[tuple[Any, ...]], here: Here) -> list[Prepared]:
         if table is not None and table.epoch == epoch:
             last = table.last
             if last is not None and last.fits(args, here):
-                arranged = Arranged(args, None, last.key)
-                found.append(Prepared(model, args, _NOTHING, arranged, table, last.route))
+                found.append(Prepared(model, args, _NOTHING, args, None, last.key, table, last.route))
                 continue
         found.append(prepare(model, args, {}, here))
     return found
@@ -241,10 +244,8 @@ def _report(reason: FallbackReason) -> None:
 
 
 def _note_argument(prepared: Prepared) -> None:
-    if prepared.arranged.key is None:
-        kinds = {
-            type(leaf).__name__ for leaf in prepared.arranged.leaves if not isinstance(leaf, torch.Tensor)
-        }
+    if prepared.key is None:
+        kinds = {type(leaf).__name__ for leaf in prepared.leaves if not isinstance(leaf, torch.Tensor)}
         detail = f"an argument is of type {', '.join(sorted(kinds)) or 'a tensor subclass'}"
         state.note(FallbackReason(FallbackKind.GUARDED, name_of(prepared.model), detail))
 

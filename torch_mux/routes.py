@@ -140,6 +140,7 @@ class Route:
         fill: makes the program's inputs in order of the leaves.
         places: (source, position) of every leaf of the result; the sources are outputs, leaves and constants.
         constants: those of the result.
+        single: the position of the one output that is the result, where that is all.
         plain: whether its arguments are positional tensors, each there once, and nothing else.
     """
 
@@ -159,6 +160,7 @@ class Route:
     fill: Pick = field(init=False)
     places: tuple[tuple[int, int], ...] = field(init=False)
     constants: tuple[object, ...] = field(init=False)
+    single: int | None = field(init=False)
     plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -174,6 +176,8 @@ class Route:
         object.__setattr__(self, "fill", _filling(self.inputs))
         object.__setattr__(self, "places", tuple(places))
         object.__setattr__(self, "constants", tuple(constants))
+        one = self.nesting is None and len(places) == 1 and places[0][0] == 0
+        object.__setattr__(self, "single", places[0][1] if one else None)
         plain = self.spec is None and not self.same and self.tensors == tuple(range(len(self.tensors)))
         object.__setattr__(self, "plain", plain)
 
@@ -202,6 +206,8 @@ class Route:
 
     def finish(self, outputs: Sequence[object], leaves: Sequence[Any]) -> Any:
         """The model's result from the graph's outputs, nested as the model returned it."""
+        if self.single is not None:
+            return outputs[self.single]
         sources = (outputs, leaves, self.constants)
         values = [sources[source][position] for source, position in self.places]
         return values[0] if self.nesting is None else self.nesting(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -53,7 +53,7 @@ class ExecutorReport:
     segments: int = 1
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Flight:
     """A bundle under way on an asynchronous device.
 
@@ -213,13 +213,11 @@ def bound_rows(bundle: Bundle, verify: bool, before: Callable[[bool], object] | 
 
 def written_rows(bundle: Bundle) -> list[int] | None:
     """The row of each slot, or None where one of them has to be written first."""
-    rows: list[int] = []
-    for request in bundle.requests:
-        row = request.instance.row
-        if row is None or request.instance.renew:
-            return None
-        rows.append(row)
-    return rows
+    instances = [request.instance for request in bundle.requests]
+    rows = [instance.row for instance in instances]
+    if None in rows or [instance for instance in instances if instance.renew]:
+        return None
+    return cast("list[int]", rows)
 
 
 def stale(bundle: Bundle) -> list[Instance]:

@@ -203,9 +203,7 @@ class CudaExecutor:
         if rows is None or executable is None:
             return False
         layout, entry = self._filled(lane, flight, rows, executable)
-        storage = bundle.served.storage
-        known = [storage.watched(row) for row in set(rows)]
-        free = None not in known
+        known = bundle.served.storage.watched(set(rows))
         changed = native.enqueue(
             lane.address,
             [mark.address for mark in marks],
@@ -215,10 +213,10 @@ class CudaExecutor:
             layout.nbytes,
             executable.graph.address,
             flight.end.address,
-            known if free else [],
+            known or [],
         )
         flight.kept = (*[request.instance.held for request in bundle.requests], executable, entry, marks)
-        return (free and not changed) or not _announce(stale(bundle))
+        return (known is not None and not changed) or not _announce(stale(bundle))
 
     def _enqueue_flight(self, lane: Lane, flight: CudaFlight, marks: Sequence[Mark]) -> None:
         bundle = flight.bundle
@@ -303,7 +301,7 @@ class CudaExecutor:
     def _ended(self, flight: CudaFlight) -> bool:
         now = self._clock()
         try:
-            if not all(other.finished for other in flight.after) or not passed(flight.end.event):
+            if [other for other in flight.after if not other.finished] or not passed(flight.end.event):
                 return False
             flight.ended, flight.seconds = self._times.ended(flight.start, flight.end, flight.launched, now)
         except Exception as error:
@@ -332,7 +330,7 @@ class CudaExecutor:
         found: list[Flight] = []
         now = self._clock()
         for lane in self._lanes:
-            for head in lane.heads:
+            for head in lane.heads if lane.flights else ():
                 if passed(head.start.event):
                     head.began = self._times.reached(head.start, now)
                     found.append(head)

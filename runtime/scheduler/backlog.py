@@ -30,7 +30,9 @@ class Backlog:
             for index, other in self._lanes.items():
                 if index != issue.lane and other.flying:
                     other.free += seconds  # they stop for it
-        lane = self._lanes.setdefault(issue.lane, _Lane())
+        lane = self._lanes.get(issue.lane)
+        if lane is None:
+            lane = self._lanes[issue.lane] = _Lane()
         lane.flying.append((issue, seconds))
         lane.free = max(lane.free, now) + seconds
 

@@ -95,9 +95,12 @@ class Homes:
         self._homes[key] = branch
         self._lanes[key], self._seconds[key] = issue.lane, seconds
         self._use[branch] = self._used(branch, now) + seconds, now
-        flying = self._flying.setdefault(branch, Counter())
-        idle = [one for one in range(self._count) if not self._flying.get(one)]
-        if flying.total() > flying[key] and idle:
+        flying = self._flying.get(branch)
+        if flying is None:
+            flying = self._flying[branch] = Counter()
+        crowded = len(flying) > (key in flying)
+        idle = [one for one in range(self._count) if not self._flying.get(one)] if crowded else ()
+        if idle:
             self._met[key] += 1
             if self._met[key] >= CROWDED:
                 del self._met[key]
@@ -106,7 +109,7 @@ class Homes:
             self._met[key] -= 1
             if not self._met[key]:
                 del self._met[key]
-        flying[key] += 1
+        flying[key] = flying.get(key, 0) + 1
 
     def part(self, issue: Issue) -> float:
         """What part of its time a bundle of that program was charged lately, since others overlapped."""

@@ -18,7 +18,7 @@ from torch_mux.runtime.scheduler.fair import Account, VirtualTime
 from torch_mux.runtime.scheduler.formation import Turns
 from torch_mux.runtime.scheduler.order import Order, Place
 from torch_mux.runtime.scheduler.predictor import UNKNOWN, Context, Forecast, Predictor, context
-from torch_mux.runtime.scheduler.search import Open, Search, first_lane, free_lane
+from torch_mux.runtime.scheduler.search import Open, Search, at_once, first_lane, free_lane
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
@@ -95,18 +95,22 @@ class FairPolicy:
         self.note(view.queues if view.fresh is None else view.fresh)
         free, first = free_lane(view, settings), first_lane(view, settings)
         if free is None and first is None:
-            ready = any(queue.ready for queue in view.queues)
-            return Busy(until=self._backlog.next_end()) if ready else None
+            return Busy(until=self._backlog.next_end()) if any(queue.ready for queue in view.queues) else None
         lane_of = self._homes.lane_of(view, settings, now, (free, first))
+        only = next(iter(view.queues)) if len(view.queues) == 1 else None
+        if only is not None and not (only.ready and self._free(only.key, now)):
+            only = None
+        awaited = self._cohorts.awaited
+        issue = None if only is None else at_once(only, lane_of, view, awaited, now, settings)
+        if issue is not None:
+            return issue
         search = Search(view, now, settings, lane_of, self._backlog.next_end)
-        if len(view.queues) == 1:
-            (queue,) = view.queues
-            if queue.ready and self._free(queue.key, now):
-                choice = search.opened(queue, self._held)
-                if choice is None:
-                    return search.nothing()
-                if self._whole(choice, search):
-                    return self._issue(choice, tuple(queue.requests), None, search)
+        if only is not None:
+            choice = search.opened(only, self._held)
+            if choice is None:
+                return search.nothing()
+            if self._whole(choice, search):
+                return self._issue(choice, tuple(only.requests), None, search)
         self._sort_in()
         return self._first(search) or search.nothing()
 
@@ -127,9 +131,7 @@ class FairPolicy:
 
     def _free(self, key: str, now: float) -> bool:
         """Whether a bundle of everything that is pending would take nothing from anybody."""
-        if not self._absent.anybody(now, self._linger):
-            return True
-        return not self._charging and not self._absent.anybody(now, self._linger, but=key)
+        return not self._absent.anybody(now, self._linger, but=None if self._charging else key)
 
     def _whole(self, choice: Open, search: Search) -> bool:
         """Whether all that is pending of a program fits one bundle, and makes nobody late."""
@@ -312,9 +314,8 @@ class FairPolicy:
             return
         self._charging = True
         # Too much is given back with later charges only: a first run of a minute must not be charged twice.
-        each = (
-            (seconds if forecast.known else min(seconds, UNKNOWN * slots)) / slots * self._homes.part(issue)
-        )
+        likely = seconds if forecast.known else min(seconds, UNKNOWN * slots)
+        each = likely / slots * self._homes.part(issue)
         units = self._charge(issue, each)
         self._flying[issue] = _Charge(each, units)
         classes = len(self._times) > 1

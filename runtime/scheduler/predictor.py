@@ -84,6 +84,11 @@ class _Program:
     cache: dict[tuple[int, Context], Forecast] = field(default_factory=dict)
     measured: bool = False
 
+    def known(self, slots: int, where: Context) -> _Size | None:
+        """What was measured of just such bundles."""
+        sizes = self.contexts.get(where)
+        return None if sizes is None else sizes.get(slots)
+
 
 class Predictor:
     """Latency of bundles by program, slots, cap and neighbours, on line; safe from any thread.
@@ -107,13 +112,16 @@ class Predictor:
     def observe(self, key: str, slots: int, where: Context, seconds: float) -> None:
         """A bundle of ``slots`` took ``seconds`` of the device."""
         with self._lock:
-            program = self._programs.setdefault(key, _Program())
-            sizes = program.contexts.setdefault(where, {})
-            size = sizes.get(slots)
+            program = self._programs.get(key)
+            if program is None:
+                program = self._programs[key] = _Program()
+            size = program.known(slots, where)
             if size is None:
-                size = sizes[slots] = _Size()
-            size.observe(seconds)
-            program.cache = {}
+                program.contexts.setdefault(where, {})[slots] = _Size((seconds,))
+            else:
+                size.observe(seconds)
+            if program.cache:
+                program.cache = {}
             program.measured = True
 
     def forecast(self, key: str, slots: int, where: Context) -> Forecast:
@@ -121,6 +129,9 @@ class Predictor:
         program = self._programs.get(key)
         if program is None:
             return Forecast(UNKNOWN * slots, UNKNOWN * slots, known=False)
+        size = program.known(slots, where)
+        if size is not None:
+            return size.forecast
         found = program.cache.get((slots, where))
         if found is not None:
             return found

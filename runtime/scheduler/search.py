@@ -6,10 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch_mux.runtime.scheduler.base import Busy, Decision, LaneLoad, Later, Queue, QueueName, View
+from torch_mux.runtime.scheduler.base import (
+    Busy,
+    Decision,
+    Issue,
+    LaneLoad,
+    Later,
+    Queue,
+    QueueName,
+    View,
+    share_of,
+)
 from torch_mux.settings import Settings
 
-__all__ = ["Open", "Search", "first_lane", "free_lane"]
+__all__ = ["Open", "Search", "at_once", "first_lane", "free_lane"]
 
 _NEVER = float("inf")
 
@@ -102,6 +112,33 @@ class Search:
         return Busy(until=self.next_end()) if self.full else None
 
 
+def at_once(
+    queue: Queue,
+    lane_of: Callable[[Queue], int | None],
+    view: View,
+    awaited: Callable[[Queue, float, Settings], Hold | None],
+    now: float,
+    settings: Settings,
+) -> Issue | None:
+    """All that is pending of a program, where no time, hold or part of the device has to be weighed.
+
+    Args:
+        lane_of: see :class:`Search`.
+        awaited: until when and for how many companions a queue is held, or None.
+    """
+    count, limit = len(queue.requests), max(1, min(settings.max_bundle, queue.slots))
+    if count > limit or queue.timed or settings.beside is not None:
+        return None
+    lane = lane_of(queue)
+    if lane is None or (count < limit and awaited(queue, now, settings) is not None):
+        return None
+    requests, branch = tuple(queue.requests), view.lanes[lane].branch
+    beside = _neighbours(view.lanes, lane)
+    return Issue(
+        queue.key, requests, share_of(requests), lane, beside, reserved=queue.reserved, branch=branch
+    )
+
+
 def _neighbours(lanes: Sequence[LaneLoad], lane: int) -> int:
     """Bundles under way beside that lane."""
     if len(lanes) == 1:
@@ -116,14 +153,12 @@ def free_lane(view: View, settings: Settings, home: int | None = None) -> int | 
         home: the branch that it must be of, if it has several; None: any.
     """
     lanes = view.lanes
-    usable = range(len(lanes)) if view.usable is None else view.usable
-    if home is not None:
-        usable = [lane for lane in usable if lanes[lane].branch in (None, home)]
-    best = usable[0]
-    for lane in usable:
-        if lanes[lane].bundles < lanes[best].bundles:
-            best = lane
-    return best if lanes[best].bundles < settings.in_flight else None
+    best, least = None, settings.in_flight
+    for lane in range(len(lanes)) if view.usable is None else view.usable:
+        load = lanes[lane]
+        if load.bundles < least and (home is None or load.branch is None or load.branch == home):
+            best, least = lane, load.bundles
+    return best
 
 
 def first_lane(view: View, settings: Settings) -> int | None:

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from torch_mux.compat import native
 from torch_mux.runtime.ring import RingEntry, TableLayout, TableRing
+
+
+@pytest.fixture(params=["Python", "C++"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are written by one form or the other."""
+    built = native.build()
+    monkeypatch.setitem(native._state, "checks", built if request.param == "C++" else native.PythonChecks())
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 16, 33])
@@ -37,6 +45,30 @@ def test_padding_repeats_the_first_request() -> None:
     assert layout.output(table, 0)[3:].tolist() == [outputs[0].data_ptr()] * 2
     entry.deactivate()
     assert layout.control(table).tolist() == [0, 132]
+
+
+def test_tables_behind_others_leave_them_as_they_are() -> None:
+    """Those of the programs of a mix."""
+    layout = TableLayout(3, inputs=1, outputs=0)
+    entry = RingEntry(3 * layout.words, pinned=False)
+    tensors = [torch.zeros(2) for _ in range(3)]
+    entry.host.fill_(-7)
+    entry.fill(layout, [4, 5, 6], 9, [tensors], [], start=layout.words)
+    before, own, after = entry.host.split(layout.words)
+    assert before.eq(-7).all() and after.eq(-7).all()
+    assert layout.rows(own).tolist() == [4, 5, 6]
+    assert layout.input(own, 0).tolist() == [tensor.data_ptr() for tensor in tensors]
+    with pytest.raises(ValueError, match="does not fit"):
+        entry.fill(layout, [4], 9, [tensors[:1]], [], start=2 * layout.words + 2)
+
+
+def test_views_are_addressed_where_they_begin() -> None:
+    layout = TableLayout(1, inputs=1, outputs=1)
+    entry = RingEntry(layout.words, pinned=False)
+    view, nothing = torch.zeros(4, 4)[1:, 2:], torch.empty(0)
+    entry.fill(layout, [1], 2, [[view]], [[nothing]])
+    assert layout.input(entry.host, 0).tolist() == [view.data_ptr()]
+    assert layout.output(entry.host, 0).tolist() == [nothing.data_ptr()]
 
 
 @pytest.mark.parametrize("slots", range(1, 9))

@@ -13,7 +13,7 @@ import itertools
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -276,8 +276,8 @@ class _Storage:
     def stale(self, row: int) -> bool:
         return compat.native.checks().changed(self._rows[row])
 
-    def watched(self, row: int) -> Any:
-        return self._rows[row]
+    def watched(self, rows: Iterable[int]) -> list[Any]:
+        return [self._rows[row] for row in rows]
 
     def release(self, row: int) -> None:
         pass

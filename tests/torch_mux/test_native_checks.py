@@ -74,6 +74,37 @@ def test_inference_tensors_have_no_counter(checks: Any) -> None:
         checks.weights([tensor], [])
 
 
+@pytest.mark.parametrize(
+    ("slots", "rows", "columns", "kind"),
+    [
+        (1, [0, 1], [], ValueError),
+        (2, [], [], ValueError),
+        (2, [0, 1], [[torch.zeros(1)]], ValueError),
+        (1, [0], [["no tensor"]], TypeError),
+        (1, ["no row"], [[torch.zeros(1)]], TypeError),
+        (1, [0], [[torch.eye(2).to_sparse()]], RuntimeError),
+    ],
+)
+def test_a_table_of_the_wrong_things_is_an_error(
+    checks: Any, slots: int, rows: Any, columns: Any, kind: type[Exception]
+) -> None:
+    host = torch.zeros(16, dtype=torch.int64)
+    with pytest.raises(kind):
+        checks.fill(host.data_ptr(), slots, 1, rows, columns)
+
+
+def test_where_tensors_are_laid_out_otherwise_python_writes_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: Any = native.build()
+    module, tensor = built.changed.__self__, torch.zeros(1)
+    assert built.fill is module.fill
+    assert module.fits(torch._C.TensorBase, tensor, tensor._cdata)
+    assert not module.fits(torch._C.TensorBase, tensor, tensor._cdata + 8)
+    assert not module.fits(torch._C.TensorBase, "no tensor", tensor._cdata)
+    monkeypatch.setattr(module, "fits", lambda *_: False)
+    other: Any = native._NativeChecks(module).fill
+    assert isinstance(other.__self__, native.PythonChecks)
+
+
 def _same(checks: Any, model: nn.Module) -> Any:
     modules = list(model.modules())
     tables = tuple(t for m in modules for t in (m._parameters, m._buffers, m._modules))

@@ -26,8 +26,7 @@ def empties(
     """
 
     def parsed(count: int) -> list[Tensor]:
-        form = {"dtype": dtype, "device": device}
-        return [torch.empty_strided(shape, strides, **form) for _ in range(count)]
+        return [torch.empty_strided(shape, strides, dtype=dtype, device=device) for _ in range(count)]
 
     def on_cpu(count: int) -> list[Tensor]:
         if active_modes():

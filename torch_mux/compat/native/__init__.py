@@ -9,6 +9,7 @@ version of torch, as Triton builds its launchers, and kept on disk; Python does 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import logging
@@ -19,6 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -34,13 +36,14 @@ __all__ = ["Checks", "Enqueue", "PythonChecks", "Stillness", "build", "checks", 
 
 log = logging.getLogger(__name__)
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("checks.cpp", "enqueue.cpp")]
-_HEADERS = [Path(__file__).with_name(name) for name in ("enqueue.h", "weights.h")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("checks.cpp", "enqueue.cpp", "tables.cpp")]
+_HEADERS = [Path(__file__).with_name(name) for name in ("enqueue.h", "tables.h", "weights.h")]
 _TORCH = Path(torch.__file__).parent
 _NAME = "torch_mux_checks"
 _TIMEOUT = 300.0
 _version = attrgetter("_version")
 _cdata = attrgetter("_cdata")
+_address = Tensor.data_ptr
 
 
 class Checks(Protocol):
@@ -89,6 +92,20 @@ class Checks(Protocol):
 
     def count(self) -> int:
         """Writes to watched dicts so far; a write is counted before it is made, under the GIL."""
+        ...
+
+    def fill(
+        self, address: int, slots: int, cap: int, rows: list[int], columns: list[list[Tensor]], /
+    ) -> None:
+        """Writes the table of a bundle, two words and a section each for ``rows`` and ``columns``.
+
+        See :class:`torch_mux.runtime.ring.TableLayout`; a section of fewer than ``slots`` is padded with its
+        first.
+
+        Args:
+            address: of so many 64-bit words on the host.
+            columns: tensors whose addresses are written, as many as rows.
+        """
         ...
 
 
@@ -182,6 +199,20 @@ class PythonChecks:
         """See :class:`Checks`."""
         return 0
 
+    def fill(
+        self, address: int, slots: int, cap: int, rows: list[int], columns: list[list[Tensor]], /
+    ) -> None:
+        """See :class:`Checks`."""
+        active, padding = len(rows), slots + slots % 2 - len(rows)
+        if not 0 < active <= slots or any(len(column) != active for column in columns):
+            raise ValueError(f"{active} rows, or as many tensors, do not fit {slots} slots")
+        words = [active | cap << 32, slots | cap << 32, *rows, *rows[:1] * padding]
+        for column in columns:
+            addresses = list(map(_address, column))
+            words += addresses + addresses[:1] * padding
+        table = array("q", words)
+        ctypes.memmove(address, table.buffer_info()[0], 8 * len(words))
+
 
 class _NativeChecks:
     """The module built from ``checks.cpp``."""
@@ -194,6 +225,9 @@ class _NativeChecks:
         self.same = module.same
         self.watch = module.watch
         self.count = module.count
+        probe = torch.empty(1, device="cpu")
+        fits = module.fits(torch._C.TensorBase, probe, _cdata(probe))
+        self.fill = module.fill if fits else PythonChecks().fill
 
     def weights(self, counted: Sequence[Tensor], placed: Sequence[Tensor]) -> Any:
         """See :class:`Checks`."""
@@ -210,16 +244,19 @@ class Stillness:
         dicts: from now on; what they hold has to be looked at once after this.
     """
 
-    __slots__ = ("_counted", "_seen")
+    __slots__ = ("_count", "_counted", "_seen")
 
     def __init__(self, dicts: Iterable[dict[Any, Any]]) -> None:
-        self._counted = checks().watch(tuple(dicts))
+        form = checks()
+        self._counted, self._count = form.watch(tuple(dicts)), form.count
         self._seen = -1
 
     def confirmed(self, look: Callable[[], bool]) -> bool:
         """``look()``, not asked again while no watched dict anywhere was written since it was true."""
-        now = checks().count()
-        if self._counted and now == self._seen:
+        if not self._counted:
+            return look()
+        now = self._count()
+        if now == self._seen:
             return True
         true = look()
         if true:

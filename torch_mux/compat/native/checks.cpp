@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "enqueue.h"
+#include "tables.h"
 #include "weights.h"
 
 namespace {
@@ -139,6 +140,8 @@ PyMethodDef methods[] = {
     {"watch", watch, METH_O, "Has writes to dicts counted from now on; False where this Python cannot."},
     {"count", count, METH_NOARGS, "Writes to watched dicts so far."},
     {"same", same, METH_VARARGS, "Whether dicts hold the very same objects, flags are as they were, and no hook is there."},
+    {"fits", torch_mux_fits, METH_VARARGS, "Whether tensors are laid out as fill expects."},
+    {"fill", torch_mux_fill, METH_VARARGS, "Writes the table of one bundle."},
     {"can_enqueue", torch_mux_can_enqueue, METH_NOARGS, "Whether a CUDA runtime is loaded."},
     {"record", torch_mux_record, METH_VARARGS, "Records an event on a stream, both by address."},
     {"enqueue", torch_mux_enqueue, METH_VARARGS, "Puts one captured bundle on a stream."},
