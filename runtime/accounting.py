@@ -120,7 +120,7 @@ class Accounting:
         failed = False
         with self._lock:
             for request in requests:
-                quota, served = request.quota, request.served
+                quota, served = request.quota, request.instance.served
                 if quota is not last or served is not program:
                     last, program, tenant = quota, served, self._tenant(quota.tenant)
                     model = tenant.model(served.program.name)

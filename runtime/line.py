@@ -98,9 +98,9 @@ class Line:
             if request.instance.served is not served or request.quota is not quota:
                 served, quota = request.instance.served, request.quota
                 queue = self.queue(served, quota)
-                pending = queue.requests
+                append, pending = queue.requests.append, queue.requests
                 self._unkicked[queue] = None
-            pending.append(request)
+            append(request)
             self.pending += 1
             if pending.stirred:
                 self._stirred(queue)

@@ -117,7 +117,7 @@ class MemoryLedger:
     def release(self, requests: Iterable[Request]) -> None:
         """These requests ended: their outputs are their callers'."""
         with self._lock:
-            self._release([(request.instance, request.quota) for request in requests])
+            self._release((request.instance, request.quota) for request in requests)
 
     def cancel(self, calls: Iterable[tuple[Instance, Quota]]) -> None:
         """Takes back :meth:`reserve` for requests that were not queued after all."""
@@ -125,10 +125,12 @@ class MemoryLedger:
             self._release(calls)
 
     def _release(self, calls: Iterable[tuple[Instance, Quota]]) -> None:
-        flying = self._flying
+        freed: dict[str, int] = {}
         for instance, quota in calls:
-            name = quota.tenant
-            left = flying.get(name, 0) - instance.served.output_bytes
+            freed[quota.tenant] = freed.get(quota.tenant, 0) + instance.served.output_bytes
+        flying = self._flying
+        for name, count in freed.items():
+            left = flying.get(name, 0) - count
             if left > 0:
                 flying[name] = left
             else:

@@ -116,6 +116,8 @@ class Prepared:
         assert route is not None
         if not route.unchanged():
             return self._relearn()
+        if request.error is None:
+            return route.finish(request.outputs, self.leaves)
         try:
             return route.finish(request.outcome(), self.leaves)
         except (ClosedError, RefreshNeeded) as error:

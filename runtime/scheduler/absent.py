@@ -116,23 +116,26 @@ class Absent:
         for flight in self._flights.values():
             if flight.begun <= now < flight.due + linger:
                 yield flight, None
-        if self._ended:
-            kept = []
-            for flight in self._ended:
-                ended = now if flight.ended is None else flight.ended
-                until = ended + min(linger, flight.seconds)
-                if ended <= now < until:  # a clock that was put back ends the wait
-                    kept.append(flight)
-                    yield flight, until
-            self._ended = kept
+        yield from self._lately(now, linger)
+
+    def _lately(self, now: float, linger: float) -> list[tuple[_Flight, float]]:
+        """The bundles that have ended and whose tenants are expected still, and until when."""
+        found: list[tuple[_Flight, float]] = []
+        for flight in self._ended:
+            ended = now if flight.ended is None else flight.ended
+            until = ended + min(linger, flight.seconds)
+            if ended <= now < until:  # a clock that was put back ends the wait
+                found.append((flight, until))
+        if len(found) < len(self._ended):
+            self._ended = [flight for flight, _ in found]
+        return found
 
     def anybody(self, now: float, linger: float, but: str | None = None) -> bool:
         """Whether somebody is expected back, of another program than ``but``."""
         for flight in self._flights.values():
             if flight.key != but:
                 return True
-        keys = [flight.key for flight, _ in self._expected(now, linger)]
-        return any(key != but for key in keys)
+        return bool(self._ended) and any(flight.key != but for flight, _ in self._lately(now, linger))
 
     def bars(
         self, key: str, now: float, linger: float, times: Callable[[int], VirtualTime]

@@ -92,7 +92,9 @@ class FairPolicy:
         self._linger = settings.linger
         if view.fresh is None:
             self.order.clear()
-        self.note(view.queues if view.fresh is None else view.fresh)
+        fresh = view.queues if view.fresh is None else view.fresh
+        if fresh:
+            self.note(fresh)
         free, first = free_lane(view, settings), first_lane(view, settings)
         if free is None and first is None:
             return Busy(until=self._backlog.next_end()) if any(queue.ready for queue in view.queues) else None
@@ -100,9 +102,7 @@ class FairPolicy:
         only = next(iter(view.queues)) if len(view.queues) == 1 else None
         if only is not None and not (only.ready and self._free(only.key, now)):
             only = None
-        awaited = self._cohorts.awaited
-        issue = None if only is None else at_once(only, lane_of, view, awaited, now, settings)
-        if issue is not None:
+        if only is not None and (issue := at_once(only, lane_of, view, self._cohorts, now, settings)):
             return issue
         search = Search(view, now, settings, lane_of, self._backlog.next_end)
         if only is not None:

@@ -17,6 +17,7 @@ from torch_mux.runtime.scheduler.base import (
     View,
     share_of,
 )
+from torch_mux.runtime.scheduler.cohorts import Cohorts
 from torch_mux.settings import Settings
 
 __all__ = ["Open", "Search", "at_once", "first_lane", "free_lane"]
@@ -116,7 +117,7 @@ def at_once(
     queue: Queue,
     lane_of: Callable[[Queue], int | None],
     view: View,
-    awaited: Callable[[Queue, float, Settings], Hold | None],
+    cohorts: Cohorts,
     now: float,
     settings: Settings,
 ) -> Issue | None:
@@ -124,13 +125,13 @@ def at_once(
 
     Args:
         lane_of: see :class:`Search`.
-        awaited: until when and for how many companions a queue is held, or None.
+        cohorts: for how long programs are held for companions.
     """
     count, limit = len(queue.requests), max(1, min(settings.max_bundle, queue.slots))
     if count > limit or queue.timed or settings.beside is not None:
         return None
     lane = lane_of(queue)
-    if lane is None or (count < limit and awaited(queue, now, settings) is not None):
+    if lane is None or (count < limit and cohorts.awaited(queue, now, settings) is not None):
         return None
     requests, branch = tuple(queue.requests), view.lanes[lane].branch
     beside = _neighbours(view.lanes, lane)

@@ -15,7 +15,7 @@ _known: dict[tuple[int, int], torch.cuda.Stream] = {}
 
 def current_stream(device: torch.device) -> torch.cuda.Stream:
     """The calling thread's current stream on ``device``."""
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = _current() if device.index is None else device.index
     raw = torch._C._cuda_getCurrentRawStream(index)
     found = _known.get((index, raw))
     if found is None:
@@ -32,7 +32,12 @@ def is_capturing() -> bool:
 
 def is_current(device: torch.device) -> bool:
     """Whether ``device`` is the calling thread's current CUDA device."""
-    return device.index is None or device.index == torch.cuda.current_device()
+    return device.index is None or device.index == _current()
+
+
+def _current() -> int:
+    # What torch.cuda.current_device returns after it has asked in Python, twice, whether CUDA is there.
+    return torch._C._cuda_getDevice()
 
 
 class on_stream:
@@ -47,7 +52,7 @@ class on_stream:
 
     def __enter__(self) -> None:
         stream = self._stream
-        if torch.cuda.current_device() == stream.device_index:
+        if _current() == stream.device_index:
             self._previous = current_stream(stream.device)
             _select(stream)
             return
