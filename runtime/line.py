@@ -86,6 +86,7 @@ class Line:
         before = self.alarms.peek()
         served: ServedProgram | None = None
         quota: Quota | None = None
+        runs: list[tuple[ProgramQueue, list[Request]]] = []
         first, self._next = self._next, self._next + len(requests)
         for number, request in enumerate(requests, first):
             request.seq = number
@@ -97,12 +98,13 @@ class Line:
                 continue
             if request.instance.served is not served or request.quota is not quota:
                 served, quota = request.instance.served, request.quota
-                queue = self.queue(served, quota)
-                append, pending = queue.requests.append, queue.requests
-                self._unkicked[queue] = None
-            append(request)
-            self.pending += 1
-            if pending.stirred:
+                runs.append((self.queue(served, quota), []))
+            runs[-1][1].append(request)
+        for queue, run in runs:
+            queue.requests.extend(run)
+            self.pending += len(run)
+            self._unkicked[queue] = None
+            if queue.requests.stirred:
                 self._stirred(queue)
         return self.alarms.peek() < before
 

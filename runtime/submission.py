@@ -123,8 +123,7 @@ class Submission:
         self, calls: Sequence[Call], waits: Sequence[float] | None, arrival: float, requests: list[Request]
     ) -> None:
         inference, client = torch.is_inference_mode_enabled(), get_ident()
-        for served, own in groupby(calls, _served):
-            alike = list(own)
+        for served, alike in _by_program(calls):
             made = served.allocate(alike) if served.coalesced else [[] for _ in alike]
             dispatcher = served.dispatcher
             requests += [
@@ -136,5 +135,9 @@ class Submission:
                 request.eligible = arrival + wait
 
 
-def _served(call: Call) -> ServedProgram:
-    return call[0].served
+def _by_program(calls: Sequence[Call]) -> list[tuple[ServedProgram, Sequence[Call]]]:
+    """Neighbours of one program together."""
+    first = calls[0][0].served if calls else None
+    if first is not None and not [call for call in calls if call[0].served is not first]:
+        return [(first, calls)]
+    return [(served, list(own)) for served, own in groupby(calls, lambda call: call[0].served)]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch_mux import carry, state
-from torch_mux.calls import Prepared, prepare
+from torch_mux.calls import Prepared, prepare, prepare_all
 from torch_mux.errors import InvalidRequest, MuxError
 from torch_mux.futures import Future
 from torch_mux.quotas import QuotaScope, current_quota
@@ -56,18 +56,18 @@ def submit_all(*requests: tuple[Any, ...]) -> tuple[Future, ...]:
         InvalidQuota: quotas that contradict each other; nothing was sent off then. All other errors come out
             of the futures.
     """
-    here, outer = Here(), current_quota()
-    calls: list[Prepared] = []
+    outer = current_quota()
+    items: list[tuple[Any, ...]] = []
     quotas: list[Quota] = []
     scopes: list[QuotaScope | None] = []
     for index, item in enumerate(requests):
         scope: QuotaScope | None = None
         if isinstance(item, tuple) and item and isinstance(item[0], QuotaScope):
             scope, item = item[0], item[1:]
-        model, *args = checked(index, item)
-        calls.append(prepare(model, tuple(args), {}, here))
+        items.append(checked(index, item))
         quotas.append(outer if scope is None else scope.here())
         scopes.append(scope)
+    calls = prepare_all(items, Here())
     learned = [index for index, call in enumerate(calls) if call.route is not None and call.route.holds()]
     sent = queue([calls[index] for index in learned], [quotas[index] for index in learned], kick=True)
     found = dict(zip(learned, sent, strict=True))

@@ -60,15 +60,20 @@ class Pending(Collection[T], Generic[T]):
         """The first of them; there must be one."""
         return next(iter(self._all))
 
-    def append(self, request: T) -> None:
-        """Queues a request behind all others."""
+    def extend(self, requests: Sequence[T]) -> None:
+        """Queues requests behind all others."""
         if not self._all:
             self.stirred = True
-        self._all[request] = None
-        if request.due < _NEVER and not self.timed:
+        self._all.update(dict.fromkeys(requests))
+        if not self.timed and [request for request in requests if request.due < _NEVER]:
             self.timed = self.stirred = True
         if self._flows is not None:
-            self._flow(request).append(request)
+            for request in requests:
+                self._flow(request).append(request)
+
+    def append(self, request: T) -> None:
+        """Queues a request behind all others."""
+        self.extend((request,))
 
     def appendleft(self, request: T) -> None:
         """A request that had been taken out becomes the oldest again."""

@@ -65,6 +65,55 @@ def test_a_bundle_goes_out_before_the_ends_of_the_former_are_counted(
     assert engine.stats().bundles == 2
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_policy_is_told_of_a_bundle_while_the_device_works_and_before_it_is_asked_again(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    """On a device where a launch lasts as long as the bundle, before that."""
+    engine, device = slow(lab, Told(), max_bundle=1, in_flight=3)
+    device.asynchronous = asynchronous
+    steps: list[str] = []
+    program, models = lab.program(), [lab.Affine() for _ in range(3)]
+    requests = [lab.submit(engine, program, model) for model in models]
+    (dispatcher,) = engine._dispatchers.values()
+    for owner, name in ((dispatcher.policy, "form"), (dispatcher.policy, "issued"), (device, "launch")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, name=name, original=original: (steps.append(name), original(*a))[1]
+        )
+    engine.wait(requests)
+    once = ["form", "launch", "issued"] if asynchronous else ["form", "issued", "launch"]
+    assert steps[:9] == once * 3
+    assert lab.answers(requests) == [1.0, 1.0, 1.0]
+
+
+def test_a_launch_that_raises_is_told_of_before_it_is_over(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, device = slow(lab, Told())
+    program, model = lab.program(), lab.Affine()
+    request = lab.submit(engine, program, model)
+    (dispatcher,) = engine._dispatchers.values()
+    steps: list[tuple[str, object]] = []
+    for name in ("issued", "completed"):
+        original = getattr(dispatcher.policy, name)
+        monkeypatch.setattr(
+            dispatcher.policy,
+            name,
+            lambda issue, *a, name=name, original=original: (
+                steps.append((name, issue)),
+                original(issue, *a),
+            )[1],
+        )
+
+    def fail(bundle: Any) -> None:
+        raise RuntimeError("no launch")
+
+    monkeypatch.setattr(device, "launch", fail)
+    with pytest.raises(ExecutionFailed, match="no launch"):
+        request.result()
+    assert [name for name, _ in steps] == ["issued", "completed"]
+    assert steps[0][1] is steps[1][1]
+
+
 def test_kicked_requests_run_to_their_end(lab: Any) -> None:
     engine, device = slow(lab, max_bundle=2)
     device.seconds = 0.005

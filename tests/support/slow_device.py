@@ -36,6 +36,7 @@ class SlowDevice(CpuExecutor):
 
     def __init__(self, device: torch.device, stack: Any, clock: Callable[[], float]) -> None:
         super().__init__(device, stack)
+        self.asynchronous = True
         self.clock = clock
         self.lanes: list[list[SlowFlight]] = [[]]
         self.highest = 0
