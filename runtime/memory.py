@@ -80,9 +80,11 @@ class MemoryLedger:
             done, flying = 0, self._flying
             joined: list[tuple[Instance, str]] = []
             try:
+                last: Quota | None = None
                 for instance, _, quota in calls:
-                    name = quota.tenant
-                    before = None if quota.memory is None else self._held(name)
+                    if quota is not last:
+                        last, name, limited = quota, quota.tenant, quota.memory is not None
+                    before = self._held(name) if limited else None
                     if name not in instance.tenants:
                         if len(instance.tenants) >= _MOST:
                             instance.tenants, self._kept = frozenset(), None

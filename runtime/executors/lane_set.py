@@ -27,6 +27,7 @@ class LaneSet:
         self._idle: tuple[LaneLoad, ...] = ()
         self._places: tuple[_Place, ...] = ()
         self._shown: tuple[_Place, ...] = ()
+        self._numbers: dict[_Place, int] = {}
         self._made: dict[_Place, Lane] = {}
 
     def __iter__(self) -> Iterator[Lane]:
@@ -57,14 +58,14 @@ class LaneSet:
             places.append((lane.kind, seen[lane.kind]))
             seen[lane.kind] += 1
         self._places = tuple(places)
+        self._numbers = {place: number for number, place in enumerate(places)}
 
     def loads(self) -> Sequence[LaneLoad]:
         """Bundles under way on each lane; :meth:`take` goes by the indices that this showed last."""
         self._shown = self._places
         found = list(self._idle)
-        for number, place in enumerate(self._places):
-            lane = self._made.get(place)
-            if lane is not None and (lane.flights or lane.guests):
+        for place, lane in self._made.items():
+            if (lane.flights or lane.guests) and (number := self._numbers.get(place)) is not None:
                 found[number] = LaneLoad(lane.load(), found[number].kind, found[number].branch)
         return found
 

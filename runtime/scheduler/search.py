@@ -159,6 +159,8 @@ def free_lane(view: View, settings: Settings, home: int | None = None) -> int | 
         load = lanes[lane]
         if load.bundles < least and (home is None or load.branch is None or load.branch == home):
             best, least = lane, load.bundles
+            if not least:
+                break
     return best
 
 
