@@ -128,6 +128,10 @@ def test_closing_serves_those_that_wait_for_companions() -> None:
 def test_a_fork_with_requests_pending() -> None:
     x = torch.randn(4, 6)
     model = taught(Normed, "cpu", x)
+
+    def near(entry: str) -> bool:
+        return torch.allclose(ask(entry, model, x), expected(model, x), atol=1e-5)
+
     torch_mux.configure(max_wait="60s")
     with torch.inference_mode():
         pending = torch_mux.submit(model, x)
@@ -139,12 +143,12 @@ def test_a_fork_with_requests_pending() -> None:
             torch.set_num_threads(1)
             torch_mux.configure(max_wait=0.0)
             error = pending.exception(timeout=10)
-            answers = [torch.allclose(ask(entry, model, x), expected(model, x)) for entry in ENTRIES]
+            answers = [near(entry) for entry in ENTRIES]
             torch_mux.remove(model)
             torch_mux.close()
             torch_mux.reset()
             torch_mux.refresh(model)
-            answers.append(torch.allclose(ask("gather", model, x), expected(model, x)))
+            answers.append(near("gather"))
             seen = f"{type(error).__name__} {answers}"
         except BaseException as error:
             seen = repr(error)
