@@ -22,6 +22,7 @@ from torch_mux.runtime.driver import Driver
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.health import DeviceHealth
 from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.line import Line
 from torch_mux.runtime.request import Request, RequestState, Waiter
 from torch_mux.runtime.runner import Runner
@@ -65,7 +66,8 @@ class Dispatcher:
         self._mutex = threading.Lock()
         self._line = Line()
         self._runner = Runner(executor, policy, clock, accounting, self._mutex, self._line)
-        self._driver = Driver(executor, policy, clock, settings, self._line, self._runner)
+        self._interrupt = Interrupt()
+        self._driver = Driver(executor, policy, clock, settings, self._line, self._runner, self._interrupt)
         self._runner.retirement.factor = settings.straggler
         self._holder: threading.Thread | None = None
         self.closed = False  # whether it takes nothing more
@@ -124,6 +126,8 @@ class Dispatcher:
 
     def _kicked(self) -> Callable[[], object]:
         """What the caller does for what is pending now once he has left the mutex, which is held here."""
+        if any(queue.reserved or not self.executor.at_it(queue.served) for queue in self._line.unkicked()):
+            self._interrupt.set()  # it need not wait for what is under way
         self._line.kick()
         if not (self._driver.flooded and self._line.runnable()):
             return self.service.poke
@@ -285,10 +289,11 @@ class Dispatcher:
                 if self._holder is not None:
                     return
                 self._holder = threading.current_thread()
+            self._interrupt.clear()
             if not self._drive_as_holder(None, nested=False):
                 return
             # Without the role, so that callers can enqueue behind it meanwhile.
-            self.executor.await_end()
+            self.executor.await_end(self._interrupt)
 
     def _take_role(self) -> bool:
         """Takes the role if it is free."""

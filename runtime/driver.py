@@ -10,6 +10,7 @@ from functools import partial
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.companions import with_companions
 from torch_mux.runtime.executors.base import Executor
+from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.line import Line
 from torch_mux.runtime.request import Request, Waiter
 from torch_mux.runtime.runner import Runner
@@ -29,6 +30,9 @@ class Driver:
     Attributes:
         policy: who goes out together, on which lane.
         resting: whether who drives sleeps until the device, or somebody, is ready.
+
+    Args:
+        interrupt: ends a wait for the device; set for what could begin before it ends.
     """
 
     def __init__(
@@ -39,9 +43,11 @@ class Driver:
         settings: Settings,
         line: Line,
         runner: Runner,
+        interrupt: Interrupt,
     ) -> None:
         self.policy = policy
         self.resting = False
+        self._interrupt = interrupt
         self._executor = executor
         self._clock = clock
         self._line = line
@@ -67,6 +73,7 @@ class Driver:
         self._ring()
         landed = False  # ends are counted while the next bundle runs, or when they may let one go out
         while self._line.active and not (left is not None and all(request.out for request in left)):
+            self._interrupt.clear()  # who set it has queued what he came for
             bundles: list[Bundle] = []
             nap: Waiter | None = None
             with self._runner.mutex:
@@ -87,7 +94,7 @@ class Driver:
                 self._sleep(nap, until - now)
             elif isinstance(decision, Busy):
                 with self._resting():
-                    self._executor.await_end()
+                    self._executor.await_end(self._interrupt)
             landed = not bundles and not landed
             self._ring()
         self._runner.land()

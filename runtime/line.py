@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch_mux.runtime.alarms import Alarms
 from torch_mux.runtime.queues import ProgramQueue
@@ -192,6 +192,10 @@ class Line:
         self._kicked = self._next
         self._orphans.update(self._unkicked)
         self._unkicked.clear()
+
+    def unkicked(self) -> Collection[ProgramQueue]:
+        """Where requests came since the last kick."""
+        return self._unkicked.keys()
 
     def orphaned(self) -> bool:
         """Whether a kicked request with a plan is pending."""

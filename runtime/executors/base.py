@@ -12,6 +12,7 @@ import torch
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.memory import make_room, out_of_memory
 from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
@@ -154,8 +155,15 @@ class Executor(Protocol):
         """The flights that the lanes are busy with: the first of each."""
         ...
 
-    def await_end(self) -> None:
-        """Blocks the host until a bundle that is under way has ended; any thread may call it."""
+    def at_it(self, served: ServedProgram) -> bool:
+        """Whether bundles of a program are under way; for any thread."""
+        ...
+
+    def await_end(self, interrupt: Interrupt | None = None) -> None:
+        """Blocks the host until a bundle that is under way has ended, or until ``interrupt`` is set.
+
+        Any thread may call it.
+        """
         ...
 
     def join(self, requests: Sequence[Request]) -> None:

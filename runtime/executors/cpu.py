@@ -22,6 +22,7 @@ from torch_mux.runtime.executors.base import (
     run_each_alone,
 )
 from torch_mux.runtime.executors.cpu_mixes import Background, CpuMixes, at_once
+from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.scheduler.base import LaneLoad, idle_lanes
@@ -191,7 +192,11 @@ class CpuExecutor:
         """Nothing is ever under way."""
         return ()
 
-    def await_end(self) -> None:
+    def at_it(self, served: ServedProgram) -> bool:
+        """Nothing is ever under way."""
+        return False
+
+    def await_end(self, interrupt: Interrupt | None = None) -> None:
         """Nothing is ever under way."""
 
     def join(self, requests: Sequence[Request]) -> None:

@@ -29,6 +29,7 @@ from torch_mux.runtime.executors.device_clock import DeviceClock
 from torch_mux.runtime.executors.joint import JointLauncher
 from torch_mux.runtime.executors.lane_set import LaneSet
 from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, Mark, Marks, marks_of, passed
 from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
@@ -336,13 +337,18 @@ class CudaExecutor:
                     found.append(head)
         return found
 
-    def await_end(self) -> None:
+    def at_it(self, served: ServedProgram) -> bool:
+        """Whether a lane has bundles of a program under way."""
+        return any(flight.bundle.served is served for lane in self._lanes for flight in list(lane.flights))
+
+    def await_end(self, interrupt: Interrupt | None = None) -> None:
         """All lanes are looked at again and again, without the interpreter's lock where that can be."""
         native = compat.native.enqueue()
-        while heads := [head for lane in self._lanes if (head := lane.head) is not None]:
+        flag = 0 if interrupt is None else interrupt.address
+        while not interrupt and (heads := [head for lane in self._lanes if (head := lane.head) is not None]):
             if native is not None:
                 # For a moment only: bundles may come on other lanes meanwhile.
-                if native.await_any([head.end.address for head in heads], _LOOK):
+                if native.await_any([head.end.address for head in heads], _LOOK, flag):
                     return
             elif any(passed(head.end.event) for head in heads):
                 return

@@ -256,6 +256,10 @@ class Policy(Protocol):
         """What to do now; None when nothing that is pending can run. Changes nothing."""
         ...
 
+    def next_end(self) -> float | None:
+        """Seconds on the clock when a bundle under way will probably have ended; None where there is none."""
+        ...
+
     def issued(self, issue: Issue, now: float) -> None:
         """``issue`` has been taken out of the queues."""
         ...

@@ -110,6 +110,11 @@ class IsolatingPolicy:
             share = min(share, max(_LEAST, most))
         return replace(issue, share=share, reserve=self._reserves.known(mine), kept=kept)
 
+    def next_end(self) -> float | None:
+        """See :class:`Policy`."""
+        ends = (self.common.next_end(), self.reserved.next_end())
+        return min((end for end in ends if end is not None), default=None)
+
     def issued(self, issue: Issue, now: float) -> None:
         """See :class:`Policy`."""
         if issue.reserved:

@@ -299,6 +299,10 @@ class FairPolicy:
             time = self._times[priority] = VirtualTime()
         return time
 
+    def next_end(self) -> float | None:
+        """See :class:`Policy`."""
+        return self._backlog.next_end()
+
     def issued(self, issue: Issue, now: float) -> None:
         """Charges its tenants what it will probably take."""
         self._cohorts.issued(issue.key, issue.requests)

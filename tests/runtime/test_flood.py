@@ -11,6 +11,8 @@ import torch
 from clocks import Told
 from slow_device import SlowDevice, slow
 
+from torch_mux.runtime.interrupt import Interrupt
+
 CPU = torch.device("cpu")
 
 
@@ -59,9 +61,9 @@ def test_nobody_who_submits_waits_for_the_device(lab: Any, monkeypatch: pytest.M
     waited: list[int] = []
     real = SlowDevice.await_end
 
-    def await_end(device: SlowDevice) -> None:
+    def await_end(device: SlowDevice, interrupt: Interrupt | None = None) -> None:
         waited.append(threading.get_ident())
-        real(device)
+        real(device, interrupt)
 
     monkeypatch.setattr(SlowDevice, "await_end", await_end)
     clock = Told()

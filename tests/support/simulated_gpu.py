@@ -180,10 +180,13 @@ class _Native:
         events[end].record(on)
         return any(map(compat.native.checks().changed, watched))
 
-    def await_any(self, watched: list[int], seconds: float) -> bool:
+    def await_any(self, watched: list[int], seconds: float, flag: int) -> bool:
         end = _now() + seconds
         first = min(events[address].at for address in watched)
-        _sleep_until(min(first, end))
+        while (left := min(first, end) - _now()) > 0.0:
+            if flag and ctypes.c_int32.from_address(flag).value:
+                return False
+            time.sleep(min(left, 50e-6))
         return first <= end
 
 

@@ -13,8 +13,9 @@ from clocks import Told
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Flight
 from torch_mux.runtime.executors.cpu import CpuExecutor
+from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.scheduler.base import LaneLoad, idle_lanes
-from torch_mux.runtime.served import failure
+from torch_mux.runtime.served import ServedProgram, failure
 from torch_mux.settings import Settings
 
 __all__ = ["SlowDevice", "slow"]
@@ -92,10 +93,13 @@ class SlowDevice(CpuExecutor):
     def at_work(self) -> Sequence[Flight]:
         return [lane[0] for lane in self.lanes if lane]
 
-    def await_end(self) -> None:
+    def at_it(self, served: ServedProgram) -> bool:
+        return any(flight.bundle.served is served for lane in self.lanes for flight in list(lane))
+
+    def await_end(self, interrupt: Interrupt | None = None) -> None:
         end = min([lane[0].until for lane in self.lanes if lane], default=0.0)
-        while (left := end - self.clock()) > 0.0:
-            time.sleep(left if self.clock is time.perf_counter else _LOOK)
+        while (left := end - self.clock()) > 0.0 and not interrupt:
+            time.sleep(min(left, _LOOK) if self.clock is time.perf_counter else _LOOK)
 
 
 def slow(lab: Any, own: Callable[[], float] = time.perf_counter, **settings: Any) -> tuple[Any, SlowDevice]:

@@ -143,8 +143,10 @@ class Enqueue(Protocol):
         """
         ...
 
-    def await_any(self, events: list[int], seconds: float, /) -> bool:
+    def await_any(self, events: list[int], seconds: float, flag: int, /) -> bool:
         """Blocks, without the GIL, until one of the events was reached; False: none was in that time.
+
+        It also ends when the int32 at the address ``flag`` is not 0; 0 is no address.
 
         What CUDA reports in place of an event ends the wait too; who asks for that event gets it.
         """

@@ -6,6 +6,8 @@
 #include <time.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
 #include <vector>
 
 #include "enqueue.h"
@@ -119,11 +121,13 @@ PyObject* torch_mux_enqueue(PyObject*, PyObject* args) {
   return PyBool_FromLong(changed);
 }
 
-// await_any(events: list[int], seconds: float) -> bool
+// await_any(events: list[int], seconds: float, flag: int) -> bool
 PyObject* torch_mux_await_any(PyObject*, PyObject* args) {
   PyObject* given;
   double seconds;
-  if (!PyArg_ParseTuple(args, "O!d", &PyList_Type, &given, &seconds)) return nullptr;
+  unsigned long long address;
+  if (!PyArg_ParseTuple(args, "O!dK", &PyList_Type, &given, &seconds, &address)) return nullptr;
+  const auto* flag = reinterpret_cast<const std::atomic<int32_t>*>(address);
   const Runtime& cuda = runtime();
   if (!cuda.found()) return PyErr_Format(PyExc_RuntimeError, "no CUDA runtime is loaded");
   std::vector<void*> events;
@@ -140,6 +144,7 @@ PyObject* torch_mux_await_any(PyObject*, PyObject* args) {
       if ((error = cuda.query(event)) != kNotReady) break;
     const double waited = now() - begin;
     if (error != kNotReady || waited >= seconds) break;
+    if (flag != nullptr && flag->load(std::memory_order_acquire) != 0) break;
     const timespec glance{0, static_cast<long>(1e9 * std::clamp(kPart * waited, kShortest, kLongest))};
     nanosleep(&glance, nullptr);
   }
