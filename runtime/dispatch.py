@@ -126,7 +126,7 @@ class Dispatcher:
 
     def _kicked(self) -> Callable[[], object]:
         """What the caller does for what is pending now once he has left the mutex, which is held here."""
-        if any(queue.reserved or not self.executor.at_it(queue.served) for queue in self._line.unkicked()):
+        if any(queue.reserved or not self.executor.at_it(queue.key) for queue in self._line.unkicked()):
             self._interrupt.set()  # it need not wait for what is under way
         self._line.kick()
         if not (self._driver.flooded and self._line.runnable()):
@@ -289,7 +289,6 @@ class Dispatcher:
                 if self._holder is not None:
                     return
                 self._holder = threading.current_thread()
-            self._interrupt.clear()
             if not self._drive_as_holder(None, nested=False):
                 return
             # Without the role, so that callers can enqueue behind it meanwhile.

@@ -73,7 +73,6 @@ class Driver:
         self._ring()
         landed = False  # ends are counted while the next bundle runs, or when they may let one go out
         while self._line.active and not (left is not None and all(request.out for request in left)):
-            self._interrupt.clear()  # who set it has queued what he came for
             bundles: list[Bundle] = []
             nap: Waiter | None = None
             with self._runner.mutex:
@@ -138,6 +137,7 @@ class Driver:
 
     def _ring(self) -> None:
         """Holds that are over end, and requests whose deadline has passed are dropped."""
+        self._interrupt.clear()  # who set it has queued what he came for
         if self._line.alarms:
             with self._runner.mutex:
                 expired = self._line.ring(self._clock())

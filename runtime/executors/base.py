@@ -155,8 +155,8 @@ class Executor(Protocol):
         """The flights that the lanes are busy with: the first of each."""
         ...
 
-    def at_it(self, served: ServedProgram) -> bool:
-        """Whether bundles of a program are under way; for any thread."""
+    def at_it(self, key: str) -> bool:
+        """Whether bundles of the program with that key are under way; for any thread."""
         ...
 
     def await_end(self, interrupt: Interrupt | None = None) -> None:

@@ -192,7 +192,7 @@ class CpuExecutor:
         """Nothing is ever under way."""
         return ()
 
-    def at_it(self, served: ServedProgram) -> bool:
+    def at_it(self, key: str) -> bool:
         """Nothing is ever under way."""
         return False
 

@@ -337,9 +337,9 @@ class CudaExecutor:
                     found.append(head)
         return found
 
-    def at_it(self, served: ServedProgram) -> bool:
+    def at_it(self, key: str) -> bool:
         """Whether a lane has bundles of a program under way."""
-        return any(flight.bundle.served is served for lane in self._lanes for flight in list(lane.flights))
+        return any(flight.bundle.served.key == key for lane in self._lanes for flight in list(lane.flights))
 
     def await_end(self, interrupt: Interrupt | None = None) -> None:
         """All lanes are looked at again and again, without the interpreter's lock where that can be."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors import cuda, lane_set
 from torch_mux.runtime.executors.cuda import CudaExecutor
 from torch_mux.runtime.executors.joint import _flights
+from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.lanes import CudaFlight
 from torch_mux.runtime.scheduler.base import Issue, LaneKind
 from torch_mux.runtime.timeline import Timeline, recorders
@@ -283,6 +285,28 @@ def test_overlapping_bundles_are_charged_the_busy_time_and_no_more(lab: Any) -> 
     steps = [0.05 / slots for slots in (4, 3, 2, 1)]
     for index, name in enumerate("abcd"):
         assert tenants[name].device_seconds == pytest.approx(sum(steps[: index + 1]))
+
+
+def test_a_program_that_is_idle_goes_out_while_the_end_of_another_is_waited_for(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, device, models = served(lab, "ab", Told())
+    waits, await_end = threading.Event(), device.await_end
+
+    def waiting(interrupt: Interrupt | None = None) -> None:
+        waits.set()
+        await_end(interrupt)
+
+    monkeypatch.setattr(device, "await_end", waiting)
+    requests = []
+    for name in "ab":
+        requests.append(lab.submit(engine, lab.program(name), models[name], 1.0, quota=Quota(name)))
+        requests[-1].add_done_callback(lambda _: None)  # somebody wants to be told of its end
+        engine.kick()
+        lab.until(lambda: requests[-1].out)  # no time passes: nothing ends before
+        assert waits.wait(10)
+    assert len({request.flight.bundle.lane for request in requests}) == 2
+    assert all(device.at_it(request.served.key) for request in requests) and not device.at_it("c")
 
 
 def test_a_branch_that_fails_fails_its_own_tenants(lab: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 from clocks import Told
 from slow_device import slow
 
+from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.timeline import Timeline, recorders
 from torch_mux.types import Quota
 
@@ -46,6 +47,30 @@ def test_it_goes_out_at_once_while_the_common_lane_is_full(lab: Any) -> None:
     assert request.flight.bundle.lane == 1
     assert len(device.lanes[0]) == 2
     clock.runs_until(lambda: not thread.is_alive(), 0.1)
+
+
+def test_a_kicked_one_goes_out_while_the_end_of_what_is_under_way_is_waited_for(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Told()
+    engine, device = slow(lab, clock)
+    program, model = lab.program(), lab.Affine(3.0)
+    alone(lab, engine, device, clock, model)
+    waits, await_end = threading.Event(), device.await_end
+
+    def waiting(interrupt: Interrupt | None = None) -> None:
+        waits.set()
+        await_end(interrupt)
+
+    monkeypatch.setattr(device, "await_end", waiting)
+    other = lab.submit(engine, program, model, quota=Quota("others"))
+    other.add_done_callback(lambda _: None)  # somebody wants to be told, so its end is waited for
+    engine.kick()
+    assert waits.wait(10)
+    request = lab.submit(engine, program, model, 2.0, quota=LATENT)
+    engine.kick()
+    lab.until(lambda: request.out)  # no time passes: nothing ends before
+    assert request.flight.bundle.lane == 1 and device.lanes[0]
 
 
 def test_neither_a_kicked_one_waits_and_its_end_is_told_in_time(lab: Any) -> None:
