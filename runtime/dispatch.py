@@ -1,10 +1,9 @@
 """The dispatcher of one device: a line, one role, and whoever holds it dispatches for everybody.
 
 The caller that finds the role free takes it and sends out what the policy chooses until its own requests have
-gone out; the others block on a light lock each. On release the role is offered to a blocked caller whose
-request is still pending, or to the service thread for requests that nobody waits for. Everything that touches
-the device or the tables happens under the role; the mutex guards the line only and is never held while
-something runs.
+gone out; the others block on a light lock each. On release it is offered to a blocked caller whose request is
+still pending, or to the service thread for requests that nobody waits for. What touches device or tables
+happens under the role; the mutex guards the line only and is never held while something runs.
 """
 
 from __future__ import annotations
@@ -112,8 +111,8 @@ class Dispatcher:
         """Has what is pending sent out, for requests that nobody waits for: by the service thread.
 
         Where that does not keep up, since the caller has the interpreter most of the time, he sends out what
-        can go at once himself, or leaves the interpreter for a moment to who does that. Nobody waits for the
-        device here.
+        can go at once himself, or leaves the interpreter for a moment to who does. He never waits for the
+        device.
 
         Args:
             roused: whoever sleeps until companions come has been told of what is pending.
@@ -144,7 +143,7 @@ class Dispatcher:
         time.sleep(_PAUSE)
 
     def _help(self, most: int) -> None:
-        """Dispatches at most so many requests; an error is that of the requests, whose futures have it."""
+        """Dispatches at most so many requests; an error is theirs, and their futures have it."""
         try:
             self._driver.send(most)
         except BaseException as error:

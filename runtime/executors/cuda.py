@@ -77,8 +77,7 @@ class CudaExecutor:
         self._times = DeviceClock()
         self._lanes = LaneSet(device)
         self._marks = Marks()
-        self._capture = True
-        self._most = 1
+        self._capture, self._most = True, 1
         compat.guard_synchronize()
 
     def configure(self, settings: Settings) -> None:
@@ -342,12 +341,11 @@ class CudaExecutor:
         return any(flight.bundle.served.key == key for lane in self._lanes for flight in list(lane.flights))
 
     def await_end(self, interrupt: Interrupt | None = None) -> None:
-        """All lanes are looked at again and again, without the interpreter's lock where that can be."""
+        """Looks at the lanes again after a moment, as bundles may come on others; without the GIL if it can."""
         native = compat.native.enqueue()
         flag = 0 if interrupt is None else interrupt.address
         while not interrupt and (heads := [head for lane in self._lanes if (head := lane.head) is not None]):
             if native is not None:
-                # For a moment only: bundles may come on other lanes meanwhile.
                 if native.await_any([head.end.address for head in heads], _LOOK, flag):
                     return
             elif any(passed(head.end.event) for head in heads):

@@ -273,7 +273,8 @@ const char* cudaGetErrorString(int e) { return e == 700 ? "an illegal access" : 
 """
 
 ENQUEUE = """
-import ctypes, sys, torch
+import ctypes, sys, threading, torch
+from torch_mux.runtime.interrupt import Interrupt
 library = ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 import torch_mux.compat.native as native
 native.build()
@@ -284,7 +285,11 @@ watched = [native.checks().weights([one], [one]) for one in (written, kept)]
 written += 1
 changed = [enqueue.enqueue(1, [2, 3], 4, 5, 6, 80, 9, 10, one) for one in (watched, watched[1:])]
 library.fflush(None)
-waits = [enqueue.await_any(*one) for one in (([11], 1e-4), ([11, 12], 60.0), ([11, 13], 60.0))]
+waits = [enqueue.await_any(*one, 0) for one in (([11], 1e-4), ([11, 12], 60.0), ([11, 13], 60.0))]
+flag = Interrupt()
+begun = threading.Timer(0.05, flag.set)
+begun.start()
+waits.append(enqueue.await_any([11], 60.0, flag.address))  # which nobody reaches
 print(*waits, *changed, flush=True)
 try:
     enqueue.enqueue(1, [], 4, 5, 6, 80, 13, 10, watched[1:])
@@ -307,7 +312,7 @@ def test_a_bundle_is_enqueued_in_order_and_errors_are_said(tmp_path: Path) -> No
     assert done.stdout.splitlines() == [
         "record 7 1",
         *("wait 1 2", "wait 1 3", "record 4 1", "copy 5 6 80 1 1", "launch 9 1", "record 10 1") * 2,
-        *("forget", "forget", "forget", "False True True True False"),
+        *("forget", "forget", "forget", "forget", "False True True False True False"),
         *("record 4 1", "copy 5 6 80 1 1", "launch 13 1", "forget"),
         "CUDA error: an illegal access",
     ]
