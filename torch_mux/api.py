@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_mux import carry, compat, state
 from torch_mux.calls import Prepared, prepare, prepare_all, require_mux
 from torch_mux.condition import Health, condition
-from torch_mux.errors import InvalidSetting, IsolationUnavailable, NotCompiled
+from torch_mux.errors import InvalidSetting, IsolationUnavailable, NotCompiled, kept, raised
 from torch_mux.learned import name_of
 from torch_mux.quantities import parse_duration
 from torch_mux.quotas import current_quota
@@ -65,7 +65,7 @@ def gather(*requests: tuple[Any, ...]) -> tuple[Any, ...]:
     for index, item in enumerate(requests):
         if type(item) is not tuple or not item:
             checked(index, item)
-    return _Round(prepare_all(requests, Here())).run()
+    return _Round(prepare_all(requests, Here())).run().answer()
 
 
 class _Round:
@@ -76,8 +76,8 @@ class _Round:
         self.answers: dict[int, Any] = {}
         self.errors: dict[int, Exception] = {}
 
-    def run(self) -> tuple[Any, ...]:
-        """Every answer in order, or the first error once all have ended."""
+    def run(self) -> _Round:
+        """Has all of them end."""
         calls, answers, errors = self.calls, self.answers, self.errors
         learned: list[int] = []
         guarded: list[int] = []
@@ -99,16 +99,24 @@ class _Round:
             try:
                 answers[index] = calls[index].finish_waited(request)
             except Exception as error:
-                errors[index] = error
-        if errors:
-            raise errors[min(errors)]
-        return tuple([answers[index] for index in range(len(calls))])
+                errors[index] = kept(error)
+        return self
+
+    def answer(self) -> tuple[Any, ...]:
+        """Every answer in order, or the first error."""
+        if not self.errors:
+            return tuple([self.answers[index] for index in range(len(self.calls))])
+        first = self.errors[min(self.errors)]
+        try:
+            raise raised(first)
+        finally:
+            del self, first  # the traceback holds this frame, which must not hold the traceback's error
 
     def _keep(self, index: int, function: Callable[..., Any], *args: Any) -> None:
         try:
             self.answers[index] = function(*args)
         except Exception as error:
-            self.errors[index] = error
+            self.errors[index] = kept(error)
 
     def _submit(self, indices: Sequence[int]) -> dict[int, Any]:
         quotas = [current_quota()] * len(indices)

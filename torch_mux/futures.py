@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-from torch_mux.errors import CancelledRequest
+from torch_mux.errors import CancelledRequest, kept, raised
 
 __all__ = ["Future", "Source"]
 
@@ -42,14 +42,26 @@ class Future:
     """The answer to one ``torch_mux.submit``: ``.result()`` from any thread, or ``await`` it.
 
     ``result()`` orders the caller's current CUDA stream behind the answer; it does not wait for the device.
+
+    Args:
+        source: what it waits for.
+        tenant: for whom, as errors say.
+        finish: the answer from the source, once that has ended.
+        error: why there is none, where that is known already.
     """
 
-    def __init__(self, source: Source, tenant: str, finish: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        tenant: str,
+        finish: Callable[[Any], Any],
+        error: BaseException | None = None,
+    ) -> None:
         self._source = source
         self._tenant = tenant
         self._finish = finish
         self._lock = threading.Lock()
-        self._answer: tuple[Any, BaseException | None] | None = None
+        self._answer: tuple[Any, BaseException | None] | None = None if error is None else (None, error)
 
     def done(self) -> bool:
         """Whether it ended: with a result, an error or a cancellation."""
@@ -73,9 +85,12 @@ class Future:
         if timeout is not None:
             self._wait(timeout)
         answer, error = self._settle()
-        if error is not None:
-            raise error
-        return answer
+        if error is None:
+            return answer
+        try:
+            raise raised(error)
+        finally:
+            del self, error  # the traceback of a model's error holds this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What ``result()`` would raise, or None.
@@ -100,7 +115,10 @@ class Future:
         except asyncio.CancelledError:
             self.cancel()
             raise
-        return self.result()
+        try:
+            return self.result()
+        finally:
+            del self  # as in result
 
     def _wait(self, timeout: float) -> None:
         if self._source.done():
@@ -127,7 +145,7 @@ class Future:
         except concurrent.futures.CancelledError:
             return None, CancelledRequest(tenant=self._tenant)
         except Exception as error:
-            return None, error
+            return None, kept(error)
 
 
 _woken: WeakKeyDictionary[asyncio.AbstractEventLoop, deque[asyncio.Future[None]]] = WeakKeyDictionary()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch_mux import carry, state
 from torch_mux.calls import Prepared, prepare, prepare_all
-from torch_mux.errors import InvalidRequest, MuxError
+from torch_mux.errors import InvalidRequest, MuxError, kept
 from torch_mux.futures import Future
 from torch_mux.quotas import QuotaScope, current_quota
 from torch_mux.routes import Here
@@ -113,7 +113,7 @@ def queue(calls: Sequence[Prepared], quotas: Sequence[Quota], kick: bool = False
         try:
             found.append(call.submit(quota, kick))
         except Exception as error:
-            found.append(error)
+            found.append(kept(error))
     return found
 
 
@@ -126,5 +126,5 @@ def _guarded(call: Prepared, scope: QuotaScope | None) -> Future:
 
 def _refused(error: Exception, quota: Quota) -> Future:
     refused: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    refused.set_exception(error)
-    return Future(refused, quota.tenant, lambda source: source.result())
+    refused.set_result(None)
+    return Future(refused, quota.tenant, lambda source: None, kept(error))
