@@ -129,6 +129,11 @@ class CompileThread:
         return waiting or (self._running is not None and self._running <= rank)
 
     @property
+    def busy(self) -> bool:
+        """Whether a job is running."""
+        return self._running is not None
+
+    @property
     def hurried(self) -> bool:
         """Whether somebody waits for jobs of the lowest rank."""
         return Rank.AHEAD in self._waiting

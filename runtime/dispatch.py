@@ -19,6 +19,7 @@ from torch_mux.errors import CancelledRequest, ClosedError
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.driver import Driver
 from torch_mux.runtime.executors.base import Executor
+from torch_mux.runtime.gaps import Gaps
 from torch_mux.runtime.health import DeviceHealth
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.interrupt import Interrupt
@@ -35,10 +36,8 @@ __all__ = ["Dispatcher"]
 
 logger = logging.getLogger(__name__)
 
-_LIVENESS = 1.0
-_QUIET = 2e-3
-_PAUSE = 200e-6
-_LATELY = 1.0
+_LIVENESS, _LATELY = 1.0, 1.0
+_QUIET, _PAUSE = 2e-3, 200e-6
 
 
 class Dispatcher:
@@ -48,6 +47,7 @@ class Dispatcher:
         executor: the device.
         policy: who goes out together; only the role's holder asks it.
         clock: seconds; what arrivals and waits are measured on.
+        gaps: what its thread does when no device has anything to do.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Dispatcher:
         clock: Callable[[], float],
         settings: Settings,
         accounting: Accounting,
+        gaps: Gaps,
     ) -> None:
         self.executor = executor
         executor.configure(settings)
@@ -66,13 +67,14 @@ class Dispatcher:
         self._line = Line()
         self._runner = Runner(executor, policy, clock, accounting, self._mutex, self._line)
         self._interrupt = Interrupt()
+        self.idle = self._runner.idle
         self._driver = Driver(executor, policy, clock, settings, self._line, self._runner, self._interrupt)
         self._runner.retirement.factor = settings.straggler
         self._holder: threading.Thread | None = None
         self.closed = False  # whether it takes nothing more
         self._released = float("-inf")
         alarm = self._line.alarms.peek
-        self.service = Service(self.attend, executor.flying, lambda: alarm() - clock(), self.fail_all)
+        self.service = Service(self.attend, executor.flying, lambda: alarm() - clock(), gaps, self.fail_all)
 
     @property
     def policy(self) -> Policy:

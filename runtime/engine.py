@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torch_mux import compat
 from torch_mux.errors import ClosedError, MemoryQuotaExceeded, ModelRemoved, Refused
 from torch_mux.lowering.program import Program
 from torch_mux.runtime import leaving
@@ -25,6 +26,7 @@ from torch_mux.runtime.dispatch import Dispatcher
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.executors.make import make_executor
 from torch_mux.runtime.forecasts import Forecasts
+from torch_mux.runtime.gaps import Gaps
 from torch_mux.runtime.health import EngineHealth
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import MemoryLedger
@@ -91,6 +93,7 @@ class Engine:
         self._submission = Submission(gate, self._memory, self.clock, lambda: self.settings, self._catch_up)
         self._forecasts = Forecasts(self._folder)
         self.compile_thread = CompileThread(interval=self._interval)
+        self._gaps = Gaps(self._idle, compat.rest)
         self._dispatchers: dict[torch.device, Dispatcher] = {}
         self._served: dict[str, ServedProgram] = {}
 
@@ -98,6 +101,18 @@ class Engine:
         """For which compiling keeps the interpreter; where nobody is served, nobody has to wait."""
         serves = any(dispatcher.serves() for dispatcher in list(self._dispatchers.values()))
         return self.settings.switch_interval if serves else 0.0
+
+    def _idle(self) -> float:
+        """Seconds for which no device has had anything to do, nor the compile thread; else negative."""
+        if self.compile_thread.busy:
+            return -1.0
+        return min([dispatcher.idle() for dispatcher in list(self._dispatchers.values())], default=-1.0)
+
+    def _follow(self) -> None:
+        """Who collects Python's garbage is as the settings say, while something is served."""
+        if self._gaps.follow(self.settings.collector == "idle" and bool(self._dispatchers)):
+            for dispatcher in self._dispatchers.values():
+                dispatcher.service.poke_from_anywhere()
 
     # Programs and instances.
 
@@ -137,8 +152,9 @@ class Engine:
         if dispatcher is None:
             executor = self._make_executor(self, device)
             policy = self._policy(self._forecasts.predictor(device))
-            dispatcher = Dispatcher(executor, policy, self.clock, self.settings, self._accounting)
+            dispatcher = Dispatcher(executor, policy, self.clock, self.settings, self._accounting, self._gaps)
             self._dispatchers[device] = dispatcher
+            self._follow()
         return dispatcher
 
     def instance(self, program: Program, parameters: Sequence[Tensor]) -> Instance:
@@ -290,6 +306,7 @@ class Engine:
             self.settings = settings
             for dispatcher in self._dispatchers.values():
                 dispatcher.configure(settings)
+            self._follow()
 
     def quiesce(self, timeout: float | None = None, ahead: bool = False) -> bool:
         """Waits until nothing compiles or is captured; False when ``timeout`` seconds passed before.
@@ -343,6 +360,7 @@ class Engine:
         """Lets go of every program at one moment; the lock is held."""
         dispatchers, programs = list(self._dispatchers.values()), list(self._served.values())
         self._dispatchers, self._served = {}, {}
+        self._follow()
         for one in programs:
             for instance in one.instances:
                 instance.dropped = True

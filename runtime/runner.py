@@ -42,7 +42,7 @@ class Runner:
         dead: instances to forget once nothing of them is under way; appended to from anywhere.
         retirement: which plans rest.
         watched: somebody wants to be told when what is under way ends.
-        went: seconds on the clock when the last bundle went out.
+        went, ended: seconds on the clock when the last bundle went out, and when requests ended last.
     """
 
     def __init__(
@@ -66,7 +66,12 @@ class Runner:
         self._busy = BusyTime()
         self.dead: deque[Instance] = deque()
         self.watched = False
-        self.went = float("-inf")
+        self.went = self.ended = float("-inf")
+
+    def idle(self) -> float:
+        """Seconds for which nothing has been pending or under way; negative while something is."""
+        busy = self._underway or self._line.active or self._executor.flying()
+        return -1.0 if busy else self._clock() - self.ended
 
     def pop(self, issue: Issue, now: float) -> Bundle:
         """Takes an issue's requests out of the line; the mutex is held."""
@@ -273,6 +278,7 @@ class Runner:
             if request.state is not _DONE:
                 request.outputs = []  # an error that is kept, with its frames, keeps no memory of a device
         self._accounting.ended(requests, now)
+        self.ended = now
         with self.mutex:
             go_out(requests)
             for request in requests:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 from torch_mux import compat
+from torch_mux.runtime.gaps import Gaps
 
 __all__ = ["Service"]
 
@@ -26,6 +27,7 @@ class Service:
         attend: one turn of work.
         flying: whether the device is at work; the thread then looks again every two milliseconds.
         alarm: seconds until it is to have a turn by itself.
+        gaps: what the thread does when there is nothing to do.
         failed: told what ``attend`` raised; the thread ends then, and the next poke starts another.
     """
 
@@ -34,11 +36,13 @@ class Service:
         attend: Callable[[], object],
         flying: Callable[[], bool],
         alarm: Callable[[], float],
+        gaps: Gaps,
         failed: Callable[[BaseException], object],
     ) -> None:
         self._attend = attend
         self._flying = flying
         self._alarm = alarm
+        self._gaps = gaps
         self._failed = failed
         self._lock = threading.Lock()
         # SimpleQueue.put is the one hand-over that a weak reference's callback may use in any place.
@@ -109,12 +113,18 @@ class Service:
         flying = self._flying()
         self._asleep = not flying
         try:
-            alarm = self._alarm()
-            timeout = min(max(_LEAST, alarm), _MOST) if alarm < _NEVER else None
-            go = self._tokens.get(timeout=_INTERVAL if flying else timeout)
+            go = self._tokens.get(timeout=_INTERVAL if flying else self._rest())
             while go and not self._tokens.empty():
                 go = self._tokens.get_nowait()
         except queue.Empty:
             go = True
+            if not flying:
+                self._gaps.tend()
         self._asleep = False
         return go and not self._closed
+
+    def _rest(self) -> float | None:
+        """Seconds to sleep at most while nothing is under way; None: until somebody pokes."""
+        alarm, gap = self._alarm(), self._gaps.wait()
+        seconds = min(max(_LEAST, alarm), gap)
+        return min(seconds, _MOST) if seconds < _NEVER else None

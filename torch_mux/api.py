@@ -46,7 +46,7 @@ _DURATIONS = ("max_wait", "linger", "pack_after", "segment", "switch_interval")
 _COUNTS = ("max_bundle", "lanes", "in_flight", "pack", "branches")
 _OR_NONE = ("pack", "branches", "beside", "segment")
 _SWITCHES = ("enabled", "capture", "keep_plans", "match")
-_ISOLATION = ("off", "priority", "caps", "green")
+_CHOICES = {"isolation": ("off", "priority", "caps", "green"), "collector": ("python", "idle")}
 
 
 def gather(*requests: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -248,9 +248,9 @@ def _setting(name: str, value: Any) -> Any:
         raise InvalidSetting(name=name, value=value, detail="a number above 0, or None for no limit")
     if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise InvalidSetting(name=name, value=value, detail="a whole number from 1")
-    if name == "isolation" and value not in _ISOLATION:
-        raise InvalidSetting(name=name, value=value, detail=f"one of {', '.join(_ISOLATION)}")
-    if value == "green":
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise InvalidSetting(name=name, value=value, detail=f"one of {', '.join(_CHOICES[name])}")
+    if name == "isolation" and value == "green":
         try:
             compat.green.check(torch.device("cuda"))
         except compat.green.Unavailable as error:

@@ -51,6 +51,9 @@ class Settings:
             beside each other (``TORCH_MUX_MATCH``).
         switch_interval: seconds for which a compile or capture keeps the interpreter while others want it,
             in place of Python's 5 ms, which is restored after each such job; 0: Python's.
+        collector: who collects Python's cyclic garbage while models are served: "python": Python, as it is
+            set; "idle": the runtime, in moments in which nothing is pending or under way, and Python small
+            parts of it where there is no such moment for long.
         keep_plans: keep programs and plans on disk for later processes (``TORCH_MUX_KEEP_PLANS``).
     """
 
@@ -71,4 +74,5 @@ class Settings:
     pack_after: float = 1.0
     match: bool = field(default_factory=lambda: _flag("TORCH_MUX_MATCH", True))
     switch_interval: float = 100e-6
+    collector: str = "python"
     keep_plans: bool = field(default_factory=lambda: _flag("TORCH_MUX_KEEP_PLANS", True))

@@ -17,7 +17,7 @@ from torch import nn
 import torch_mux
 from torch_mux import backend
 from torch_mux.compat import collector
-from torch_mux.compat.collector import Rest
+from torch_mux.compat.collector import SERVING, Rest
 
 BEFORE = (701, 11, 9)
 
@@ -127,6 +127,35 @@ def test_it_goes_on_in_a_forked_child() -> None:
     assert goes_on()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_collects_as_its_user_said() -> None:
+    rest = Rest(quiet=0.05)
+    os.register_at_fork(after_in_child=rest.after_fork)
+    rest.serve(True)
+    assert gc.get_threshold() == SERVING
+    child = os.fork()
+    if not child:
+        os._exit(0 if gc.get_threshold() == BEFORE and not rest.given() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert rest.given()
+    rest.serve(False)
+    assert gc.get_threshold() == BEFORE
+
+
+def test_who_serves_goes_on_serving_after_a_trace() -> None:
+    rest = Rest(quiet=0.05)
+    rest.serve(True)
+    with rest.paused():
+        assert resting() and not rest.given()
+    deadline = time.monotonic() + 10
+    while resting() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gc.get_threshold() == SERVING and rest.given()
+    rest.serve(False)
+    assert gc.get_threshold() == BEFORE
+
+
 def test_it_rests_from_a_first_trace_to_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     capture = backend._capture
@@ -136,7 +165,7 @@ def test_it_rests_from_a_first_trace_to_the_first_answer(monkeypatch: pytest.Mon
         return capture(*args)
 
     clock = Told()
-    monkeypatch.setattr(collector._rest, "_clock", clock)
+    monkeypatch.setattr(collector.rest, "_clock", clock)
     monkeypatch.setattr(backend, "_capture", watching)
     model: Any = torch.compile(nn.Linear(4, 4).eval(), backend="mux", dynamic=False)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Requests end without the garbage collector: nothing that one leaves, errors of ours too, refers to itself."""
+"""Requests end without the garbage collector: nothing that they leave refers to itself, nor do errors."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from .captures import (
     guard_synchronize,
     leave_captures_alone,
 )
-from .collector import paused_collector
+from .collector import SERVING, Rest, paused_collector, rest
 from .cuda_graphs import Graph, Pool, captured, end_lost_capture
 from .dispatch import (
     device_kernel,
@@ -82,8 +82,10 @@ from .tracing import install_tracing_check
 from .user_kernels import user_kernel
 
 __all__ = [
+    "SERVING",
     "Graph",
     "Pool",
+    "Rest",
     "SymbolicWorld",
     "active_modes",
     "aot_inference",
@@ -138,6 +140,7 @@ __all__ = [
     "ranges",
     "replayed_constructors",
     "replayed_setattr",
+    "rest",
     "source_keys",
     "state_check",
     "static_input_positions",
