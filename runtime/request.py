@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from torch_mux.errors import ClosedError, raised
+from torch_mux.errors import ClosedError, MuxError
 from torch_mux.runtime.leaving import wait_if_leaving
 from torch_mux.types import Quota
 
@@ -203,7 +203,7 @@ class Request:
         if self.error is not None:
             if isinstance(self.error, ClosedError):
                 wait_if_leaving()
-            raise raised(self.error)
+            raise self.error.again() if isinstance(self.error, MuxError) else self.error
         return self.outputs
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch_mux import carry, compat, state
 from torch_mux.calls import Prepared, prepare, prepare_all, require_mux
 from torch_mux.condition import Health, condition
-from torch_mux.errors import InvalidSetting, IsolationUnavailable, NotCompiled, kept, raised
+from torch_mux.errors import InvalidSetting, IsolationUnavailable, NotCompiled
+from torch_mux.futures import kept, raised
 from torch_mux.learned import name_of
 from torch_mux.quantities import parse_duration
 from torch_mux.quotas import current_quota

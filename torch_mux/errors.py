@@ -32,11 +32,9 @@ __all__ = [
     "TooManyInstances",
     "UnknownOption",
     "UnparsableQuantity",
-    "kept",
-    "raised",
 ]
 
-Raised = TypeVar("Raised", bound=BaseException)
+Own = TypeVar("Own", bound="MuxError")
 
 
 class MuxError(RuntimeError):
@@ -47,6 +45,18 @@ class MuxError(RuntimeError):
     def __init__(self, detail: str = "", **fields: object) -> None:
         super().__init__(self.message.format(detail=detail, **fields))
         self.fields = fields
+
+    def again(self: Own) -> Own:
+        """Another error like this one, to raise in place of one that is kept.
+
+        The frames that an error comes through hold whom it was asked of, and he the one that he keeps. And
+        what several threads raise at once would get the frames of all.
+        """
+        other = type(self).__new__(type(self), *self.args)
+        other.__dict__.update(self.__dict__)
+        other.__cause__, other.__context__ = self.__cause__, self.__context__
+        other.__suppress_context__ = self.__suppress_context__
+        return other
 
 
 class TooManyInstances(MuxError):
@@ -223,29 +233,3 @@ class RefreshNeeded(MuxError):
     """Weights changed in a way that needs ``torch_mux.refresh(model)``."""
 
     message = "{model}: {detail}; call torch_mux.refresh(model)"
-
-
-def kept(error: Raised) -> Raised:
-    """An error that is kept, to be raised later, without the frames of ours that it came through.
-
-    They hold requests and inputs, and who keeps the error; only Python's garbage collector would end them.
-    What a model itself raised keeps its frames, but for the one that asks.
-    """
-    found = error.__traceback__
-    inner = None if isinstance(error, MuxError) or found is None else found.tb_next
-    return error.with_traceback(inner)
-
-
-def raised(error: Raised) -> Raised:
-    """What to raise in place of an error that is kept: another one like it each time.
-
-    The frames that it comes through hold whom it was asked of, and he the error that he keeps. And what
-    several threads raise at once would get the frames of all. An error of a model is raised as it is.
-    """
-    if not isinstance(error, MuxError):
-        return error
-    other = type(error).__new__(type(error), *error.args)
-    other.__dict__.update(error.__dict__)
-    other.__cause__, other.__context__ = error.__cause__, error.__context__
-    other.__suppress_context__ = error.__suppress_context__
-    return other

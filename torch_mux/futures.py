@@ -8,14 +8,15 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
-from torch_mux.errors import CancelledRequest, kept, raised
+from torch_mux.errors import CancelledRequest, MuxError
 
-__all__ = ["Future", "Source"]
+__all__ = ["Future", "Source", "kept", "raised"]
 
 log = logging.getLogger(__name__)
+Raised = TypeVar("Raised", bound=BaseException)
 
 
 class Source(Protocol):
@@ -146,6 +147,22 @@ class Future:
             return None, CancelledRequest(tenant=self._tenant)
         except Exception as error:
             return None, kept(error)
+
+
+def kept(error: Raised) -> Raised:
+    """An error that is kept, to be raised later, without the frames of ours that it came through.
+
+    They hold requests and inputs, and who keeps the error; only Python's garbage collector would end them.
+    What a model itself raised keeps its frames, but for the one that asks.
+    """
+    found = error.__traceback__
+    inner = None if isinstance(error, MuxError) or found is None else found.tb_next
+    return error.with_traceback(inner)
+
+
+def raised(error: BaseException) -> BaseException:
+    """What to raise for an error that is kept; of a model's it is the same each time."""
+    return error.again() if isinstance(error, MuxError) else error
 
 
 _woken: WeakKeyDictionary[asyncio.AbstractEventLoop, deque[asyncio.Future[None]]] = WeakKeyDictionary()

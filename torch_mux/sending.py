@@ -10,8 +10,8 @@ from typing import Any
 
 from torch_mux import carry, state
 from torch_mux.calls import Prepared, prepare, prepare_all
-from torch_mux.errors import InvalidRequest, MuxError, kept
-from torch_mux.futures import Future
+from torch_mux.errors import InvalidRequest, MuxError
+from torch_mux.futures import Future, kept
 from torch_mux.quotas import QuotaScope, current_quota
 from torch_mux.routes import Here
 from torch_mux.types import Quota

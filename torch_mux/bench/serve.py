@@ -4,6 +4,10 @@ Requests arrive one by one from seeded processes, or closed-loop clients keep so
 measures one promise of the runtime and compares it with its target. Programs are compiled ahead by processes
 side by side (``--ahead``), models are built and warmed once for all figures, and the record is written after
 each, so that a run that is cut off leaves what it has.
+
+Mux serves with ``collector="idle"``, as a server is advised to do. The runtime cannot see when a peer in the
+same process has nothing to do: while one is measured Python's collector is off, so that it stops for no
+collection at all. The record says so (``collector``).
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from torch_mux.bench.figures import (
     shares,
 )
 from torch_mux.bench.figures.base import Finding, cells
-from torch_mux.bench.figures.stage import Options, Stage
+from torch_mux.bench.figures.stage import Options, Stage, configured
 from torch_mux.bench.plot_serve import draw
 from torch_mux.bench.servers import PEERS, default_peers
 from torch_mux.bench.workloads import DTYPES, WORKLOADS
@@ -125,6 +129,7 @@ def run(
     report: dict[str, Any] = {
         "environment": measure.environment(options.device),
         "options": options.data(),
+        "collector": {"mux": "idle", "peers": "off"},
         "figures": {},
     }
     if ahead:
@@ -132,18 +137,19 @@ def run(
         report["ahead"] = _compiled(options, figures, ahead, limit)
         save(report)
     stage = Stage(options)
-    try:
-        for name in figures:
-            if budget is not None and time.perf_counter() - begun > budget:
-                report["figures"][name] = {"failed": f"not run: the budget of {budget:g} s was spent"}
-            else:
-                report["figures"][name] = found = _measured(name, stage)
-                print(f"{name}: {found['seconds']:.1f} s", file=sys.stderr, flush=True)
-            report["warm-up"] = stage.settling
-            report["seconds"] = time.perf_counter() - begun
-            save(report)
-    finally:
-        stage.close()
+    with configured(collector="idle"):
+        try:
+            for name in figures:
+                if budget is not None and time.perf_counter() - begun > budget:
+                    report["figures"][name] = {"failed": f"not run: the budget of {budget:g} s was spent"}
+                else:
+                    report["figures"][name] = found = _measured(name, stage)
+                    print(f"{name}: {found['seconds']:.1f} s", file=sys.stderr, flush=True)
+                report["warm-up"] = stage.settling
+                report["seconds"] = time.perf_counter() - begun
+                save(report)
+        finally:
+            stage.close()
     return report
 
 

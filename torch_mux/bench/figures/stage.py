@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -150,19 +151,23 @@ class Stage:
         process: str | None = None,
         probe: Callable[[], Any] = lambda: None,
     ) -> Outcome:
-        """One run of settled traffic; as long as the options say, a fifth of it before anything counts."""
+        """One run of settled traffic; as long as the options say, a fifth of it before anything counts.
+
+        While a peer is measured nothing is collected: mux collects when it has nothing to do itself.
+        """
         self.settle(traffics, server)
         length = self.options.seconds if seconds is None else seconds
         window = Window(length, length / 5 if lead is None else lead)
         before = _jobs()
-        found = drive(
-            self.server(server, crowd_of(traffics)),
-            traffics,
-            window,
-            process=process or self.options.process,
-            seed=self.options.seed,
-            probe=probe,
-        )
+        with contextlib.nullcontext() if server == self.mux.name else _uncollected():
+            found = drive(
+                self.server(server, crowd_of(traffics)),
+                traffics,
+                window,
+                process=process or self.options.process,
+                seed=self.options.seed,
+                probe=probe,
+            )
         return replace(found, jobs=_jobs() - before)
 
     def settle(self, traffics: Sequence[Traffic], server: str = MuxServer.name) -> None:
@@ -280,6 +285,18 @@ def _jobs() -> int:
     """Compiles and captures of the runtime that have ended."""
     engine = state.peek()
     return 0 if engine is None else engine.compile_thread.finished
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's collector is off for a while."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 @contextmanager
