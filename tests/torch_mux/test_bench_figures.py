@@ -23,7 +23,7 @@ from torch_mux.bench.figures.base import Row, cells
 from torch_mux.bench.figures.deadlines import bundle_seconds
 from torch_mux.bench.figures.oracle import most_in_time
 from torch_mux.bench.figures.stage import Stage
-from torch_mux.bench.load import Client, Traffic
+from torch_mux.bench.load import Client, Outcome, Traffic, Window
 from torch_mux.bench.plot import BEGIN, END
 from torch_mux.runtime.timeline import BundleSpan, RequestSpan
 
@@ -196,6 +196,23 @@ def test_traffic_is_settled_once_a_kind_until_nothing_is_captured(monkeypatch: p
     (phase,) = stage.settling
     assert phase["jobs"] == 5 and phase["quiet"] and phase["workloads"] == ["tiny"]
     assert serve._warmth(stage.settling)[0].endswith("with 5 compiles and captures")
+
+
+def test_nothing_is_collected_while_a_peer_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def drive(server: object, traffics: Sequence[Traffic], window: Window, **_: Any) -> Outcome:
+        seen.append(gc.isenabled())
+        return Outcome(window, (), 0, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(stage_module, "drive", drive)
+    monkeypatch.setattr(Stage, "settle", lambda *_: None)
+    stage = Stage(SimpleNamespace(process="poisson", seed=0, seconds=1.0))
+    stage._peers["peer", ("tiny",)] = stage.mux
+    traffic = [Traffic(Client("tiny", 0, (), {"tenant": "a"}), rate=1.0)]
+    stage.drive(traffic, server="peer")
+    stage.drive(traffic)
+    assert seen == [False, True] and gc.isenabled()
 
 
 def test_steps_of_a_curve_rise_but_for_noise() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from torch_mux import state
 from torch_mux.bench import load, serve
 from torch_mux.bench.arrivals import PROCESSES, arrivals
 from torch_mux.bench.figures.base import Finding, Row
@@ -229,11 +230,14 @@ def test_a_figure_that_fails_is_in_the_table_and_the_others_run(
 
     def last(stage: Stage) -> Finding:
         seen.append(list(json.loads(record.read_text())["figures"]))
+        assert state.settings().collector == "idle"
         return Finding((), {})
 
     _replaced(monkeypatch, bad=bad, good=good, last=last)
     assert serve.main(["--device", "cpu", "--json", str(record)]) == 1
     assert seen == [["bad", "good"]]  # the record is written after each
+    assert json.loads(record.read_text())["collector"] == {"mux": "idle", "peers": "off"}
+    assert state.settings().collector == "python"
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].endswith("pass") and lines[4].endswith("MISS")
     assert lines[5:] == [
