@@ -93,7 +93,7 @@ class Engine:
         self._submission = Submission(gate, self._memory, self.clock, lambda: self.settings, self._catch_up)
         self._forecasts = Forecasts(self._folder)
         self.compile_thread = CompileThread(interval=self._interval)
-        self._gaps = Gaps(self._idle, compat.rest)
+        self._gaps = Gaps(self._idle, compat.rest, self.clock)
         self._dispatchers: dict[torch.device, Dispatcher] = {}
         self._served: dict[str, ServedProgram] = {}
 

@@ -33,13 +33,14 @@ class Gaps:
     The longer nothing was pending or under way on any device, the older are the objects that are looked
     through, since a gap that has lasted for some time will probably last as long again: the youngest (at
     least 500 new ones) after 0.2 ms, or the time that this many take; the middle generation after 10 ms; all
-    of them after a second, for a hundredth of the time at most. Under load without such gaps Python collects
-    by the thresholds of :data:`torch_mux.compat.SERVING`. No thread that calls a model collects here.
+    of them after a second, and then when there is something new, for a hundredth of the time at most. Under
+    load without such gaps Python collects by the thresholds of :data:`torch_mux.compat.SERVING`. No thread
+    that calls a model collects here.
 
     Args:
         idle: seconds for which nothing has been pending or under way; negative while something is.
         rest: whose thresholds hold meanwhile.
-        clock: seconds; on which collections are timed.
+        clock: seconds; on which gaps and collections are timed.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Gaps:
         self._clock = clock
         self._on = False
         self._took = [0.0, 0.0, 0.0]
-        self._full = -_NEVER  # when the last full collection ended
+        self._full = -_NEVER  # when the last full collection began
 
     def follow(self, on: bool) -> bool:
         """Collects in gaps from now on, or leaves all to Python as it was; returns whether that is new."""
@@ -91,15 +92,15 @@ class Gaps:
             due.append((0, needed[0]))
         if middle >= _MIDDLE:
             due.append((1, max(needed[1], _PATIENCE[1] * self._took[1])))
-        if young >= _YOUNG or middle or old:
-            again = self._full + self._took[2] / _SHARE - self._clock() + idle
+        now = self._clock()
+        if young >= _YOUNG or middle or old or self._full < now - idle:  # or not yet in this gap
+            again = self._full + self._took[2] / _SHARE - now + idle
             due.append((2, max(needed[2], _PATIENCE[2] * self._took[2], again)))
         return due
 
     def _collect(self, generation: int) -> None:
         begun = self._clock()
         self._rest.collector.collect(generation)
-        ended = self._clock()
-        self._took[generation] = ended - begun
+        self._took[generation] = self._clock() - begun
         if generation == 2:
-            self._full = ended
+            self._full = begun

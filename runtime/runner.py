@@ -66,7 +66,7 @@ class Runner:
         self._busy = BusyTime()
         self.dead: deque[Instance] = deque()
         self.watched = False
-        self.went = self.ended = float("-inf")
+        self.went, self.ended = float("-inf"), clock()
 
     def idle(self) -> float:
         """Seconds for which nothing has been pending or under way; negative while something is."""
