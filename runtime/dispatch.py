@@ -36,7 +36,7 @@ __all__ = ["Dispatcher"]
 
 logger = logging.getLogger(__name__)
 
-_LIVENESS, _LATELY = 1.0, 1.0
+_LIVENESS = 1.0
 _QUIET, _PAUSE = 2e-3, 200e-6
 
 
@@ -62,12 +62,11 @@ class Dispatcher:
         self.executor = executor
         executor.configure(settings)
         self._clock = clock
-        self._accounting = accounting
         self._mutex = threading.Lock()
         self._line = Line()
         self._runner = Runner(executor, policy, clock, accounting, self._mutex, self._line)
         self._interrupt = Interrupt()
-        self.idle = self._runner.idle
+        self.idle, self.serves = self._runner.idle, self._runner.serves
         self._driver = Driver(executor, policy, clock, settings, self._line, self._runner, self._interrupt)
         self._runner.retirement.factor = settings.straggler
         self._holder: threading.Thread | None = None
@@ -80,10 +79,6 @@ class Dispatcher:
     def policy(self) -> Policy:
         """Who goes out together, on which lane."""
         return self._driver.policy
-
-    def serves(self) -> bool:
-        """Whether a bundle went out within the last second."""
-        return self._clock() - self._runner.went < _LATELY
 
     def enqueue(self, requests: Sequence[Request]) -> None:
         """Appends requests, all at once: none of them goes out before the last is there.

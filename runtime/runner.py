@@ -30,6 +30,7 @@ __all__ = ["Runner", "call_back"]
 
 logger = logging.getLogger(__name__)
 
+_LATELY = 1.0
 _ALONE = 0.9  # of its time, charged to a bundle that had the device to itself
 _RUNNING, _DONE = RequestState.RUNNING, RequestState.DONE
 _ERROR, _CANCELLED, _EXPIRED = RequestState.ERROR, RequestState.CANCELLED, RequestState.EXPIRED
@@ -67,6 +68,10 @@ class Runner:
         self.dead: deque[Instance] = deque()
         self.watched = False
         self.went, self.ended = float("-inf"), clock()
+
+    def serves(self) -> bool:
+        """Whether a bundle went out within the last second."""
+        return self._clock() - self.went < _LATELY
 
     def idle(self) -> float:
         """Seconds for which nothing has been pending or under way; negative while something is."""
