@@ -341,7 +341,7 @@ class CudaExecutor:
         return any(flight.bundle.served.key == key for lane in self._lanes for flight in list(lane.flights))
 
     def await_end(self, interrupt: Interrupt | None = None) -> None:
-        """All lanes are looked at again after a moment: bundles may come on others. Without the GIL, if it can."""
+        """Looks at all lanes again after a moment: bundles may come on others. Without the GIL if it can."""
         native = compat.native.enqueue()
         flag = 0 if interrupt is None else interrupt.address
         while not interrupt and (heads := [head for lane in self._lanes if (head := lane.head) is not None]):

@@ -84,17 +84,14 @@ class FairPolicy:
         self._flying: dict[Issue, _Charge] = {}
         self._shares: dict[str, float] = {}
         self._measured: dict[str, float] = {}
-        self._charging = False
-        self._linger = 0.0
+        self._charging, self._linger = False, 0.0
 
     def form(self, view: View, now: float, settings: Settings) -> Decision:
         """The bundle of whoever is first, or how long to wait."""
         self._linger = settings.linger
         if view.fresh is None:
             self.order.clear()
-        fresh = view.queues if view.fresh is None else view.fresh
-        if fresh:
-            self.note(fresh)
+        self.note(view.queues if view.fresh is None else view.fresh)
         free, first = free_lane(view, settings), first_lane(view, settings)
         if free is None and first is None:
             return Busy(until=self._backlog.next_end()) if any(queue.ready for queue in view.queues) else None
