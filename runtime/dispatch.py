@@ -22,7 +22,6 @@ from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.gaps import Gaps
 from torch_mux.runtime.health import DeviceHealth
 from torch_mux.runtime.instance import Instance
-from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.line import Line
 from torch_mux.runtime.request import Request, RequestState, Waiter
 from torch_mux.runtime.runner import Runner
@@ -65,9 +64,8 @@ class Dispatcher:
         self._mutex = threading.Lock()
         self._line = Line()
         self._runner = Runner(executor, policy, clock, accounting, self._mutex, self._line)
-        self._interrupt = Interrupt()
         self.idle, self.serves = self._runner.idle, self._runner.serves
-        self._driver = Driver(executor, policy, clock, settings, self._line, self._runner, self._interrupt)
+        self._driver = Driver(executor, policy, clock, settings, self._line, self._runner)
         self._runner.retirement.factor = settings.straggler
         self._holder: threading.Thread | None = None
         self.closed = False  # whether it takes nothing more
@@ -108,8 +106,7 @@ class Dispatcher:
         """Has what is pending sent out, for requests that nobody waits for: by the service thread.
 
         Where that does not keep up, since the caller has the interpreter most of the time, he sends out what
-        can go at once himself, or leaves the interpreter for a moment to who does. He never waits for the
-        device.
+        can go at once himself, or leaves the interpreter for a moment to who does, and waits for no bundle.
 
         Args:
             roused: whoever sleeps until companions come has been told of what is pending.
@@ -122,8 +119,7 @@ class Dispatcher:
 
     def _kicked(self) -> Callable[[], object]:
         """What the caller does for what is pending now once he has left the mutex, which is held here."""
-        if any(queue.reserved or not self.executor.at_it(queue.key) for queue in self._line.unkicked()):
-            self._interrupt.set()  # it need not wait for what is under way
+        self._driver.interrupt_for(self._line.unkicked())
         self._line.kick()
         if not (self._driver.flooded and self._line.runnable()):
             return self.service.poke
@@ -168,6 +164,7 @@ class Dispatcher:
                         self._holder = me
                     else:
                         waiter = self._line.line_up(waiter, left)
+                        self._driver.interrupt_for(map(self._line.queue_of, left))
                 if drive:
                     self._drive_as_holder(left, nested)
                 elif waiter is not None and not waiter.block(_LIVENESS):
@@ -232,16 +229,20 @@ class Dispatcher:
                 for request in failed:
                     request.error = failure(served, served.error)
             self._line.wake(served)
+            self._driver.interrupt_for(served.queues)
             if not self._line.rouse() and self._holder is None:
                 self._hand_on(poke=True)
         if failed:
             self._runner.end(failed, self._clock())
 
     def ahead(self, served: ServedProgram, quota: Quota) -> tuple[int, bool]:
-        """Queued requests of that tenant, class and program; whether they go to the lane for reserves."""
+        """What a request of that program would go out behind, and whether on the lane for reserves.
+
+        It is queued, of the same tenant and class, or goes out just now.
+        """
         with self._mutex:
             queue = self._line.queue(served, quota)
-            return queue.requests.of(quota), queue.reserved
+            return queue.requests.of(quota) + self._runner.untold(queue.name), queue.reserved
 
     def health(self) -> DeviceHealth:
         """How the device is, and what waits for it."""
@@ -288,7 +289,7 @@ class Dispatcher:
             if not self._drive_as_holder(None, nested=False):
                 return
             # Without the role, so that callers can enqueue behind it meanwhile.
-            self.executor.await_end(self._interrupt)
+            self.executor.await_end(self._driver.interrupt)
 
     def _take_role(self) -> bool:
         """Takes the role if it is free."""
@@ -345,6 +346,7 @@ class Dispatcher:
         if waiter is not None:
             waiter.signal()
         elif poke and self._line.orphaned():
+            self._driver.interrupt.set()  # if that thread waits for the device
             self.service.poke()
 
     def _check_holder(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +12,7 @@ from torch_mux.runtime.companions import with_companions
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.line import Line
+from torch_mux.runtime.queues import ProgramQueue
 from torch_mux.runtime.request import Request, Waiter
 from torch_mux.runtime.runner import Runner
 from torch_mux.runtime.scheduler.base import Busy, Decision, Issue, Later, Policy
@@ -30,9 +31,7 @@ class Driver:
     Attributes:
         policy: who goes out together, on which lane.
         resting: whether who drives sleeps until the device, or somebody, is ready.
-
-    Args:
-        interrupt: ends a wait for the device; set for what could begin before it ends.
+        interrupt: ends a wait for the device.
     """
 
     def __init__(
@@ -43,11 +42,10 @@ class Driver:
         settings: Settings,
         line: Line,
         runner: Runner,
-        interrupt: Interrupt,
     ) -> None:
         self.policy = policy
         self.resting = False
-        self._interrupt = interrupt
+        self.interrupt = Interrupt()
         self._executor = executor
         self._clock = clock
         self._line = line
@@ -58,6 +56,13 @@ class Driver:
         """Takes over new settings from the next decision on; the mutex is held where somebody may drive."""
         self._settings = settings
         self._line.keep_apart(settings.isolation != "off")
+
+    def interrupt_for(self, queues: Iterable[ProgramQueue]) -> None:
+        """Ends a wait for the device if what is pending could begin before it is over; the mutex is held."""
+        passes = self._settings.lanes > 1 or self._settings.segment is not None
+        ready = [queue for queue in queues if queue.requests and queue.ready]
+        if any(passes or queue.reserved or not self._executor.at_it(queue.key) for queue in ready):
+            self.interrupt.set()
 
     @property
     def flooded(self) -> bool:
@@ -93,7 +98,7 @@ class Driver:
                 self._sleep(nap, until - now)
             elif isinstance(decision, Busy):
                 with self._resting():
-                    self._executor.await_end(self._interrupt)
+                    self._executor.await_end(self.interrupt)
             landed = not bundles and not landed
             self._ring()
         self._runner.land()
@@ -137,7 +142,7 @@ class Driver:
 
     def _ring(self) -> None:
         """Holds that are over end, and requests whose deadline has passed are dropped."""
-        self._interrupt.clear()  # who set it has queued what he came for
+        self.interrupt.clear()  # who set it has queued what he came for
         if self._line.alarms:
             with self._runner.mutex:
                 expired = self._line.ring(self._clock())

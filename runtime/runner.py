@@ -21,7 +21,7 @@ from torch_mux.runtime.memory import make_room, out_of_memory
 from torch_mux.runtime.mixes import label_of
 from torch_mux.runtime.request import Request, RequestState
 from torch_mux.runtime.retirement import Retirement
-from torch_mux.runtime.scheduler.base import Issue, Policy, share_of
+from torch_mux.runtime.scheduler.base import Issue, Policy, QueueName, share_of
 from torch_mux.runtime.served import ServedProgram, failure
 from torch_mux.runtime.shares import PICOSECONDS
 from torch_mux.runtime.timeline import recorders
@@ -96,9 +96,17 @@ class Runner:
 
     def tell(self) -> None:
         """The policy learns what went out: before it is asked again, and while the device works already."""
-        untold, self._untold = self._untold, []
-        for issue, now in untold:
-            self._policy.issued(issue, now)
+        while self._untold:
+            issue, now = self._untold[0]
+            try:
+                self._policy.issued(issue, now)
+            finally:
+                del self._untold[0]
+
+    def untold(self, name: QueueName) -> int:
+        """Requests of a queue that go out just now, of which the policy does not know yet; for any thread."""
+        issues = [issue for issue, _ in list(self._untold)]
+        return sum([len(one.requests) for one in issues if (one.key, one.reserved) == name])
 
     def _over(self, issue: Issue, now: float, seconds: float = 0.0, charge: float | None = None) -> None:
         if self._untold:
@@ -356,6 +364,7 @@ class Runner:
         """In a forked child: whatever held the locks does not exist."""
         self.mutex = mutex
         self._accounting = Accounting()
+        self._untold = []  # to tell the policy takes a lock
         self.dead.clear()
 
 

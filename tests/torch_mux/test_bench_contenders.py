@@ -232,19 +232,24 @@ def test_a_peer_answers_on_a_gpu_while_rounds_follow_each_other(name: str, key: 
 def test_a_body_that_cannot_be_recorded_spoils_nothing() -> None:
     x, record = torch.zeros(4, device="cuda"), recording.recorder(torch.device("cuda"))
     record.lanes(1)
+    current = torch.cuda.current_stream()
     for beside in (None, 0):
         with pytest.raises(ValueError, match="of the body"):
             record.record([partial(_failing, x, ValueError("of the body"))], beside)
         with pytest.raises(RuntimeError, match="captur"):
             record.record([lambda: [x[:1].cpu()]], beside)  # a host that waits cannot be captured
         record.record([lambda: [x.add_(1)]], beside).replay()
+        assert torch.cuda.current_stream() == current
     assert x.tolist() == [2.0] * 4
     assert torch.randn(8, device="cuda").isfinite().all()
 
 
 def _failing(x: torch.Tensor, error: Exception) -> list[torch.Tensor]:
-    x.add_(1)
-    raise error
+    try:
+        x.add_(1)
+        raise KeyError("handled")
+    except KeyError:
+        raise error
 
 
 @pytest.mark.gpu

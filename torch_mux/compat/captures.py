@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,6 +15,8 @@ import torch
 from .driver import call
 
 __all__ = ["capturing", "guard_synchronize", "leave_captures_alone"]
+
+log = logging.getLogger(__name__)
 
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _lock = threading.RLock()
@@ -44,16 +47,17 @@ def leave_captures_alone() -> None:
     process allocates device memory, loads a kernel or asks for an event, and until the process ends torch's
     generator believes that it goes on. A thread that knows that it touches nothing of others' captures may
     say so (``cuThreadExchangeStreamCaptureMode``); its own captures allow it these calls too. Before CUDA is
-    in use, and when it was said already, this does nothing.
-
-    Raises:
-        RuntimeError: what CUDA says.
+    in use, and when it was said already, this does nothing. That CUDA refuses is logged, no more: others'
+    captures then end as they would without torch_mux.
     """
     cuda: Any = torch.cuda
     if getattr(_local, "told", False) or not cuda.is_initialized():
         return
-    call("cuThreadExchangeStreamCaptureMode", ctypes.byref(ctypes.c_int(_RELAXED)))
     _local.told = True
+    try:
+        call("cuThreadExchangeStreamCaptureMode", ctypes.byref(ctypes.c_int(_RELAXED)))
+    except (OSError, RuntimeError):
+        log.warning("captures of other threads are not protected from this one", exc_info=True)
 
 
 def _wrap(module: Any) -> None:

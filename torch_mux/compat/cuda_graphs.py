@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .captures import capturing
 from .driver import call, driver
 from .streams import current_stream
 
@@ -58,12 +59,13 @@ def end_lost_capture(pool: Pool) -> None:
     """After ``torch.cuda.graph`` into ``pool``, of the current device, has raised when the capture ended.
 
     torch goes on believing that it captures then: everything that this thread allocates on that stream would
-    come from the pool, and no thread of the process could draw random numbers on the device any more.
+    come from the pool, and no thread of the process could draw random numbers on the device any more. The
+    current stream is still that of the capture; whoever began it sets his own again.
     """
     with suppress(RuntimeError):  # the capture had not begun to allocate
         torch._C._cuda_endAllocateToPool(pool.device, pool.key)
         torch._C._cuda_releasePool(pool.device, pool.key)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
+    with capturing(), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
         torch.zeros(1, device=torch.device("cuda", pool.device))  # torch warns of an empty graph
 
 

@@ -77,25 +77,35 @@ class Graphs:
         self.lanes(len(bodies))
         stream = None if beside is None else self._streams[beside]
         pool: Any = self._pool if beside is None else compat.Pool(torch.device("cuda"))
+        current, own = torch.cuda.current_stream(), None
         try:
             # Relaxed: what else happens on this thread, garbage collection too, does not end the capture.
             with (
                 compat.capturing(),
                 torch.cuda.graph(graph, pool=pool.key, stream=stream, capture_error_mode="relaxed"),
             ):
-                if len(bodies) == 1:
-                    outputs += bodies[0]()
-                else:
-                    self.start()
-                    for index, body in enumerate(bodies):
-                        with self.lane(index):
-                            outputs += body()
-                    self.finish(len(bodies))
+                try:
+                    self._run(bodies, outputs)
+                except Exception as error:
+                    own = error
+                    raise
         except Exception as error:
             self._pool = compat.Pool(torch.device("cuda"))
+            torch.cuda.set_stream(current)
             compat.end_lost_capture(pool)
-            raise (error.__context__ or error) from None  # the body's, which lost the capture
+            raise (own or error) from None  # the body's, which lost the capture
         return Recording(graph.replay, outputs)
+
+    def _run(self, bodies: Sequence[Body], outputs: list[Tensor]) -> None:
+        """One body, or several on branches."""
+        if len(bodies) == 1:
+            outputs += bodies[0]()
+            return
+        self.start()
+        for index, body in enumerate(bodies):
+            with self.lane(index):
+                outputs += body()
+        self.finish(len(bodies))
 
     def lanes(self, count: int) -> None:
         """Makes those that are missing."""
