@@ -136,4 +136,5 @@ def test_a_failed_request_holds_no_outputs(lab: Any) -> None:
         assert all(output() is None for output in outputs)
     finally:
         gc.enable()
-    assert caught.value is request.error
+    assert request.error is not None and str(caught.value) == str(request.error)
+    assert caught.value.__cause__ is request.error.__cause__  # a copy: what is kept keeps no frames of callers

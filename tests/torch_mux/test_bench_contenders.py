@@ -249,7 +249,7 @@ def _failing(x: torch.Tensor, error: Exception) -> list[torch.Tensor]:
         x.add_(1)
         raise KeyError("handled")
     except KeyError:
-        raise error
+        raise error from None
 
 
 @pytest.mark.gpu
