@@ -137,4 +137,4 @@ def test_a_failed_request_holds_no_outputs(lab: Any) -> None:
     finally:
         gc.enable()
     assert request.error is not None and str(caught.value) == str(request.error)
-    assert caught.value.__cause__ is request.error.__cause__  # a copy: what is kept keeps no frames of callers
+    assert caught.value.__cause__ is request.error.__cause__  # a copy: what is kept keeps no frames
