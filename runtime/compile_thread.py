@@ -44,9 +44,9 @@ class CompileThread:
 
     They are Python, and while one runs, threads that serve wait for the interpreter. So it changes hands
     faster then (:func:`torch_mux.compat.quick_switching`), a job may :meth:`breathe`, and what would only run
-    better takes a tenth of the time at most. What nobody asked for yet starts in a quiet moment: a
-    process that is just making its models is short of the interpreter, too. Who waits in :meth:`quiesce`
-    ends all of that: nobody is being served then who would notice.
+    better takes a tenth of the time at most. What nobody asked for yet starts in a quiet moment, since a
+    process that is just making its models is short of the interpreter, too, and takes no more of the time
+    while somebody is served. Who waits in :meth:`quiesce` ends all of that: he would rather have it now.
 
     Attributes:
         finished: jobs that have ended.
@@ -55,6 +55,7 @@ class CompileThread:
         quiet: seconds after the end of the last other job or :meth:`stir`, for jobs of the lowest rank.
         interval: seconds for which a job may keep the interpreter while others ask for it; 0: Python's own.
             Asked at the beginning of each.
+        serves: whether somebody is being served.
         clock: seconds, increasing; on which these moments and the time that jobs take are measured.
     """
 
@@ -62,11 +63,13 @@ class CompileThread:
         self,
         quiet: float = _QUIET,
         interval: Callable[[], float] = lambda: 0.0,
+        serves: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._quiet = quiet
         self._clock = clock
         self._interval = interval
+        self._serves = serves
         self._stirred = self._rested = float("-inf")
         self._breathed = 0.0
         self._waiting: list[Rank] = []
@@ -145,8 +148,8 @@ class CompileThread:
         rank = self._jobs[0][0]
         if rank < Rank.SPARE or any(rank <= other for other in self._waiting):
             return 0.0
-        begin = self._rested if rank is Rank.SPARE else self._stirred + self._quiet
-        return max(0.0, begin - self._clock())
+        quiet = self._stirred + self._quiet if rank is Rank.AHEAD else self._rested
+        return max(0.0, max(quiet, self._rested) - self._clock())
 
     def close(self, timeout: float) -> None:
         """Drops what is queued and waits at most ``timeout`` seconds for what is running."""
@@ -180,6 +183,6 @@ class CompileThread:
             self.finished += 1
             if rank < Rank.AHEAD:
                 self.stir()  # whoever waited for it goes on now
-            if rank is Rank.SPARE:
+            if rank is Rank.SPARE or (rank is Rank.AHEAD and self._serves()):
                 took = self._clock() - begun
                 self._rested = begun + took + min(_LONGEST_REST, took * (1 / _DUTY - 1))

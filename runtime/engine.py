@@ -92,15 +92,18 @@ class Engine:
         self._admission = gate = Admission(self._accounting, self._memory.owns)
         self._submission = Submission(gate, self._memory, self.clock, lambda: self.settings, self._catch_up)
         self._forecasts = Forecasts(self._folder)
-        self.compile_thread = CompileThread(interval=self._interval)
+        self.compile_thread = CompileThread(interval=self._interval, serves=self._serves)
         self._gaps = Gaps(self._idle, compat.rest, self.clock)
         self._dispatchers: dict[torch.device, Dispatcher] = {}
         self._served: dict[str, ServedProgram] = {}
 
     def _interval(self) -> float:
         """For which compiling keeps the interpreter; where nobody is served, nobody has to wait."""
-        serves = any(dispatcher.serves() for dispatcher in list(self._dispatchers.values()))
-        return self.settings.switch_interval if serves else 0.0
+        return self.settings.switch_interval if self._serves() else 0.0
+
+    def _serves(self) -> bool:
+        """Whether a bundle went out within the last second."""
+        return any(dispatcher.serves() for dispatcher in list(self._dispatchers.values()))
 
     def _idle(self) -> float:
         """Seconds for which no device has had anything to do, nor the compile thread; else negative."""

@@ -84,9 +84,10 @@ def test_the_interval_is_short_while_a_job_runs_only() -> None:
     thread.close(10)
 
 
-def test_what_would_only_run_better_takes_a_part_of_the_time_unless_somebody_waits(lab: Any) -> None:
+@pytest.mark.parametrize("rank", [Rank.SPARE, Rank.AHEAD])
+def test_what_nobody_needs_now_takes_a_part_of_the_time_unless_somebody_waits(lab: Any, rank: Rank) -> None:
     clock, begun = Told(), []
-    thread = CompileThread(clock=clock)
+    thread = CompileThread(quiet=0.0, serves=lambda: True, clock=clock)
 
     def job() -> None:
         begun.append(clock.now)
@@ -98,9 +99,9 @@ def test_what_would_only_run_better_takes_a_part_of_the_time_unless_somebody_wai
         thread.submit(done.set)
         assert done.wait(10)
 
-    thread.submit(job, Rank.SPARE)
+    thread.submit(job, rank)
     lab.until(lambda: thread.finished == 1)
-    thread.submit(job, Rank.SPARE)
+    thread.submit(job, rank)
     for step in (0.1, 0.2, 0.149):
         clock.now += step
         asked()
@@ -109,9 +110,24 @@ def test_what_would_only_run_better_takes_a_part_of_the_time_unless_somebody_wai
     clock.now += 0.002
     asked()
     lab.until(lambda: len(begun) == 2)
-    thread.submit(job, Rank.SPARE)
-    assert thread.quiesce(10) and len(begun) == 3
+    thread.submit(job, rank)
+    assert thread.quiesce(10, rank) and len(begun) == 3
     assert begun[2] - begun[1] == pytest.approx(0.05), "somebody waited for it"
+    thread.close(10)
+
+
+def test_what_nobody_asked_for_goes_on_while_nobody_is_served(lab: Any) -> None:
+    clock, begun = Told(), []
+    thread = CompileThread(quiet=0.0, clock=clock)
+
+    def job() -> None:
+        begun.append(clock.now)
+        clock.now += 0.05
+
+    for _ in range(3):
+        thread.submit(job, Rank.AHEAD)
+    lab.until(lambda: thread.finished == 3)
+    assert begun == pytest.approx([100.0, 100.05, 100.1])
     thread.close(10)
 
 
