@@ -8,6 +8,7 @@ one batched graph can index them.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,12 @@ from .prepare import Prepare
 
 __all__ = ["Field", "Layout", "Storage", "storage_of"]
 
+log = logging.getLogger(__name__)
+
+_UNTRACKED: Final = (
+    "a model's parameters were made under inference mode, where PyTorch counts no writes to them: the model is"
+    " prepared again for every request, which can take longer than that; make models outside of inference mode"
+)
 #: Weight addresses and arena fields are multiples of this many bytes.
 ALIGNMENT: Final = 16
 _ROWS_AT_FIRST: Final = 32
@@ -141,6 +148,7 @@ class Storage:
         self._lock = threading.RLock()
         self._rows: dict[int, _Row] = {}
         self._free: list[int] = []
+        self._warned = False
         self.capacity = 0
         self.table = torch.empty(0)
         self.arenas: dict[torch.dtype, Tensor] = {}
@@ -207,6 +215,9 @@ class Storage:
         epoch = _epoch.value
         prepare, layout = self.prepare, self.layout
         untracked = any(parameter.is_inference() for parameter in parameters)
+        if untracked and not self._warned:
+            self._warned = True
+            log.warning(_UNTRACKED)
         held = [parameter.detach() for parameter in parameters]
         watched = {
             source

@@ -185,7 +185,9 @@ def test_collected_while_its_request_is_under_way() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [Net, Normed])
-def test_parameters_made_in_inference_mode(device: str, kind: Callable[[], nn.Module]) -> None:
+def test_parameters_made_in_inference_mode(
+    device: str, kind: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
     x = picture(device) if kind is Net else torch.randn(4, 6, device=device)
     with torch.inference_mode():
         model = taught(kind, device, x)
@@ -197,6 +199,8 @@ def test_parameters_made_in_inference_mode(device: str, kind: Callable[[], nn.Mo
                 parameter.mul_(1.3)
         assert (expected(model, x) - before).abs().max() > 2e-4
         close(ask(entry, model, x), expected(model, x))
+    told = [record.message for record in caplog.records if "inference mode" in record.message]
+    assert len(told) == 1 and "outside" in told[0]
 
 
 @pytest.mark.parametrize("device", DEVICES)
