@@ -29,8 +29,8 @@ __all__ = ["Field", "Layout", "Storage", "storage_of"]
 log = logging.getLogger(__name__)
 
 _UNTRACKED: Final = (
-    "a model's parameters were made under inference mode, where PyTorch counts no writes to them: the model is"
-    " prepared again for every request, which can take longer than that; make models outside of inference mode"
+    "parameters of a model were made under inference mode, where PyTorch counts no writes to them: the model"
+    " is prepared again for every request, which can take longer than that; make it outside of inference mode"
 )
 #: Weight addresses and arena fields are multiples of this many bytes.
 ALIGNMENT: Final = 16
