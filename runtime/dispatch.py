@@ -35,8 +35,7 @@ __all__ = ["Dispatcher"]
 
 logger = logging.getLogger(__name__)
 
-_LIVENESS = 1.0
-_QUIET, _PAUSE = 2e-3, 200e-6
+_LIVENESS, _QUIET, _PAUSE = 1.0, 2e-3, 200e-6
 
 
 class Dispatcher:
@@ -68,8 +67,7 @@ class Dispatcher:
         self._driver = Driver(executor, policy, clock, settings, self._line, self._runner)
         self._runner.retirement.factor = settings.straggler
         self._holder: threading.Thread | None = None
-        self.closed = False  # whether it takes nothing more
-        self._released = float("-inf")
+        self.closed, self._released = False, float("-inf")  # closed: it takes nothing more
         alarm = self._line.alarms.peek
         self.service = Service(self.attend, executor.flying, lambda: alarm() - clock(), gaps, self.fail_all)
 

@@ -44,9 +44,8 @@ logger = logging.getLogger(__name__)
 
 #: Of a lane: as many programs' bundles overlap.
 BRANCHES: Final = 4
-_ATTEMPTS = 3
 #: Seconds between two looks at the lanes, and for which those that are looked at stay the same.
-_GLANCE, _LOOK = 100e-6, 1e-3
+_GLANCE, _LOOK, _ATTEMPTS = 100e-6, 1e-3, 3
 
 
 class CudaExecutor:

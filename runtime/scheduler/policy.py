@@ -24,8 +24,7 @@ from torch_mux.types import Quota
 
 __all__ = ["FairPolicy"]
 
-_NEVER = float("inf")
-_STALE = 1.0
+_NEVER, _STALE = float("inf"), 1.0
 _WEIGHT: Final[Callable[[Quota], float]] = attrgetter("weight")
 
 
