@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -106,6 +107,36 @@ def test_a_bundle_runs_while_a_long_one_of_others_is_under_way(lab: Any) -> None
     stats = engine.stats()
     whole = slow.start.event.elapsed_time(slow.end.event) * 1e-3
     assert stats.device_seconds < whole + 0.05, "the time in which both were under way counts once"
+
+
+def test_a_kicked_one_goes_out_while_the_end_of_a_bundle_of_others_is_waited_for(lab: Any) -> None:
+    engine = lab.gpu_engine(capture=False)
+    long, short = lab.program("long", device=CUDA), lab.program("short", device=CUDA)
+    ready(engine, long)
+    ready(engine, short)
+    models = lab.Affine(2.0, CUDA), lab.Affine(3.0, CUDA)
+    for program, model, quota in ((long, models[0], OTHERS), (short, models[1], LATENT)):
+        lab.submit(engine, program, model, quota=quota).result()
+    torch.cuda.synchronize()
+    flights, gate, told = watched(engine), Gate(), threading.Event()
+    lab.plans["long"].before = lambda inputs: gate.hold()
+    try:
+        slow = lab.submit(engine, long, models[0], 1.0, OTHERS)
+        slow.add_done_callback(lambda _: told.set())
+        engine.kick()
+        lab.until(lambda: len(flights) == 1)
+        time.sleep(0.05)  # the dispatcher's thread waits for its end by now, without the interpreter's lock
+        with torch.cuda.stream(torch.cuda.Stream()):
+            quick = lab.submit(engine, short, models[1], 2.0, LATENT)
+            engine.kick()
+            lab.until(lambda: quick.out)
+            lab.until(flights[1].end.event.query)
+            assert quick.result()[0][0].item() == 6.0
+        assert not told.is_set() and not flights[0].end.event.query()
+    finally:
+        gate.open()
+    assert told.wait(10)
+    assert slow.result()[0][0].item() == 2.0
 
 
 @pytest.mark.parametrize("capture", [False, True])
