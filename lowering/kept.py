@@ -88,7 +88,8 @@ def _prune(place: Path, newest: str) -> None:
         try:
             status = path.stat()
         except FileNotFoundError:
-            continue  # another process pruned it, or has finished writing it
+            log.debug("%s went meanwhile: another process pruned it, or has finished writing it", path.name)
+            continue
         found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
     total = sum(size for _, size, _ in found)
     for used, size, path in sorted(found):

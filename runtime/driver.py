@@ -61,7 +61,7 @@ class Driver:
         """Ends a wait for the device if what is pending could begin before it is over; the mutex is held."""
         passes = self._settings.lanes > 1 or self._settings.segment is not None
         ready = [queue for queue in queues if queue.requests and queue.ready]
-        if any(passes or queue.reserved or not self._executor.at_it(queue.key) for queue in ready):
+        if any(passes or not self._executor.at_it(queue.name) for queue in ready):
             self.interrupt.set()
 
     @property

@@ -106,7 +106,7 @@ class Runner:
     def untold(self, name: QueueName) -> int:
         """Requests of a queue that go out just now, of which the policy does not know yet; for any thread."""
         issues = [issue for issue, _ in list(self._untold)]
-        return sum([len(one.requests) for one in issues if (one.key, one.reserved) == name])
+        return sum([len(one.requests) for one in issues if one.queue == name])
 
     def _over(self, issue: Issue, now: float, seconds: float = 0.0, charge: float | None = None) -> None:
         if self._untold:

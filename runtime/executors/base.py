@@ -16,7 +16,7 @@ from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.memory import make_room, out_of_memory
 from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
-from torch_mux.runtime.scheduler.base import LaneLoad
+from torch_mux.runtime.scheduler.base import LaneLoad, QueueName
 from torch_mux.runtime.served import ServedProgram, failure
 from torch_mux.settings import Settings
 from torch_mux.types import TensorSpec
@@ -155,8 +155,8 @@ class Executor(Protocol):
         """The flights that the lanes are busy with: the first of each."""
         ...
 
-    def at_it(self, key: str) -> bool:
-        """Whether bundles of the program with that key are under way; for any thread."""
+    def at_it(self, name: QueueName) -> bool:
+        """Whether bundles from the queue of that name are under way; for any thread."""
         ...
 
     def await_end(self, interrupt: Interrupt | None = None) -> None:

@@ -25,7 +25,7 @@ from torch_mux.runtime.executors.cpu_mixes import Background, CpuMixes, at_once
 from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
-from torch_mux.runtime.scheduler.base import LaneLoad, idle_lanes
+from torch_mux.runtime.scheduler.base import LaneLoad, QueueName, idle_lanes
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.settings import Settings
 
@@ -192,7 +192,7 @@ class CpuExecutor:
         """Nothing is ever under way."""
         return ()
 
-    def at_it(self, key: str) -> bool:
+    def at_it(self, name: QueueName) -> bool:
         """Nothing is ever under way."""
         return False
 

@@ -34,7 +34,7 @@ from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, Mark, Marks, m
 from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.ring import RingEntry, TableLayout
-from torch_mux.runtime.scheduler.base import Issue, LaneLoad
+from torch_mux.runtime.scheduler.base import Issue, LaneLoad, QueueName
 from torch_mux.runtime.served import ServedProgram, failure
 from torch_mux.settings import Settings
 
@@ -335,9 +335,9 @@ class CudaExecutor:
                     found.append(head)
         return found
 
-    def at_it(self, key: str) -> bool:
-        """Whether a lane has bundles of a program under way."""
-        return any(flight.bundle.served.key == key for lane in self._lanes for flight in list(lane.flights))
+    def at_it(self, name: QueueName) -> bool:
+        """Whether a lane has bundles from a queue under way."""
+        return any(flight.bundle.issue.queue == name for lane in self._lanes for flight in list(lane.flights))
 
     def await_end(self, interrupt: Interrupt | None = None) -> None:
         """Looks at all lanes again after a moment: bundles may come on others. Without the GIL if it can."""

@@ -219,6 +219,11 @@ class Issue:
     kept: float = 0.0
     passes: bool = False
 
+    @property
+    def queue(self) -> QueueName:
+        """Where its requests were pending."""
+        return self.key, self.reserved
+
 
 @dataclass(frozen=True)
 class Later:

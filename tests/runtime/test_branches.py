@@ -306,7 +306,8 @@ def test_a_program_that_is_idle_goes_out_while_the_end_of_another_is_waited_for(
         lab.until(lambda: requests[-1].out)  # no time passes: nothing ends before
         assert waits.wait(10)
     assert len({request.flight.bundle.lane for request in requests}) == 2
-    assert all(device.at_it(request.served.key) for request in requests) and not device.at_it("c")
+    names = [(request.served.key, False) for request in requests]
+    assert all(map(device.at_it, names)) and not device.at_it((names[0][0], True))
 
 
 def test_a_branch_that_fails_fails_its_own_tenants(lab: Any) -> None:

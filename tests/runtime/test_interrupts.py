@@ -115,6 +115,24 @@ def test_one_of_the_same_program_begins_on_another_lane(
     assert other.flight.bundle.lane != 0
 
 
+def test_who_would_only_wait_behind_his_own_bundle_interrupts_nobody(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, device = slow(lab, Told())
+    model, latent, counted = lab.Affine(), Quota("latent", reserve=0.25), []
+    waiting = waits(monkeypatch, device)
+    watched(lab, engine, lab.submit(engine, lab.program(), model, quota=Quota("others")), waiting)
+    monkeypatch.setattr(Interrupt, "set", lambda self, real=Interrupt.set: (counted.append(1), real(self)))
+    first = lab.submit(engine, lab.program(), model, quota=latent)
+    engine.kick()
+    lab.until(lambda: first.out)  # others of its program are under way, but nothing on its lane
+    assert counted == [1]
+    for quota in (latent, Quota("others")):
+        lab.submit(engine, lab.program(), model, quota=quota)
+        engine.kick()
+    assert counted == [1]
+
+
 @pytest.mark.parametrize("when", ["launching", "launched"])
 def test_a_deadline_that_cannot_be_kept_is_refused_while_a_bundle_is_launched(lab: Any, when: str) -> None:
     clock = Told()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -75,22 +77,29 @@ def watched(engine: Any) -> list[Any]:
     return flights
 
 
-def test_a_bundle_runs_while_a_long_one_of_others_is_under_way(lab: Any) -> None:
+def gated(lab: Any) -> tuple[Any, Gate, list[Any], Callable[..., Any], Callable[..., Any]]:
+    """An engine, what holds bundles of others, flights from now on, what submits for others and for latent."""
     engine = lab.gpu_engine(capture=False)
     long, short = lab.program("long", device=CUDA), lab.program("short", device=CUDA)
     ready(engine, long)
     ready(engine, short)
-    models = lab.Affine(2.0, CUDA), lab.Affine(3.0, CUDA)
-    for program, model, quota in ((long, models[0], OTHERS), (short, models[1], LATENT)):
-        lab.submit(engine, program, model, quota=quota).result()
+    others = partial(lab.submit, engine, long, lab.Affine(2.0, CUDA), quota=OTHERS)
+    latent = partial(lab.submit, engine, short, lab.Affine(3.0, CUDA), quota=LATENT)
+    for submit in (others, latent):
+        submit().result()
     torch.cuda.synchronize()
-    flights, gate = watched(engine), Gate()
+    gate = Gate()
     lab.plans["long"].before = lambda inputs: gate.hold()
+    return engine, gate, watched(engine), others, latent
+
+
+def test_a_bundle_runs_while_a_long_one_of_others_is_under_way(lab: Any) -> None:
+    engine, gate, flights, others, latent = gated(lab)
     try:
-        engine.wait([lab.submit(engine, long, models[0], 1.0, OTHERS)])
+        engine.wait([others(value=1.0)])
         own = torch.cuda.Stream()  # the other client's waits for the long bundle from here on
         with torch.cuda.stream(own):
-            request = lab.submit(engine, short, models[1], 2.0, LATENT)
+            request = latent(value=2.0)
             engine.wait([request])
         slow, quick = flights
         lab.until(quick.end.event.query)
@@ -110,24 +119,16 @@ def test_a_bundle_runs_while_a_long_one_of_others_is_under_way(lab: Any) -> None
 
 
 def test_a_kicked_one_goes_out_while_the_end_of_a_bundle_of_others_is_waited_for(lab: Any) -> None:
-    engine = lab.gpu_engine(capture=False)
-    long, short = lab.program("long", device=CUDA), lab.program("short", device=CUDA)
-    ready(engine, long)
-    ready(engine, short)
-    models = lab.Affine(2.0, CUDA), lab.Affine(3.0, CUDA)
-    for program, model, quota in ((long, models[0], OTHERS), (short, models[1], LATENT)):
-        lab.submit(engine, program, model, quota=quota).result()
-    torch.cuda.synchronize()
-    flights, gate, told = watched(engine), Gate(), threading.Event()
-    lab.plans["long"].before = lambda inputs: gate.hold()
+    engine, gate, flights, others, latent = gated(lab)
+    told = threading.Event()
     try:
-        slow = lab.submit(engine, long, models[0], 1.0, OTHERS)
+        slow = others(value=1.0)
         slow.add_done_callback(lambda _: told.set())
         engine.kick()
         lab.until(lambda: len(flights) == 1)
         time.sleep(0.05)  # the dispatcher's thread waits for its end by now, without the interpreter's lock
         with torch.cuda.stream(torch.cuda.Stream()):
-            quick = lab.submit(engine, short, models[1], 2.0, LATENT)
+            quick = latent(value=2.0)
             engine.kick()
             lab.until(lambda: quick.out)
             lab.until(flights[1].end.event.query)

@@ -14,7 +14,7 @@ from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Flight
 from torch_mux.runtime.executors.cpu import CpuExecutor
 from torch_mux.runtime.interrupt import Interrupt
-from torch_mux.runtime.scheduler.base import LaneLoad, idle_lanes
+from torch_mux.runtime.scheduler.base import LaneLoad, QueueName, idle_lanes
 from torch_mux.runtime.served import failure
 from torch_mux.settings import Settings
 
@@ -93,8 +93,8 @@ class SlowDevice(CpuExecutor):
     def at_work(self) -> Sequence[Flight]:
         return [lane[0] for lane in self.lanes if lane]
 
-    def at_it(self, key: str) -> bool:
-        return any(flight.bundle.served.key == key for lane in self.lanes for flight in list(lane))
+    def at_it(self, name: QueueName) -> bool:
+        return any(flight.bundle.issue.queue == name for lane in self.lanes for flight in list(lane))
 
     def await_end(self, interrupt: Interrupt | None = None) -> None:
         end = min([lane[0].until for lane in self.lanes if lane], default=0.0)
