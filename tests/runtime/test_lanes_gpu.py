@@ -78,7 +78,7 @@ def watched(engine: Any) -> list[Any]:
 
 
 def gated(lab: Any) -> tuple[Any, Gate, list[Any], Callable[..., Any], Callable[..., Any]]:
-    """An engine, what holds bundles of others, the flights from now on, what submits for others and latent."""
+    """An engine; what holds others; the flights from now on; what submits for others, and for latent."""
     engine = lab.gpu_engine(capture=False)
     long, short = lab.program("long", device=CUDA), lab.program("short", device=CUDA)
     ready(engine, long)
