@@ -53,8 +53,8 @@ class Options:
         device, dtype: where and in what precision the models run.
         repetitions: interleaved repetitions of each measurement.
         rounds: rounds of one pipelined repetition; a quarter of them when synchronised.
-        budget: seconds in all, in equal parts a row; repetitions, and then contenders, are shed to keep it.
-            None: no limit.
+        budget: seconds in all; what compiling ahead leaves is divided among the rows. Repetitions,
+            and then contenders, are shed to keep it. None: no limit.
         limit: seconds that one contender may take to be prepared. None: no limit.
         ahead: processes that compile programs before any is served; 0: none.
         trace: a folder for a timeline and the explanation of each row under each contender of ours.
@@ -91,10 +91,11 @@ def run(options: Options, save: Callable[[Record], object] | None = None) -> Rec
     if options.ahead:
         report["ahead"] = _ahead(rows, options)
     pool = Pool(rows, options.device, options.dtype)
+    begun = time.monotonic()
+    left = None if options.budget is None else max(0.0, started + options.budget - begun)
     with torch.inference_mode():
         for number, row in enumerate(rows):
-            share = None if options.budget is None else options.budget * (number + 1) / len(rows)
-            deadline = None if share is None else started + share
+            deadline = None if left is None else begun + left * (number + 1) / len(rows)
             torch_mux.configure(max_bundle=_bundle(row, options))
             _row(row, options, pool, deadline, report["results"], lambda: save(report) if save else None)
             report["seconds"] = round(time.monotonic() - started, 1)
@@ -272,7 +273,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dtype", default="float16" if cuda else "float32", choices=sorted(DTYPES))
     result.add_argument("--repetitions", type=int, default=5)
     result.add_argument("--rounds", type=int, default=100, help="rounds of one pipelined repetition")
-    result.add_argument("--budget", type=float, default=None, help="seconds in all, in equal parts a row")
+    result.add_argument("--budget", type=float, default=None, help="seconds in all, shed to keep them")
     result.add_argument("--limit", type=float, default=180.0, help="seconds to prepare one contender")
     ahead = max(1, (os.cpu_count() or 1) - 2) if cuda else 0
     result.add_argument("--ahead", type=int, default=ahead, help="processes that compile ahead; 0 for none")
