@@ -48,6 +48,17 @@ class BusyTime:
             self._until = max(self._until, flight.ended)
 
     def _sweep(self, landed: Sequence[Flight], at_work: Iterable[Flight]) -> None:
+        if not landed:
+            return
+        begun, ended = landed[0].began, landed[-1].ended
+        others = [flight for flight in at_work if flight.began < ended]
+        if not others and all(flight.began == begun and flight.ended == ended for flight in landed):
+            # Bundles that are one, and nothing beside them.
+            time = round((ended - max(begun, self._until)) * PICOSECONDS)
+            if time > 0:
+                _charge(landed, time)
+            self._until = max(self._until, ended)
+            return
         spans = [(flight.began, flight.ended, flight) for flight in landed]
         spans += [(flight.began, _NEVER, flight) for flight in at_work]
         for last in landed:

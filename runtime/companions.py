@@ -10,7 +10,7 @@ from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.scheduler.base import Decision, Issue, Policy
 
-__all__ = ["with_companions"]
+__all__ = ["as_one", "with_companions"]
 
 _NEVER = float("inf")
 
@@ -55,6 +55,12 @@ def with_companions(
         programs.add(issue.key)
         bundles.append(take(issue))
     return bundles
+
+
+def as_one(issues: Sequence[Issue], executor: Executor) -> bool:
+    """Whether bundles of different programs may go out as one."""
+    lanes, branches = {issue.lane for issue in issues}, [issue.branch for issue in issues]
+    return (len(lanes) == 1 or None not in branches) and all(_packable(issue, executor) for issue in issues)
 
 
 def _packable(issue: Issue, executor: Executor) -> bool:

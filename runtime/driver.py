@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from torch_mux.runtime.bundle import Bundle
-from torch_mux.runtime.companions import with_companions
+from torch_mux.runtime.companions import as_one, with_companions
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.line import Line
@@ -78,11 +78,11 @@ class Driver:
         self._ring()
         landed = False  # ends are counted while the next bundle runs, or when they may let one go out
         while self._line.active and not (left is not None and all(request.out for request in left)):
-            bundles: list[Bundle] = []
             nap: Waiter | None = None
             with self._runner.mutex:
                 now = self._clock()
-                decision = self._decide(now)
+                bundles = self._all(now)
+                decision = None if bundles else self._decide(now)
                 if isinstance(decision, Issue):
                     bundles = self._taken(decision, now)
                 elif landed and decision is not None and decision.wake is not None:
@@ -109,8 +109,9 @@ class Driver:
         while most > 0:
             with self._runner.mutex:
                 now = self._clock()
-                decision = self._decide(now) if self._line.active else None
-                bundles = self._taken(decision, now) if isinstance(decision, Issue) else []
+                bundles = self._all(now)
+                decision = None if bundles or not self._line.active else self._decide(now)
+                bundles = self._taken(decision, now) if isinstance(decision, Issue) else bundles
             if not bundles:
                 break
             most -= sum(len(bundle.requests) for bundle in bundles)
@@ -118,6 +119,18 @@ class Driver:
             self._runner.land()
             self._ring()
         self._runner.land()
+
+    def _all(self, now: float) -> list[Bundle]:
+        """Bundles of all that is pending, out of the line, where they may go out as one; else none."""
+        if not 1 < len(self._line.active) <= self._executor.together:
+            return []
+        self._runner.tell()
+        view = self._line.view(self._executor.loads())
+        issues = self.policy.everything(view, now, self._settings)
+        if not issues or not as_one(issues, self._executor):
+            return []
+        self._line.seen()
+        return [self._runner.pop(issue, now) for issue in issues]
 
     def _decide(self, now: float) -> Decision:
         self._runner.tell()

@@ -28,8 +28,8 @@ __all__ = [
     "Stack",
     "bound_rows",
     "plain_context",
+    "renewed",
     "run_each_alone",
-    "stale",
     "written_rows",
 ]
 
@@ -228,14 +228,17 @@ def written_rows(bundle: Bundle) -> list[int] | None:
     return cast("list[int]", rows)
 
 
-def stale(bundle: Bundle) -> list[Instance]:
-    """The instances of a bundle whose rows no longer hold their weights."""
+def renewed(bundle: Bundle) -> bool:
+    """Whether a bundle read rows that no longer hold their weights; they are written again for the next."""
     storage = bundle.served.storage
-    found = []
-    for instance in {request.instance for request in bundle.requests}:
-        if instance.row is not None and storage.stale(instance.row):
-            found.append(instance)
-    return found
+    found = [
+        instance
+        for instance in {request.instance for request in bundle.requests}
+        if instance.row is not None and storage.stale(instance.row)
+    ]
+    for instance in found:
+        instance.renew = True
+    return bool(found)
 
 
 def run_each_alone(bundle: Bundle) -> None:

@@ -20,15 +20,14 @@ from torch_mux.runtime.executors.base import (
     Flight,
     bound_rows,
     plain_context,
+    renewed,
     run_each_alone,
-    stale,
     written_rows,
 )
 from torch_mux.runtime.executors.capture import Capturer, Steps
 from torch_mux.runtime.executors.device_clock import DeviceClock
 from torch_mux.runtime.executors.joint import JointLauncher
 from torch_mux.runtime.executors.lane_set import LaneSet
-from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, Mark, Marks, marks_of, passed
 from torch_mux.runtime.mixes import MixReport
@@ -159,9 +158,9 @@ class CudaExecutor:
         away = {id(home): home for home in homes.values() if home is not lane}.values()
         after = [flight for home in away for flight in home.last if flight not in lane.flights]
         try:
-            flights = self._joint.launch(lane, bundles, self._clock(), after)
-            if flights is not None:
-                self._again_if_stale(lane, flights)
+            flights, unchanged = self._joint.launch(lane, bundles, self._clock(), after) or (None, True)
+            if not unchanged:
+                self._again_if_stale(lane, flights or ())
         except BaseException as error:
             self._examine(error)
             if self.fault is None:
@@ -181,7 +180,7 @@ class CudaExecutor:
 
     def _again_if_stale(self, lane: Lane, flights: Sequence[CudaFlight]) -> None:
         """Members that read an old row are enqueued again, by themselves, before anybody is told."""
-        old = [flight for flight in flights if _announce(stale(flight.bundle))]
+        old = [flight for flight in flights if renewed(flight.bundle)]
         if old:
             with compat.on_stream(lane.stream), plain_context("cuda"):
                 for flight in old:
@@ -215,7 +214,7 @@ class CudaExecutor:
             known or [],
         )
         flight.kept = (*[request.instance.held for request in bundle.requests], executable, entry, marks)
-        return (known is not None and not changed) or not _announce(stale(bundle))
+        return (known is not None and not changed) or not renewed(bundle)
 
     def _enqueue_flight(self, lane: Lane, flight: CudaFlight, marks: Sequence[Mark]) -> None:
         bundle = flight.bundle
@@ -237,7 +236,7 @@ class CudaExecutor:
             kept.extend(request.instance.held for request in bundle.requests)
             with torch.inference_mode():
                 kept.append(self._enqueue(lane, flight, rows))
-            if not _announce(stale(bundle)):
+            if not renewed(bundle):
                 break
         return tuple(kept)
 
@@ -300,7 +299,9 @@ class CudaExecutor:
     def _ended(self, flight: CudaFlight) -> bool:
         now = self._clock()
         try:
-            if [other for other in flight.after if not other.finished] or not passed(flight.end.event):
+            if [other for other in flight.after if not other.finished]:
+                return False
+            if not (self._times.known(flight.end) or passed(flight.end.event)):
                 return False
             flight.ended, flight.seconds = self._times.ended(flight.start, flight.end, flight.launched, now)
         except Exception as error:
@@ -329,10 +330,12 @@ class CudaExecutor:
         found: list[Flight] = []
         now = self._clock()
         for lane in self._lanes:
-            for head in lane.heads if lane.flights else ():
-                if passed(head.start.event):
-                    head.began = self._times.reached(head.start, now)
-                    found.append(head)
+            heads = lane.heads if lane.flights else ()
+            if heads and passed(heads[0].start.event):
+                began = self._times.reached(heads[0].start, now)
+                for head in heads:
+                    head.began = began
+                found += heads
         return found
 
     def at_it(self, name: QueueName) -> bool:
@@ -390,10 +393,3 @@ class CudaExecutor:
         segments = max((graph.segments for each in graphs for graph in each.values()), default=1)
         captured = tuple(tuple(sorted(each)) for each in graphs)
         return ExecutorReport(captured, self._capturer.failures(served), segments)
-
-
-def _announce(changed: Sequence[Instance]) -> bool:
-    """Has the rows of these instances written again; whether there are any."""
-    for instance in changed:
-        instance.renew = True
-    return bool(changed)

@@ -49,13 +49,16 @@ class JointLauncher:
 
     def launch(
         self, lane: Lane, bundles: Sequence[Bundle], now: float, after: Sequence[CudaFlight] = ()
-    ) -> list[CudaFlight] | None:
+    ) -> tuple[list[CudaFlight], bool] | None:
         """Enqueues the bundles as one; None where they are to go out one by one.
 
         That is so until the graph of the mix is there, and where a row has to be written first.
 
         Args:
             after: flights of other lanes that it waits for on the device.
+
+        Returns:
+            The flights, and whether no row that they read is known to be old: else somebody has to look.
         """
         bundles = sorted(bundles, key=lambda bundle: bundle.served.key)
         members = [
@@ -71,8 +74,8 @@ class JointLauncher:
             now,
         )
         executable = self._executable(lane, mix, members)
-        rows = [written_rows(bundle) for bundle in bundles]
-        whole = executable is not None and all(each is not None for each in rows)
+        rows = [own for bundle in bundles if (own := written_rows(bundle)) is not None]
+        whole = executable is not None and len(rows) == len(bundles)
         joint = whole and (self._book.after <= 0.0 or mix.verdict.next())
         run = MixRun(joint, len(bundles), partial(self._measured, mix))
         for bundle in bundles:
@@ -80,15 +83,15 @@ class JointLauncher:
         if executable is None or not joint:
             return None
         flights = _flights(lane, bundles, now, after)
-        entry = self._filled(lane, executable, flights, cast("list[list[int]]", rows))
+        entry = self._filled(lane, executable, flights, rows)
         marks = marks_of([request for bundle in bundles for request in bundle.requests])
         marks += [flight.end for flight in after]
-        _enqueue(lane, entry, executable, flights[0], marks)
+        unchanged = _enqueue(lane, entry, executable, flights, rows, marks)
         for flight in flights:
             held = [request.instance.held for request in flight.bundle.requests]
             flight.kept = (*held, executable, entry, marks)
         mix.joint += 1
-        return flights
+        return flights, unchanged
 
     def _measured(self, mix: Mix, joint: bool, seconds: float) -> None:
         if mix.measured(joint, seconds):
@@ -141,11 +144,18 @@ def _flights(
 
 
 def _enqueue(
-    lane: Lane, entry: RingEntry, executable: JointExecutable, flight: CudaFlight, marks: Sequence[Mark]
-) -> None:
-    native = compat.native.enqueue()
+    lane: Lane,
+    entry: RingEntry,
+    executable: JointExecutable,
+    flights: Sequence[CudaFlight],
+    rows: Sequence[list[int]],
+    marks: Sequence[Mark],
+) -> bool:
+    """Whether all rows were looked at meanwhile, and none is old."""
+    native, flight = compat.native.enqueue(), flights[0]
     if native is not None and compat.is_current(lane.stream.device):
-        native.enqueue(
+        known = [one.bundle.served.storage.watched(set(own)) for one, own in zip(flights, rows, strict=True)]
+        changed = native.enqueue(
             lane.address,
             [mark.address for mark in marks],
             flight.start.address,
@@ -154,9 +164,9 @@ def _enqueue(
             8 * executable.words,
             executable.graph.address,
             flight.end.address,
-            [],
+            [one for each in known for one in each or ()],
         )
-        return
+        return None not in known and not changed
     with compat.on_stream(lane.stream), plain_context("cuda"), torch.inference_mode():
         for mark in marks:
             lane.stream.wait_event(mark.event)
@@ -164,3 +174,4 @@ def _enqueue(
         lane.ring.send(entry, executable.words)
         executable.graph.replay(lane.stream)
         flight.end.event.record(lane.stream)
+    return False

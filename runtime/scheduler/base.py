@@ -261,6 +261,13 @@ class Policy(Protocol):
         """What to do now; None when nothing that is pending can run. Changes nothing."""
         ...
 
+    def everything(self, view: View, now: float, settings: Settings) -> Sequence[Issue]:
+        """All that is pending, a bundle a program, where nobody has to wait for anybody then; else none.
+
+        They all go out, or the policy is asked what to do by :meth:`form`. Changes nothing.
+        """
+        ...
+
     def next_end(self) -> float | None:
         """Seconds on the clock when a bundle under way will probably have ended; None where there is none."""
         ...

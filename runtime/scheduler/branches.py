@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from torch_mux.runtime.scheduler.base import Issue, LaneLoad, Queue, View
@@ -55,6 +55,10 @@ class Homes:
         return lambda queue: (
             first if queue.ordered else free_lane(view, settings, self.of(queue.key, count, now))
         )
+
+    def settled(self, keys: Iterable[str]) -> bool:
+        """Whether each of these programs has a home."""
+        return all(key in self._homes for key in keys)
 
     def of(self, key: str, count: int, now: float) -> int:
         """The branch of a program, of so many; of one that is new, the branch that it would get now."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
-__all__ = ["Account", "VirtualTime"]
+__all__ = ["Account", "Charge", "VirtualTime"]
 
 _KEPT = 64
 
@@ -31,6 +32,19 @@ class Account:
             self.credit = 0.0
         else:
             self.credit = -amount
+
+
+@dataclass
+class Charge:
+    """What the tenants of a bundle under way were charged before its time was known.
+
+    Attributes:
+        each: device seconds of a slot.
+        units: slots over weight by account.
+    """
+
+    each: float
+    units: dict[Account, float]
 
 
 class VirtualTime:

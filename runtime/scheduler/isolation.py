@@ -77,6 +77,13 @@ class IsolatingPolicy:
                 return self._bounded(others, 1.0 - active, active, mine, active > 0.0, settings)
         return _both((own, mine), (others, rest))
 
+    def everything(self, view: View, now: float, settings: Settings) -> Sequence[Issue]:
+        """See :class:`Policy`; while a reserve is in use it is never so."""
+        if self._reserves or self._mine or any(queue.reserved for queue in view.queues):
+            return ()
+        usable = None if len(view.lanes) == 1 else _of(view.lanes, LaneKind.COMMON)
+        return self.common.everything(view._replace(usable=usable), now, settings)
+
     def _new(self, view: View) -> tuple[list[Queue], Collection[Queue] | None]:
         """The queues of tenants with a reserve; and what is still to be told of what is new.
 

@@ -53,6 +53,10 @@ class OvertakingPolicy(FairPolicy):
             return Busy({}, decision.until)  # whoever comes may be more urgent
         return decision
 
+    def everything(self, view: View, now: float, settings: Settings) -> Sequence[Issue]:
+        """See :class:`Policy`; where bundles may be overtaken the order is never indifferent."""
+        return () if settings.segment is not None else super().everything(view, now, settings)
+
     def _past(
         self,
         view: View,

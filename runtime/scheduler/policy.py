@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import Final
@@ -14,11 +13,11 @@ from torch_mux.runtime.scheduler.base import Busy, Decision, Issue, Queue, Ticke
 from torch_mux.runtime.scheduler.branches import Homes, part_of
 from torch_mux.runtime.scheduler.cohorts import Cohorts
 from torch_mux.runtime.scheduler.deadlines import Urgent, attainable, latest_start, urgent
-from torch_mux.runtime.scheduler.fair import Account, VirtualTime
+from torch_mux.runtime.scheduler.fair import Account, Charge, VirtualTime
 from torch_mux.runtime.scheduler.formation import Turns
 from torch_mux.runtime.scheduler.order import Order, Place
-from torch_mux.runtime.scheduler.predictor import UNKNOWN, Context, Forecast, Predictor, context
-from torch_mux.runtime.scheduler.search import Open, Search, at_once, first_lane, free_lane
+from torch_mux.runtime.scheduler.predictor import UNKNOWN, Forecast, Predictor, context
+from torch_mux.runtime.scheduler.search import Open, Search, all_at_once, at_once, first_lane, free_lane
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
@@ -26,14 +25,6 @@ __all__ = ["FairPolicy"]
 
 _NEVER, _STALE = float("inf"), 1.0
 _WEIGHT: Final[Callable[[Quota], float]] = attrgetter("weight")
-
-
-@dataclass
-class _Charge:
-    """What the tenants of a bundle under way were charged before its time was known."""
-
-    each: float
-    units: dict[Account, float]
 
 
 class FairPolicy:
@@ -80,7 +71,7 @@ class FairPolicy:
         self._times: dict[int, VirtualTime] = {}
         self._news: dict[str, Queue] = {}
         self._timed: dict[str, Queue] = {}
-        self._flying: dict[Issue, _Charge] = {}
+        self._flying: dict[Issue, Charge] = {}
         self._shares: dict[str, float] = {}
         self._measured: dict[str, float] = {}
         self._charging, self._linger = False, 0.0
@@ -96,7 +87,7 @@ class FairPolicy:
             return Busy(until=self._backlog.next_end()) if any(queue.ready for queue in view.queues) else None
         lane_of = self._homes.lane_of(view, settings, now, (free, first))
         only = next(iter(view.queues)) if len(view.queues) == 1 else None
-        if only is not None and not (only.ready and self._free(only.key, now)):
+        if only is not None and not (only.ready and self._free((only.key,), now)):
             only = None
         if only is not None and (issue := at_once(only, lane_of, view, self._cohorts, now, settings)):
             return issue
@@ -109,6 +100,17 @@ class FairPolicy:
                 return self._issue(choice, tuple(only.requests), None, search)
         self._sort_in()
         return self._first(search) or search.nothing()
+
+    def everything(self, view: View, now: float, settings: Settings) -> Sequence[Issue]:
+        """See :class:`Policy`."""
+        keys = {queue.key for queue in view.queues}
+        if not self._free(keys, now, settings.linger):
+            return ()
+        lanes = free_lane(view, settings), first_lane(view, settings)
+        if lanes == (None, None) or (view.lanes[0].branch is not None and not self._homes.settled(keys)):
+            return ()
+        lane_of = self._homes.lane_of(view, settings, now, lanes)
+        return all_at_once(view.queues, lane_of, view, self._cohorts, now, settings)
 
     def _sort_in(self) -> None:
         """Takes what is new, and what became ready, into the order."""
@@ -125,9 +127,10 @@ class FairPolicy:
             if queue.timed:
                 self._timed[queue.key] = queue
 
-    def _free(self, key: str, now: float) -> bool:
-        """Whether a bundle of everything that is pending would take nothing from anybody."""
-        return not self._absent.anybody(now, self._linger, but=None if self._charging else key)
+    def _free(self, keys: Collection[str], now: float, linger: float | None = None) -> bool:
+        """Whether bundles of all that is pending, of these programs, would take nothing from anybody."""
+        lasts = self._linger if linger is None else linger
+        return not self._absent.anybody(now, lasts, but=() if self._charging else keys)
 
     def _whole(self, choice: Open, search: Search) -> bool:
         """Whether all that is pending of a program fits one bundle, and makes nobody late."""
@@ -255,7 +258,7 @@ class FairPolicy:
         assert turns is not None
         ceilings, top = self.order.ceilings(turns, {one: bar.tag for one, bar in bars.items()})
         count = len(queue.requests)
-        if top is None and count <= choice.limit and self._free(queue.key, search.now):
+        if top is None and count <= choice.limit and self._free((queue.key,), search.now):
             return self._issue(choice, tuple(queue.requests), None, search)
         slots, seconds = min(choice.limit, count), self._seconds(choice)
         hurry = {one.flow: one.due for one in urgent}
@@ -304,7 +307,7 @@ class FairPolicy:
         self._cohorts.issued(issue.key, issue.requests)
         slots = len(issue.requests)
         self._shares[issue.key] = issue.share
-        forecast = self.predictor.forecast(issue.key, slots, _where(issue))
+        forecast = self.predictor.forecast(issue.key, slots, context(issue.share, issue.neighbours))
         seconds = forecast.median
         self._backlog.issued(issue, now, seconds)
         self._homes.issued(issue, now, seconds)
@@ -317,7 +320,7 @@ class FairPolicy:
         likely = seconds if forecast.known else min(seconds, UNKNOWN * slots)
         each = likely / slots * self._homes.part(issue)
         units = self._charge(issue, each)
-        self._flying[issue] = _Charge(each, units)
+        self._flying[issue] = Charge(each, units)
         classes = len(self._times) > 1
         levels = {request.quota.priority for request in issue.requests} if classes else self._times.keys()
         priority = max(levels)
@@ -362,7 +365,7 @@ class FairPolicy:
         self._absent.completed(issue, now, seconds, self._backlog.free_at(issue.lane, now))
         slots = len(issue.requests)
         if seconds > 0.0:
-            self.predictor.observe(issue.key, slots, _where(issue), seconds)
+            self.predictor.observe(issue.key, slots, context(issue.share, issue.neighbours), seconds)
             self._measured[issue.key] = now
         if issue.start is None:
             return
@@ -393,7 +396,3 @@ class FairPolicy:
         self._shares.pop(key, None)
         self._measured.pop(key, None)
         self.predictor.forget(key)
-
-
-def _where(issue: Issue) -> Context:
-    return context(issue.share, issue.neighbours)

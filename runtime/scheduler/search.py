@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch_mux.runtime.scheduler.base import (
 from torch_mux.runtime.scheduler.cohorts import Cohorts
 from torch_mux.settings import Settings
 
-__all__ = ["Open", "Search", "at_once", "first_lane", "free_lane"]
+__all__ = ["Open", "Search", "all_at_once", "at_once", "first_lane", "free_lane"]
 
 _NEVER = float("inf")
 
@@ -138,6 +138,28 @@ def at_once(
     return Issue(
         queue.key, requests, share_of(requests), lane, beside, reserved=queue.reserved, branch=branch
     )
+
+
+def all_at_once(
+    queues: Collection[Queue],
+    lane_of: Callable[[Queue], int | None],
+    view: View,
+    cohorts: Cohorts,
+    now: float,
+    settings: Settings,
+) -> Sequence[Issue]:
+    """The same of several programs, a bundle each, the oldest first; none where it is not so for each.
+
+    Args:
+        queues: of which something is pending.
+    """
+    found: list[Issue] = []
+    for queue in queues:
+        issue = at_once(queue, lane_of, view, cohorts, now, settings) if queue.ready else None
+        if issue is None:
+            return ()
+        found.append(issue)
+    return found
 
 
 def _neighbours(lanes: Sequence[LaneLoad], lane: int) -> int:

@@ -98,11 +98,11 @@ class World:
 
     def _launch(
         self, lane: Any, bundles: Sequence[Bundle], now: float, after: Sequence[CudaFlight]
-    ) -> list[CudaFlight] | None:
+    ) -> tuple[list[CudaFlight], bool] | None:
         for request in (request for bundle in bundles for request in bundle.requests if self.joint):
             if request.instance.row is None:
                 request.instance.bind()
-        return _flights(lane, bundles, now, after) if self.joint else None
+        return (_flights(lane, bundles, now, after), True) if self.joint else None
 
     def bundle(
         self, name: str, quota: Quota | None = None, share: float = 1.0, reserve: float = 0.0

@@ -114,6 +114,10 @@ class World:
         self.launcher.configure(Settings(keep_plans=False, pack_after=0.0))
         self.lane: Any = Lane(self.log)
 
+    def launch(self, *args: Any) -> Any:
+        found = self.launcher.launch(*args)
+        return None if found is None else found[0]
+
     @contextlib.contextmanager
     def _on(self, stream: Stream) -> Iterator[None]:
         before = getattr(self.current, "stream", None)
@@ -195,17 +199,17 @@ def ready(world: World, names: Sequence[str]) -> Any:
 def test_a_mix_is_captured_when_it_comes_again_and_then_used(world: World) -> None:
     engine = ready(world, ["a", "b"])
     bundles = world.bundles(engine, ("b", 1), ("a", 3))
-    assert world.launcher.launch(world.lane, bundles, 0.0) is None
+    assert world.launch(world.lane, bundles, 0.0) is None
     assert world.jobs.jobs == []
-    assert world.launcher.launch(world.lane, bundles, 0.0) is None
-    assert world.launcher.launch(world.lane, bundles, 0.0) is None
+    assert world.launch(world.lane, bundles, 0.0) is None
+    assert world.launch(world.lane, bundles, 0.0) is None
     assert len(world.jobs.jobs) == 1, "it is asked for once"
     world.jobs.work()
-    flights = world.launcher.launch(world.lane, bundles, 0.0)
+    flights = world.launch(world.lane, bundles, 0.0)
     assert flights is not None
     assert [flight.follows for flight in flights] == [False, True]
     assert [flight.bundle.served.key for flight in flights] == ["print-a", "print-b"]
-    _, entry, executable, _, _ = world.enqueued[0]
+    _, entry, executable, *_ = world.enqueued[0]
     table = entry.host
     one, two = executable.layouts
     assert (one.slots, two.slots, executable.starts) == (3, 1, (0, one.words))
@@ -223,7 +227,7 @@ def test_matched_launches_join_the_streams_and_what_follows_is_plain(world: Worl
     engine = ready(world, ["a", "b"])
     bundles = world.bundles(engine, ("a", 1), ("b", 1))
     for _ in range(2):
-        world.launcher.launch(world.lane, bundles, 0.0)
+        world.launch(world.lane, bundles, 0.0)
     world.jobs.work()
     (mix,) = world.book._mixes.values()
     assert mix.schedule is not None
@@ -244,7 +248,7 @@ def test_matched_launches_join_the_streams_and_what_follows_is_plain(world: Worl
     world.capturer.configure(Settings(match=False, keep_plans=False))
     assert world.launcher.reports() == ()
     for _ in range(2):
-        world.launcher.launch(world.lane, bundles, 0.0)
+        world.launch(world.lane, bundles, 0.0)
     world.jobs.work()
     assert "one waits for two" not in world.log
     assert all(line.split(": ")[1].startswith("dependent") for line in world.log if ": " in line)
@@ -255,14 +259,14 @@ def test_a_capture_that_is_lost_is_tried_again_and_one_that_fails_is_told(world:
     bundles = world.bundles(engine, ("a", 1), ("b", 1))
     world.lost = 2
     for _ in range(2):
-        world.launcher.launch(world.lane, bundles, 0.0)
+        world.launch(world.lane, bundles, 0.0)
     world.jobs.work()
     assert world.graphs == 3
-    assert world.launcher.launch(world.lane, bundles, 0.0) is not None
+    assert world.launch(world.lane, bundles, 0.0) is not None
     other = world.bundles(engine, ("a", 2), ("b", 1))
     world.lost = 3
     for _ in range(4):
-        assert world.launcher.launch(world.lane, other, 0.0) is None
+        assert world.launch(world.lane, other, 0.0) is None
         world.jobs.work()
     report = world.launcher.reports()[-1]
     assert report.state == "could not be built" and "another thread ended" in report.reason
@@ -272,12 +276,12 @@ def test_tables_that_moved_need_another_graph(world: World) -> None:
     engine = ready(world, ["a", "b"])
     bundles = world.bundles(engine, ("a", 1), ("b", 1))
     for _ in range(2):
-        world.launcher.launch(world.lane, bundles, 0.0)
+        world.launch(world.lane, bundles, 0.0)
     world.jobs.work()
     world.lab.plans["b"].storage.generation += 1
-    assert world.launcher.launch(world.lane, bundles, 0.0) is None
+    assert world.launch(world.lane, bundles, 0.0) is None
     world.jobs.work()
-    assert world.launcher.launch(world.lane, bundles, 0.0) is not None
+    assert world.launch(world.lane, bundles, 0.0) is not None
     assert world.graphs == 2
 
 
@@ -285,7 +289,7 @@ def test_a_program_that_is_dropped_while_its_mix_is_built(world: World) -> None:
     engine = ready(world, ["a", "b"])
     bundles = world.bundles(engine, ("a", 1), ("b", 1))
     for _ in range(2):
-        world.launcher.launch(world.lane, bundles, 0.0)
+        world.launch(world.lane, bundles, 0.0)
     world.launcher.forget(bundles[0].served)
     world.jobs.work()
     assert world.graphs == 0
@@ -296,10 +300,10 @@ def test_rows_that_are_not_written_yet_go_by_themselves(world: World) -> None:
     engine = ready(world, ["a", "b"])
     bundles = world.bundles(engine, ("a", 1), ("b", 1))
     for _ in range(2):
-        world.launcher.launch(world.lane, bundles, 0.0)
+        world.launch(world.lane, bundles, 0.0)
     world.jobs.work()
     bundles[0].requests[0].instance.renew = True
-    assert world.launcher.launch(world.lane, bundles, 0.0) is None
+    assert world.launch(world.lane, bundles, 0.0) is None
     assert world.enqueued == []
 
 
@@ -308,7 +312,7 @@ def test_a_mix_too_large_for_a_table_is_not_built(world: World, monkeypatch: pyt
     bundles = world.bundles(engine, ("a", 3), ("b", 1))
     monkeypatch.setattr(joint.Lane, "words", staticmethod(lambda: 8))
     for _ in range(3):
-        assert world.launcher.launch(world.lane, bundles, 0.0) is None
+        assert world.launch(world.lane, bundles, 0.0) is None
     assert world.jobs.jobs == []
     assert world.launcher.reports()[0].state == MixState.FAILED.value
 
@@ -340,7 +344,7 @@ def test_a_mix_that_goes_on_is_built_and_the_slower_way_is_left(
 
     def once(now: float) -> bool:
         """Whether it went out as one; that way it takes twice as long."""
-        flights = world.launcher.launch(world.lane, bundles, now)
+        flights = world.launch(world.lane, bundles, now)
         for bundle in bundles:
             assert bundle.run is not None
             bundle.run.landed(1e-3 if flights is None else 2e-3, failed=False)
@@ -369,7 +373,7 @@ def test_a_mix_that_an_earlier_process_found_slower_is_not_built(
     bundles = world.bundles(engine, ("a", 1), ("b", 1))
     world.launcher.configure(Settings(pack_after=0.1, keep_plans=True))
     for number in range(100):
-        assert world.launcher.launch(world.lane, bundles, 0.01 * number) is None
+        assert world.launch(world.lane, bundles, 0.01 * number) is None
         world.jobs.work()
     assert world.graphs == 0
     assert "own plans are used" in world.launcher.reports()[0].measured
