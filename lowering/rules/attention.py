@@ -70,6 +70,9 @@ def _vendor(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[st
     folded = {n: context.fold(Slotted(v)) if isinstance(v, Tensor) else v for n, v in given.items()}
     if target in _SPLITTING:
         target, folded = _EFFICIENT, _without_splits(folded)
+    if target is _EFFICIENT and folded.get("attn_bias") is not None:
+        whole = (*folded["query"].shape[:-1], folded["key"].shape[-2])
+        folded["attn_bias"] = _dense(folded["attn_bias"]).expand(whole)  # it broadcasts nothing itself
     result = target(**folded)
     return (context.unfold(result[0]), *([None] * (len(result) - 1)))
 

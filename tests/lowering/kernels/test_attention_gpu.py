@@ -125,8 +125,11 @@ def test_it_may_be_captured(gpu_tools: Any) -> None:
     assert torch.equal(out.transpose(2, 3)[:2], want[:2]) and not out[2:].any()
 
 
-@pytest.mark.parametrize("shape", [(4, 600, 160, HALF), (2, 300, 256, BRAIN), (4, 600, 64, FULL)])
-def test_bits_of_what_is_left_to_the_vendor(shape: tuple[int, int, int, torch.dtype]) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(4, 600, 160, HALF), (2, 300, 256, BRAIN), (4, 600, 64, FULL), (4, 385, 64, HALF)]
+)
+def test_bits_of_what_is_left_to_the_vendor(shape: tuple[int, int, int, torch.dtype], masked: bool) -> None:
     heads, length, width, dtype = shape
 
     class Attending(torch.nn.Module):
@@ -134,19 +137,22 @@ def test_bits_of_what_is_left_to_the_vendor(shape: tuple[int, int, int, torch.dt
             super().__init__()
             self.into = torch.nn.Linear(32, 3 * heads * width)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             parts = self.into(x).unflatten(-1, (3, heads, width)).unbind(-3)
             q, k, v = (part.transpose(-2, -3) for part in parts)
-            return F.scaled_dot_product_attention(q, k, v).sum(1)
+            return F.scaled_dot_product_attention(q, k, v, mask if masked else None).sum(1)
 
     nets = [Attending().eval().to(CUDA, dtype) for _ in range(12)]
     models: list[Any] = [torch.compile(net, backend="mux", dynamic=False) for net in nets]
     inputs = [torch.randn(1, length, 32, device=CUDA, dtype=dtype) for _ in nets]
+    masks = [torch.zeros(1, 1, 1, length, device=CUDA, dtype=dtype) for _ in nets]
+    for number, mask in enumerate(masks):
+        mask[..., length - 20 * number :] = torch.finfo(dtype).min  # all are seen by the first
     with torch.inference_mode():
-        together = torch_mux.gather(*zip(models, inputs, strict=True))
-        for model, x, answer, net in zip(models, inputs, together, nets, strict=True):
-            assert torch.equal(torch_mux.gather((model, x))[0], answer)
-            assert error(answer, net.double()(x.double())) < 0.02
+        together = torch_mux.gather(*zip(models, inputs, masks, strict=True))
+        for model, x, mask, answer, net in zip(models, inputs, masks, together, nets, strict=True):
+            assert torch.equal(torch_mux.gather((model, x, mask))[0], answer)
+            assert error(answer, net.double()(x.double(), mask.double())) < 0.02
             net.to(dtype)
     (program,) = torch_mux.explain().programs
     assert program.coalesced and "attention" not in str(program).split("operations")[0]
