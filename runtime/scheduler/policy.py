@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import Final
@@ -13,11 +13,12 @@ from torch_mux.runtime.scheduler.base import Busy, Decision, Issue, Queue, Ticke
 from torch_mux.runtime.scheduler.branches import Homes, part_of
 from torch_mux.runtime.scheduler.cohorts import Cohorts
 from torch_mux.runtime.scheduler.deadlines import Urgent, attainable, latest_start, urgent
+from torch_mux.runtime.scheduler.everything import all_at_once, even_start
 from torch_mux.runtime.scheduler.fair import Account, Charge, VirtualTime
 from torch_mux.runtime.scheduler.formation import Turns
 from torch_mux.runtime.scheduler.order import Order, Place
 from torch_mux.runtime.scheduler.predictor import UNKNOWN, Forecast, Predictor, context
-from torch_mux.runtime.scheduler.search import Open, Search, all_at_once, at_once, first_lane, free_lane
+from torch_mux.runtime.scheduler.search import Open, Search, at_once, first_lane, free_lane
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
@@ -87,7 +88,7 @@ class FairPolicy:
             return Busy(until=self._backlog.next_end()) if any(queue.ready for queue in view.queues) else None
         lane_of = self._homes.lane_of(view, settings, now, (free, first))
         only = next(iter(view.queues)) if len(view.queues) == 1 else None
-        if only is not None and not (only.ready and self._free((only.key,), now)):
+        if only is not None and not (only.ready and self._free(only.key, now)):
             only = None
         if only is not None and (issue := at_once(only, lane_of, view, self._cohorts, now, settings)):
             return issue
@@ -102,23 +103,25 @@ class FairPolicy:
         return self._first(search) or search.nothing()
 
     def everything(self, view: View, now: float, settings: Settings) -> Sequence[Issue]:
-        """See :class:`Policy`."""
-        keys = {queue.key for queue in view.queues}
-        if not self._free(keys, now, settings.linger):
+        """See :class:`Policy`; who is at work or expected back must be of these programs."""
+        lanes, start = (free_lane(view, settings), first_lane(view, settings)), None
+        keys, lasts = {queue.key for queue in view.queues}, settings.linger
+        known = view.lanes[0].branch is None or self._homes.settled(keys)
+        if not known or lanes == (None, None) or self._absent.anybody(now, lasts, but=keys):
             return ()
-        lanes = free_lane(view, settings), first_lane(view, settings)
-        if lanes == (None, None) or (view.lanes[0].branch is not None and not self._homes.settled(keys)):
-            return ()
+        if self._charging and self._absent.anybody(now, lasts):
+            _, expected = self._absent.bars("", now, lasts, self._time)
+            if (start := even_start(view.queues, self._time, self._weight, expected, self._alone)) is None:
+                return ()
         lane_of = self._homes.lane_of(view, settings, now, lanes)
-        return all_at_once(view.queues, lane_of, view, self._cohorts, now, settings)
+        return all_at_once(view, lane_of, self._cohorts, now, settings, start)
 
     def _sort_in(self) -> None:
         """Takes what is new, and what became ready, into the order."""
         self.order.wake(self._time)
-        if self._news:
-            for queue in self._news.values():
-                self.order.put(queue, self._time)
-            self._news.clear()
+        for queue in self._news.values():
+            self.order.put(queue, self._time)
+        self._news.clear()
 
     def note(self, fresh: Iterable[Queue]) -> None:
         """Something new is pending in these; see :class:`View`."""
@@ -127,10 +130,9 @@ class FairPolicy:
             if queue.timed:
                 self._timed[queue.key] = queue
 
-    def _free(self, keys: Collection[str], now: float, linger: float | None = None) -> bool:
-        """Whether bundles of all that is pending, of these programs, would take nothing from anybody."""
-        lasts = self._linger if linger is None else linger
-        return not self._absent.anybody(now, lasts, but=() if self._charging else keys)
+    def _free(self, key: str, now: float) -> bool:
+        """Whether a bundle of everything that is pending would take nothing from anybody."""
+        return not self._absent.anybody(now, self._linger, but=() if self._charging else (key,))
 
     def _whole(self, choice: Open, search: Search) -> bool:
         """Whether all that is pending of a program fits one bundle, and makes nobody late."""
@@ -145,9 +147,8 @@ class FairPolicy:
     def _held(self, choice: Open, search: Search) -> tuple[float | None, int] | None:
         """For how long, and for how many, a program is held; see :class:`Cohorts`."""
         queue = choice.queue
-        if len(queue.requests) >= choice.limit:
-            return None
-        awaited = self._cohorts.awaited(queue, search.now, search.settings)
+        full = len(queue.requests) >= choice.limit
+        awaited = None if full else self._cohorts.awaited(queue, search.now, search.settings)
         if awaited is None or not queue.timed:
             return awaited
         moment, missing = awaited
@@ -258,7 +259,7 @@ class FairPolicy:
         assert turns is not None
         ceilings, top = self.order.ceilings(turns, {one: bar.tag for one, bar in bars.items()})
         count = len(queue.requests)
-        if top is None and count <= choice.limit and self._free((queue.key,), search.now):
+        if top is None and count <= choice.limit and self._free(queue.key, search.now):
             return self._issue(choice, tuple(queue.requests), None, search)
         slots, seconds = min(choice.limit, count), self._seconds(choice)
         hurry = {one.flow: one.due for one in urgent}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch_mux.runtime.scheduler.base import (
 from torch_mux.runtime.scheduler.cohorts import Cohorts
 from torch_mux.settings import Settings
 
-__all__ = ["Open", "Search", "all_at_once", "at_once", "first_lane", "free_lane"]
+__all__ = ["Open", "Search", "at_once", "first_lane", "free_lane"]
 
 _NEVER = float("inf")
 
@@ -120,12 +120,14 @@ def at_once(
     cohorts: Cohorts,
     now: float,
     settings: Settings,
+    start: float | None = None,
 ) -> Issue | None:
     """All that is pending of a program, where no time, hold or part of the device has to be weighed.
 
     Args:
         lane_of: see :class:`Search`.
         cohorts: for how long programs are held for companions.
+        start: of the issue.
     """
     count, limit = len(queue.requests), max(1, min(settings.max_bundle, queue.slots))
     if count > limit or queue.timed or settings.beside is not None:
@@ -135,31 +137,7 @@ def at_once(
         return None
     requests, branch = tuple(queue.requests), view.lanes[lane].branch
     beside = _neighbours(view.lanes, lane)
-    return Issue(
-        queue.key, requests, share_of(requests), lane, beside, reserved=queue.reserved, branch=branch
-    )
-
-
-def all_at_once(
-    queues: Collection[Queue],
-    lane_of: Callable[[Queue], int | None],
-    view: View,
-    cohorts: Cohorts,
-    now: float,
-    settings: Settings,
-) -> Sequence[Issue]:
-    """The same of several programs, a bundle each, the oldest first; none where it is not so for each.
-
-    Args:
-        queues: of which something is pending.
-    """
-    found: list[Issue] = []
-    for queue in queues:
-        issue = at_once(queue, lane_of, view, cohorts, now, settings) if queue.ready else None
-        if issue is None:
-            return ()
-        found.append(issue)
-    return found
+    return Issue(queue.key, requests, share_of(requests), lane, beside, start, queue.reserved, branch=branch)
 
 
 def _neighbours(lanes: Sequence[LaneLoad], lane: int) -> int:

@@ -73,14 +73,60 @@ def test_who_is_expected_back_to_another_program_is_waited_for(ended: bool) -> N
     assert policy.everything(View(pending(1, 1), IDLE), 1e-3 + 2 * LINGER, settings)
 
 
-def test_who_was_charged_is_not_forgiven_while_somebody_is_at_work() -> None:
-    """After an order was kept, all tags are reset only when nobody is under way."""
-    policy, settings = FairPolicy(), chosen(max_bundle=2)
-    queues = pending(3, 1)
-    issue = policy.form(View(queues, IDLE), 0.0, settings)
+def contended(policy: FairPolicy, settings: Settings) -> None:
+    """Somebody was left behind, so that tenants are charged; his program is "a"."""
+    issue = policy.form(View(pending(9, 1), IDLE), 0.0, settings)
     assert isinstance(issue, Issue) and issue.start is not None
     policy.issued(issue, 0.0)
-    assert not policy.everything(View(pending(1, 1), [LaneLoad(1)]), 1e-4, settings)
+
+
+def test_while_somebody_is_at_work_those_who_go_are_charged() -> None:
+    policy, settings = FairPolicy(), chosen()
+    contended(policy, settings)
+    before = {name: policy._time(0).account(name).tag for name in ("a0", "b0")}
+    found = policy.everything(View(pending(1, 1), [LaneLoad(1)]), 1e-4, settings)
+    assert [issue.start for issue in found] == [min(before.values())] * 2
+    for issue in found:
+        policy.issued(issue, 1e-4)
+    assert all(policy._time(0).account(name).tag > tag for name, tag in before.items())
+
+
+def test_who_is_ahead_by_more_than_a_bundle_waits_for_others() -> None:
+    policy, settings = FairPolicy(), chosen()
+    contended(policy, settings)
+    policy._time(0).account("a0").charge(1.0)
+    lanes = [LaneLoad(1)]
+    assert not policy.everything(View(pending(1, 1), lanes), 1e-4, settings)
+    assert policy.everything(View(pending(0, 1, 1)[1:], lanes), 1e-4, settings) == (), "a0 is expected back"
+
+
+def test_of_several_classes_the_higher_goes_first() -> None:
+    policy, settings = FairPolicy(), chosen()
+    contended(policy, settings)
+    queues = [*pending(1), Queue("b", [Ticket(0.0, 1, Quota("high", priority=1))])]
+    assert not policy.everything(View(queues, [LaneLoad(1)]), 1e-4, settings)
+
+
+def test_two_programs_that_come_together_stay_together_and_neither_starves() -> None:
+    """The device time of one is three times the other's; both clients ask again at once."""
+    took = {"a": 1e-3, "b": 3e-3}
+    policy, settings = FairPolicy(), chosen(linger=0.0)
+    served = dict.fromkeys(took, 0)
+    now = 0.0
+    for _ in range(200):
+        queues = [Queue(key, [Ticket(now, 1, Quota(key))]) for key in took]
+        issues = list(policy.everything(View(queues, IDLE), now, settings))
+        if not issues:
+            decision = policy.form(View(queues, IDLE), now, settings)
+            assert isinstance(decision, Issue)
+            issues = [decision]
+        for issue in issues:
+            policy.issued(issue, now)
+        for issue in issues:
+            now += took[issue.key]
+            policy.completed(issue, now, took[issue.key])
+            served[issue.key] += 1
+    assert min(served.values()) >= 60
 
 
 def test_a_deadline_a_part_of_the_device_a_hold_or_no_plan_ask_for_an_order() -> None:
