@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch_mux.runtime.scheduler.base import Issue, Ticket
@@ -130,12 +130,12 @@ class Absent:
             self._ended = [flight for flight, _ in found]
         return found
 
-    def anybody(self, now: float, linger: float, but: Collection[str] = ()) -> bool:
-        """Whether somebody is expected back, of another program than those."""
+    def anybody(self, now: float, linger: float, but: str | None = None) -> bool:
+        """Whether somebody is expected back, of another program than ``but``."""
         for flight in self._flights.values():
-            if flight.key not in but:
+            if flight.key != but:
                 return True
-        return bool(self._ended) and any(flight.key not in but for flight, _ in self._lately(now, linger))
+        return bool(self._ended) and any(flight.key != but for flight, _ in self._lately(now, linger))
 
     def bars(
         self, key: str, now: float, linger: float, times: Callable[[int], VirtualTime]

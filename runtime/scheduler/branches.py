@@ -56,9 +56,9 @@ class Homes:
             first if queue.ordered else free_lane(view, settings, self.of(queue.key, count, now))
         )
 
-    def settled(self, keys: Iterable[str]) -> bool:
+    def settled(self, queues: Iterable[Queue]) -> bool:
         """Whether each of these programs has a home."""
-        return all(key in self._homes for key in keys)
+        return all(queue.key in self._homes for queue in queues)
 
     def of(self, key: str, count: int, now: float) -> int:
         """The branch of a program, of so many; of one that is new, the branch that it would get now."""

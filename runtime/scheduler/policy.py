@@ -103,14 +103,13 @@ class FairPolicy:
         return self._first(search) or search.nothing()
 
     def everything(self, view: View, now: float, settings: Settings) -> Sequence[Issue]:
-        """See :class:`Policy`; who is at work or expected back must be of these programs."""
+        """See :class:`Policy`; while somebody is at work or expected back, tenants are charged as ever."""
         lanes, start = (free_lane(view, settings), first_lane(view, settings)), None
-        keys, lasts = {queue.key for queue in view.queues}, settings.linger
-        known = view.lanes[0].branch is None or self._homes.settled(keys)
-        if not known or lanes == (None, None) or self._absent.anybody(now, lasts, but=keys):
+        homeless = view.lanes[0].branch is not None and not self._homes.settled(view.queues)
+        if lanes == (None, None) or homeless:
             return ()
-        if self._charging and self._absent.anybody(now, lasts):
-            _, expected = self._absent.bars("", now, lasts, self._time)
+        if self._absent.anybody(now, settings.linger):
+            _, expected = self._absent.bars("", now, settings.linger, self._time)
             if (start := even_start(view.queues, self._time, self._weight, expected, self._alone)) is None:
                 return ()
         lane_of = self._homes.lane_of(view, settings, now, lanes)
@@ -132,7 +131,7 @@ class FairPolicy:
 
     def _free(self, key: str, now: float) -> bool:
         """Whether a bundle of everything that is pending would take nothing from anybody."""
-        return not self._absent.anybody(now, self._linger, but=() if self._charging else (key,))
+        return not self._absent.anybody(now, self._linger, but=None if self._charging else key)
 
     def _whole(self, choice: Open, search: Search) -> bool:
         """Whether all that is pending of a program fits one bundle, and makes nobody late."""

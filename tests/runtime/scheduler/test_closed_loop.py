@@ -251,7 +251,7 @@ def test_a_bundle_that_did_not_run_is_expected_by_nobody() -> None:
     made = Issue("b", [ticket("x", 0.0)], 1.0)
     absent.issued(made, 0.0, 1.0, LINGER)
     assert absent.anybody(0.0, LINGER)
-    assert not absent.anybody(0.0, LINGER, but={"b"})
+    assert not absent.anybody(0.0, LINGER, but="b")
     absent.completed(made, 1.0, 0.0, 1.0)
     assert not absent.anybody(1.0, LINGER)
 
