@@ -23,6 +23,7 @@ __all__ = ["Driver"]
 _QUIET = 2e-3
 _POLL = 50e-6
 _FLOOD = 2  # bundles
+_MOST_MISSES = 6
 
 
 class Driver:
@@ -50,6 +51,7 @@ class Driver:
         self._clock = clock
         self._line = line
         self._runner = runner
+        self._misses = self._skip = 0
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
@@ -81,17 +83,16 @@ class Driver:
             nap: Waiter | None = None
             with self._runner.mutex:
                 now = self._clock()
-                bundles = self._all(now)
-                decision = None if bundles else self._decide(now)
-                if isinstance(decision, Issue):
-                    bundles = self._taken(decision, now)
-                elif landed and decision is not None and decision.wake is not None:
+                decision, bundles = self._next(now)
+                if landed and isinstance(decision, (Busy, Later)) and decision.wake is not None:
                     nap = self._line.lie_down(decision.wake)
                     until = min(self._until(decision, now), self._line.alarms.next())
+            looked, landed = landed, False
             if bundles:
                 self._runner.run(bundles)
-            elif not landed:
+            elif not looked:
                 self._runner.land()
+                landed = True
             elif decision is None:
                 return
             elif nap is not None:
@@ -99,7 +100,9 @@ class Driver:
             elif isinstance(decision, Busy):
                 with self._resting():
                     self._executor.await_end(self.interrupt)
-            landed = not bundles and not landed
+                if not self.interrupt:
+                    self._runner.land()
+                    landed = True
             self._ring()
         self._runner.land()
 
@@ -108,10 +111,7 @@ class Driver:
         self._ring()
         while most > 0:
             with self._runner.mutex:
-                now = self._clock()
-                bundles = self._all(now)
-                decision = None if bundles or not self._line.active else self._decide(now)
-                bundles = self._taken(decision, now) if isinstance(decision, Issue) else bundles
+                bundles = self._next(self._clock())[1] if self._line.active else []
             if not bundles:
                 break
             most -= sum(len(bundle.requests) for bundle in bundles)
@@ -120,10 +120,29 @@ class Driver:
             self._ring()
         self._runner.land()
 
+    def _next(self, now: float) -> tuple[Decision, list[Bundle]]:
+        """What to do, and the bundles that go out now, out of the line; something is pending.
+
+        Where an order had to be kept again and again, it is asked less and less often whether all may go.
+        """
+        several = 1 < len(self._line.active) <= self._executor.together
+        if several and not self._skip:
+            bundles = self._all(now)
+            if bundles:
+                self._misses = 0
+                return None, bundles
+        decision = self._decide(now)
+        if not isinstance(decision, Issue):
+            return decision, []
+        if several and self._skip:
+            self._skip -= 1
+        elif several:
+            self._misses = min(_MOST_MISSES, self._misses + 1)
+            self._skip = (1 << self._misses - 1) - 1
+        return decision, self._taken(decision, now)
+
     def _all(self, now: float) -> list[Bundle]:
         """Bundles of all that is pending, out of the line, where they may go out as one; else none."""
-        if not 1 < len(self._line.active) <= self._executor.together:
-            return []
         self._runner.tell()
         view = self._line.view(self._executor.loads())
         issues = self.policy.everything(view, now, self._settings)
