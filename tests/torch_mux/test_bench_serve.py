@@ -6,6 +6,7 @@ import heapq
 import itertools
 import json
 import math
+import queue
 import statistics
 import threading
 import time
@@ -131,8 +132,54 @@ def test_latency_counts_from_the_scheduled_time(world: _World) -> None:
     stalled = _Slow(world)
     stalled.stall = 0.2
     found = drive(stalled, [Traffic(CLIENT, rate=100.0)], Window(0.3, 0.0))
-    # The generator stood still for 0.2 s: what was due meanwhile waited, though the server was quick.
-    assert found.p99 > 0.1 and found.lag > 0.1
+    # The server kept the generator for 0.2 s: what was due meanwhile waited, and not for the generator.
+    assert found.p99 > 0.1 and found.held > 0.1 and found.lag < 1e-3
+
+
+def test_a_generator_that_sleeps_too_long_is_late_itself(
+    world: _World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps, sleep = itertools.count(), world.sleep
+    late = {20: 0.2}  # the twentieth nap is that long
+    monkeypatch.setattr(load.time, "sleep", lambda gap: sleep(late.get(next(naps), gap)))
+    found = drive(_Slow(world), [Traffic(CLIENT, rate=100.0)], Window(0.3, 0.0))
+    assert found.p99 > 0.1 and found.lag > 0.1 and found.held == 0.0
+    # What comes before the window counts for nothing in it.
+    naps = itertools.count()
+    found = drive(_Slow(world), [Traffic(CLIENT, rate=100.0)], Window(0.3, 0.5))
+    assert found.p99 < 1e-2 and found.lag < 1e-2
+
+
+def test_cpu_time_is_told_by_thread() -> None:
+    """Of a server's thread, of its calls on the generator's, and the generator's own."""
+    jobs: queue.SimpleQueue[tuple[int, Finished] | None] = queue.SimpleQueue()
+
+    def burn(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    class Busy(_Slow):
+        def submit(self, batch: Sequence[Shot], finished: Finished) -> None:
+            for number, _, _ in batch:
+                burn(1e-3)
+                jobs.put((number, finished))
+
+    def work() -> None:
+        while (job := jobs.get()) is not None:
+            burn(3e-3)
+            job[1](job[0], time.perf_counter(), None)
+
+    thread = threading.Thread(target=work, name="busy-7", daemon=True)
+    thread.start()
+    found = drive(Busy(_World()), [Traffic(CLIENT, rate=40.0)], Window(0.5, 0.0))
+    jobs.put(None)
+    thread.join()
+    assert 1e-3 <= found.parts["submit"] < 2e-3
+    assert 0.0 < found.asleep <= found.cost < 2e-3
+    assert found.host > 4e-3
+    if Path("/proc/self/task").is_dir():
+        assert 3e-3 <= found.parts["busy"] < 4e-3
 
 
 def test_a_late_generator_sends_all_that_was_due(world: _World) -> None:
@@ -260,10 +307,14 @@ def test_what_the_budget_does_not_reach_is_in_the_table(
 
 @pytest.mark.parametrize(
     ("figure", "names"),
-    [("knob", ["tiny-cnn"]), ("weights", ["tiny-cnn", "tiny-encoder", "tiny-mlp", "tiny-mixer"])],
+    [
+        ("knob", {"tiny-cnn": "4 of 64"}),
+        ("latency", dict.fromkeys(["tiny-cnn", "tiny-encoder", "tiny-mlp", "tiny-mixer"], "4 of 64")),
+        ("weights", dict.fromkeys(["tiny-cnn@8", "tiny-encoder@8", "tiny-mlp@8", "tiny-mixer@8"], "16 of 16")),
+    ],
 )
 def test_what_the_figures_serve_is_compiled_ahead(
-    figure: str, names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    figure: str, names: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[Any] = []
 
@@ -271,7 +322,7 @@ def test_what_the_figures_serve_is_compiled_ahead(
         wanted: list[Any], jobs: int, limit: float, flags: list[str], say: Any
     ) -> dict[str, str]:
         asked.append((jobs, limit, flags))
-        return {one.name: f"{one.count} of {one.bundle}" for one in wanted}
+        return {one.label: f"{one.count} of {one.bundle}" for one in wanted}
 
     monkeypatch.setattr(serve, "compile_ahead", compile_ahead)
     monkeypatch.setattr(serve, "draw", lambda report, path: None)
@@ -281,7 +332,7 @@ def test_what_the_figures_serve_is_compiled_ahead(
     assert serve.main([*flags, "--json", str(record)]) == 0
     peers = ["--inductor"] if figure == "knob" else []
     assert asked == [(3, 50.0, ["--mux", *peers, "--device=cpu", "--dtype=float32"])]
-    assert json.loads(record.read_text())["ahead"]["programs"] == dict.fromkeys(names, "4 of 64")
+    assert json.loads(record.read_text())["ahead"]["programs"] == names
 
 
 @pytest.mark.parametrize(
@@ -294,6 +345,7 @@ def test_what_the_figures_serve_is_compiled_ahead(
         (["--servers", "mux,tpu"], "unknown servers mux, tpu"),
         (["--tenants", "0"], "at least 4"),
         (["--seconds", "0"], "positive"),
+        (["--samples", "0"], "--samples must be at least 1"),
         (["--bound", "soon"], "--bound"),
     ],
 )

@@ -19,6 +19,8 @@ from typing import IO, Any, Final
 
 import torch
 
+from torch_mux.bench.workloads import DTYPES, batched, batched_name, build
+
 __all__ = ["Wanted", "compile_ahead", "main"]
 
 _POLL: Final = 0.05
@@ -34,22 +36,25 @@ class Wanted:
         count: requests of its bundles.
         bundle: ``max_bundle`` of the process that will serve it.
         masked: with a mask of the attention.
+        samples: of each request; of several, by mux alone.
     """
 
     name: str
     count: int
     bundle: int
     masked: bool = False
+    samples: int = 1
 
     @property
     def label(self) -> str:
         """For people."""
-        return f"{self.name} with a mask" if self.masked else self.name
+        name = batched_name(self.name, self.samples)
+        return f"{name} with a mask" if self.masked else name
 
     @property
     def flags(self) -> list[str]:
         """For :func:`main`."""
-        sizes = [f"--count={self.count}", f"--bundle={self.bundle}"]
+        sizes = [f"--count={self.count}", f"--bundle={self.bundle}", f"--samples={self.samples}"]
         return [self.name, *sizes, *["--masked"] * self.masked]
 
 
@@ -132,10 +137,11 @@ def _compile(given: argparse.Namespace) -> None:
     from torch_mux.bench.contenders import inductor_callables
     from torch_mux.bench.mix_contenders import mask_of
     from torch_mux.bench.mix_rows import workload_of
-    from torch_mux.bench.workloads import DTYPES, build
 
     device, dtype = torch.device(given.device), DTYPES[given.dtype]
     tenants = build(workload_of(given.name), 1, device, dtype, variants=1)
+    if given.samples > 1:
+        tenants = batched(tenants, given.samples)
     request: tuple[Any, ...] = tenants.requests[0][0]
     if given.masked:
         length = request[0].shape[-1]
@@ -147,7 +153,7 @@ def _compile(given: argparse.Namespace) -> None:
             torch_mux.warmup(model, *request, sizes=(1, given.count))
             if not state.engine().quiesce(given.patience, ahead=True):
                 raise TimeoutError(f"still compiling after {given.patience:g} s")
-        if given.inductor and not given.masked:
+        if given.inductor and not given.masked and given.samples == 1:
             inductor_callables(tenants)
     torch_mux.close()
 
@@ -162,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--dtype", default="float16" if torch.cuda.is_available() else "float32")
     flags.add_argument("--mux", action="store_true", help="by mux")
     flags.add_argument("--inductor", action="store_true", help="by Inductor")
+    flags.add_argument("--samples", type=int, default=1, help="of each request")
     flags.add_argument("--masked", action="store_true", help="with a mask of the attention")
     flags.add_argument("--patience", type=float, default=180.0, help="seconds to wait for what compiles")
     _compile(flags.parse_args(argv))

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from torch_mux.bench.arrivals import arrivals
+from torch_mux.bench.outcome import Got, Outcome, Window, finite, quantile
+from torch_mux.bench.threads import thread_seconds
 
 __all__ = [
     "Client",
@@ -42,7 +44,6 @@ _POLL, _LOOK = 50e-6, 1e-3
 #: the interpreter's lock, and be what it measures. After a pause it may wait for that lock for Python's 5 ms,
 #: so that smaller batches would bound the rate.
 _BATCH, _PAUSE = 64, 20e-6
-_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 #: Called once a request has its answer: (its number, the moment, what went wrong or None).
 Finished = Callable[[int, float, BaseException | None], None]
 
@@ -112,109 +113,6 @@ class Traffic:
     start: float = 0.0
 
 
-@dataclass(frozen=True)
-class Window:
-    """What of a run counts: ``seconds`` after the first ``lead`` ones."""
-
-    seconds: float
-    lead: float = 0.2
-
-
-@dataclass(frozen=True)
-class Got:
-    """What one client got in the window.
-
-    Attributes:
-        offered: requests that were scheduled in it.
-        served: requests that were answered in it.
-        latencies: seconds of the offered ones that did not fail, from the scheduled time, in ascending order;
-            infinite where there was no answer seconds after the end.
-        errors: offered ones that failed, by the error's name.
-    """
-
-    offered: int
-    served: int
-    latencies: tuple[float, ...]
-    errors: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One run.
-
-    Attributes:
-        window: of the run.
-        clients: what each got, in the order of the traffic.
-        requests: how many were sent in all.
-        lag: 0.99 quantile of seconds by which open-loop requests were injected too late.
-        cost: CPU seconds a request of the generator itself.
-        host: CPU seconds a request of the process in all, but for the generator's own.
-        jobs: compiles and captures that ended during it, where somebody counted.
-        probes: what the probe said at the beginning and at the end of the window, and when all had ended.
-    """
-
-    window: Window
-    clients: tuple[Got, ...]
-    requests: int
-    lag: float
-    cost: float
-    host: float
-    jobs: int = 0
-    probes: tuple[Any, ...] = field(default=(), repr=False)
-
-    def _of(self, clients: Iterable[int] | None) -> list[Got]:
-        return [self.clients[index] for index in (range(len(self.clients)) if clients is None else clients)]
-
-    def quantile(self, q: float, clients: Iterable[int] | None = None) -> float:
-        """Latency in seconds of these clients together; infinite where too many had no answer."""
-        ordered = sorted(one for got in self._of(clients) for one in got.latencies)
-        return quantile(ordered, q) if ordered else math.inf
-
-    @property
-    def p99(self) -> float:
-        """Of all clients, in seconds."""
-        return self.quantile(0.99)
-
-    def throughput(self, clients: Iterable[int] | None = None) -> float:
-        """Requests a second of these clients that were answered in the window."""
-        return sum(got.served for got in self._of(clients)) / self.window.seconds
-
-    @property
-    def errors(self) -> Counter[str]:
-        """Failed requests by the error's name."""
-        return sum((Counter(got.errors) for got in self.clients), Counter())
-
-    @property
-    def missing(self) -> int:
-        """Requests without an answer."""
-        return sum(got.latencies.count(math.inf) for got in self.clients)
-
-    def data(self) -> dict[str, Any]:
-        """Plain data for JSON; times in seconds, None for infinite."""
-        return {
-            "offered": sum(got.offered for got in self.clients) / self.window.seconds,
-            "answered": self.throughput(),
-            "requests": self.requests,
-            "missing": self.missing,
-            "errors": dict(self.errors),
-            "quantiles": {name: finite(self.quantile(q)) for name, q in _QUANTILES.items()},
-            "lag": self.lag,
-            "generator": self.cost,
-            "host": self.host,
-            "jobs": self.jobs,
-        }
-
-
-def quantile(ordered: Sequence[float], q: float) -> float:
-    """The nearest-rank quantile of sorted values; there must be one."""
-    return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))]
-
-
-def finite(value: float | None) -> float | None:
-    """None for what JSON cannot hold."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 class _Drive:
     """One run, from the generator's thread; answers may be told from any."""
 
@@ -231,8 +129,10 @@ class _Drive:
         self.sent: list[tuple[int, float]] = []  # (traffic, scheduled) by number
         self.done: list[tuple[int, float, BaseException | None]] = []
         self.lags: list[float] = []
+        self.holds: list[float] = []
         self.position = self.seen = 0
-        self.begin = self.submitting = 0.0
+        # When the last call into the server returned, and the thread's CPU time in such calls and asleep.
+        self.begin = self.returned = self.submitting = self.asleep = 0.0
         self.eager, self.napping, self.wake = bool(closed), False, threading.Event()
 
     def finished(self, number: int, now: float, error: BaseException | None) -> None:
@@ -263,23 +163,38 @@ class _Drive:
             if one.time > now:
                 break
             self.position += 1
-            self.lags.append(now - one.time)
+            if one.time >= self.window.lead:
+                self.holds.append(max(0.0, self.returned - one.time))
+                self.lags.append(now - max(one.time, self.returned))
             batch.append(self._shot(one.tenant, one.time, one.variant))
         return batch
 
-    def send(self, batch: Sequence[Shot]) -> None:
-        before = time.thread_time()
-        self.server.submit(batch, self.finished)
-        self.submitting += time.thread_time() - before
+    def serve(self, batch: Sequence[Shot]) -> None:
+        """Has the server take these requests, and report what has ended where it has to be asked."""
+        if batch or self.server.polled:
+            before = time.thread_time()
+            if batch:
+                self.server.submit(batch, self.finished)
+            self.server.poll()
+            self.submitting += time.thread_time() - before
+            self.returned = time.perf_counter() - self.begin
 
     def nap(self) -> None:
+        """:meth:`doze`, with what it costs counted."""
+        before = time.thread_time()
+        self.doze()
+        self.asleep += time.thread_time() - before
+
+    def doze(self) -> None:
         """Until the next request is due or, in closed loop, an answer is there."""
         now = time.perf_counter() - self.begin
-        gap = self.end - now
+        gap = _POLL if self.server.polled else _LOOK
+        if now < self.end:
+            gap = min(gap, self.end - now)
         if self.position < len(self.planned):
             gap = min(gap, self.planned[self.position].time - now)
-        gap = max(_PAUSE, min(gap, _POLL if self.server.polled else _LOOK))
-        if not self.eager:
+        gap = max(_PAUSE, gap)
+        if not self.eager or now >= self.end:
             time.sleep(gap)
             return
         self.wake.clear()
@@ -304,15 +219,12 @@ class _Drive:
             while marks and now >= marks[0]:
                 probes.append(probe())
                 del marks[0]
-            batch = self.due(now)
-            if batch:
-                self.send(batch)
-            self.server.poll()
+            self.serve(self.due(now))
             self.nap()
         last = time.perf_counter() + _PATIENCE
         while len(self.done) < len(self.sent) and time.perf_counter() < last:
-            self.server.poll()
-            time.sleep(_POLL)
+            self.serve(())
+            self.nap()
         probes.append(probe())
         return probes
 
@@ -352,14 +264,31 @@ def drive(
         probe: called at both ends of the window, and when everything has ended.
     """
     one = _Drive(server, traffics, window, process, seed)
-    whole, own = time.process_time(), time.thread_time()
+    before, whole, own = thread_seconds(), time.process_time(), time.thread_time()
     with torch.inference_mode():
         probes = one.run(probe)
     own = time.thread_time() - own - one.submitting
     whole = time.process_time() - whole - own
     count = max(1, len(one.sent))
-    lag = quantile(sorted(one.lags), 0.99) if one.lags else 0.0
-    return Outcome(window, one.got(), len(one.sent), lag, own / count, whole / count, probes=tuple(probes))
+    parts: dict[str, float] = defaultdict(float, submit=one.submitting / count)
+    for thread, spent in thread_seconds().items():
+        parts[thread[0]] += (spent - before.get(thread, 0.0)) / count
+    return Outcome(
+        window,
+        one.got(),
+        len(one.sent),
+        _tail(one.lags),
+        own / count,
+        whole / count,
+        probes=tuple(probes),
+        held=_tail(one.holds),
+        asleep=one.asleep / count,
+        parts={name: spent for name, spent in parts.items() if spent},
+    )
+
+
+def _tail(values: Sequence[float]) -> float:
+    return quantile(sorted(values), 0.99) if values else 0.0
 
 
 def search(

@@ -71,6 +71,10 @@ _SECONDS: Final = {"cuda": (1.2, 0.7), "cpu": (1.0, 0.4)}
 _STEPS: Final = (5, 4)
 #: Figures of which all four architectures are served.
 _CROWDS: Final = frozenset({"mix", "shares", "weights", "prediction", "latency"})
+#: Figures whose requests have several samples each.
+_HEAVY: Final = frozenset({"shares", "weights"})
+#: Samples of those.
+_SAMPLES: Final = 8
 #: Figures that peers are measured for.
 _RIVALS: Final = frozenset({"rate", "mix", "knob"})
 #: Seconds for what is compiled ahead.
@@ -99,14 +103,25 @@ def _measured(name: str, stage: Stage) -> dict[str, Any]:
     }
 
 
+def _wanted(options: Options, figures: frozenset[str]) -> list[Wanted]:
+    """The programs that these figures serve."""
+    found: list[Wanted] = []
+    if options.samples == 1 or figures - _HEAVY:
+        crowd = figures & (_CROWDS if options.samples == 1 else _CROWDS - _HEAVY)
+        names = options.models if crowd else options.models[:1]
+        found = [Wanted(name, options.tenants, state.settings().max_bundle) for name in names]
+    if options.samples > 1 and figures & _HEAVY:
+        size = shares.BUNDLE
+        found += [Wanted(name, size, size, samples=options.samples) for name in options.models]
+    return found
+
+
 def _compiled(options: Options, figures: Sequence[str], jobs: int, limit: float) -> dict[str, Any]:
     """Has the programs of these figures compiled for mux and the peers; what that took and came to."""
     begun = time.perf_counter()
-    models = options.models if _CROWDS.intersection(figures) else options.models[:1]
     flags = ["--mux", *["--inductor"] * bool(_RIVALS.intersection(figures)), f"--device={options.device}"]
     flags.append(f"--dtype={str(options.dtype).removeprefix('torch.')}")
-    most = state.settings().max_bundle
-    wanted = [Wanted(name, options.tenants, most) for name in models]
+    wanted = _wanted(options, frozenset(figures))
     found = compile_ahead(wanted, jobs, limit, flags, lambda words: print(words, file=sys.stderr, flush=True))
     return {"seconds": time.perf_counter() - begun, "programs": found}
 
@@ -205,6 +220,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--arrivals", default="poisson", choices=sorted(PROCESSES))
     result.add_argument("--bound", default=None, help="what p99 may take, 10ms (100ms without a GPU)")
     result.add_argument("--seconds", type=float, default=None, help="length of a run")
+    words = f"samples a request where the device must be saturated: {', '.join(sorted(_HEAVY))}"
+    result.add_argument("--samples", type=int, default=_SAMPLES, help=words)
     result.add_argument("--quick", action="store_true", help="shorter runs and fewer of them")
     result.add_argument("--budget", type=float, default=None, help="seconds after which no figure begins")
     words = "processes that compile ahead, 0 for none; two less than cores, on a GPU"
@@ -238,6 +255,8 @@ def _options(flags: argparse.ArgumentParser, given: argparse.Namespace) -> Optio
     seconds = _SECONDS[kind][given.quick] if given.seconds is None else given.seconds
     if tenants < 4 or seconds <= 0:
         flags.error("--tenants must be at least 4 and --seconds positive")
+    if given.samples < 1:
+        flags.error("--samples must be at least 1")
     try:
         bound = parse_duration(given.bound or ("10ms" if kind == "cuda" else "100ms"))
     except UnparsableQuantity as error:
@@ -254,6 +273,7 @@ def _options(flags: argparse.ArgumentParser, given: argparse.Namespace) -> Optio
         steps=_STEPS[given.quick],
         rate=_RATE[kind],
         seed=given.seed,
+        samples=given.samples,
     )
 
 

@@ -52,7 +52,8 @@ class MuxServer:
         most = state.settings().max_bundle
         with torch.inference_mode():
             for index in range(len(models), count):
-                model = torch.compile(self._served[name][index], backend="mux")
+                # Not one graph of symbolic sizes where a model is asked with several numbers of samples.
+                model = torch.compile(self._served[name][index], backend="mux", dynamic=False)
                 # Bundle sizes are a program's, not a model's: those of the first are everybody's.
                 sizes = (1,) if index else warmed(most, every=len(self._models) == 1)
                 torch_mux.warmup(model, *tenants.requests[0][index], sizes=sizes)

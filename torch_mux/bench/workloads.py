@@ -22,6 +22,8 @@ __all__ = [
     "TensorOnly",
     "Workload",
     "as_is",
+    "batched",
+    "batched_name",
     "build",
     "images",
     "more",
@@ -285,6 +287,24 @@ class Tenants:
         """Bytes of one tenant's parameters and buffers."""
         model = self.models[0]
         return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+
+
+def batched(tenants: Tenants, samples: int) -> Tenants:
+    """The same models, asked with ``samples`` of their requests as one: every input is that much longer."""
+    variants = len(tenants.requests)
+
+    def joined(variant: int, tenant: int) -> tuple[Tensor, ...]:
+        rows = [tenants.requests[(variant + number) % variants][tenant] for number in range(samples)]
+        return tuple(torch.cat(column) for column in zip(*rows, strict=True))
+
+    workload = replace(tenants.workload, name=batched_name(tenants.workload.name, samples))
+    requests = [[joined(v, t) for t in range(len(tenants.models))] for v in range(variants)]
+    return Tenants(workload, tenants.models, requests, channels_last=tenants.channels_last)
+
+
+def batched_name(name: str, samples: int) -> str:
+    """Of a workload whose requests have so many samples."""
+    return name if samples == 1 else f"{name}@{samples}"
 
 
 def origin_of(workload: Workload, device: torch.device, dtype: torch.dtype) -> nn.Module:

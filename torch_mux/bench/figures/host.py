@@ -9,7 +9,7 @@ from typing import Final
 
 from torch_mux.bench.figures.base import Finding, Row, lateness
 from torch_mux.bench.figures.stage import Stage
-from torch_mux.bench.load import Traffic
+from torch_mux.bench.load import Outcome, Traffic
 from torch_mux.runtime.scheduler.base import Issue, LaneLoad, View, lane_kinds
 from torch_mux.runtime.scheduler.isolation import IsolatingPolicy
 from torch_mux.runtime.scheduler.pending import Flow, Pending
@@ -17,7 +17,7 @@ from torch_mux.runtime.scheduler.predictor import Predictor
 from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
-__all__ = ["decision_seconds", "measure"]
+__all__ = ["decision_seconds", "measure", "wake_seconds"]
 
 _TENANTS: Final = 64
 _BACKLOG: Final = 16
@@ -25,6 +25,8 @@ _LOAD: Final = 0.5
 #: Requests that each tenant has under way where the device is saturated.
 _DEPTH: Final = 2
 _SLOT: Final = 1e-4
+#: Seconds of a sleep, as long as those between two looks at the device.
+_NAP: Final = 50e-6
 
 
 @dataclass(eq=False)
@@ -89,6 +91,23 @@ def decision_seconds(tenants: int, backlog: int, rounds: int = 300) -> float:
     return spent / served
 
 
+def wake_seconds(times: int = 200) -> float:
+    """CPU seconds that this host takes to put a thread to sleep and wake it up again."""
+    before = time.thread_time()
+    for _ in range(times):
+        time.sleep(_NAP)
+    return (time.thread_time() - before) / times
+
+
+def _parts(kind: str, run: Outcome) -> list[Row]:
+    """What of the CPU time of a request is whose: who submits, the thread that dispatches, all others."""
+    submit, dispatch = (run.parts.get(name, 0.0) for name in ("submit", "torch_mux-dispatch"))
+    parts = {"in the call that submits": submit, "of the thread that dispatches": dispatch}
+    if len(run.parts) > 1:  # else the system does not tell
+        parts["of other threads"] = max(0.0, run.host - submit - dispatch)
+    return [Row(f"{kind}: {name}", 1e6 * seconds, None, unit="us") for name, seconds in parts.items()]
+
+
 def measure(stage: Stage) -> Finding:
     """The policy alone, an open loop of 64 tenants at half of the load, and closed loops of all of them."""
     light, heavy = (decision_seconds(_TENANTS, backlog) for backlog in (1, _BACKLOG))
@@ -101,7 +120,11 @@ def measure(stage: Stage) -> Finding:
         Row(f"the same with {_BACKLOG} pending each", 1e6 * heavy, 3.0, unit="us"),
         Row("host CPU a request, submit to completion", 1e6 * run.host, 25.0, unit="us"),
         Row("the same, saturated", 1e6 * full.host, 25.0, unit="us"),
+        *_parts("half load", run),
+        *_parts("saturated", full),
         Row("the generator's own cost a request", 1e6 * run.cost, None, unit="us"),
+        Row("the same without falling asleep and waking", 1e6 * (run.cost - run.asleep), None, unit="us"),
+        Row("CPU time of one sleep on this host", 1e6 * wake_seconds(), None, unit="us"),
     )
     failed = run.errors + full.errors
     errors = (f"requests failed: {dict(failed)}",) if failed else ()

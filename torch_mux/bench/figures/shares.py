@@ -1,7 +1,13 @@
-"""Shares of the device: equal ones over architectures and staggered joins, and weighted ones."""
+"""Shares of the device: equal ones over architectures and staggered joins, and weighted ones.
+
+What is shared is device time, so the device must be what everybody waits for. Requests of one sample are so
+short that a host's Python is full first, and shares of an idle device say little: here each request has
+``Options.samples`` of them, and a run in which the device rests is void.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -11,11 +17,11 @@ from torch_mux.bench.figures.base import Finding, Row, ratio
 from torch_mux.bench.figures.stage import Stage, configured
 from torch_mux.bench.load import Client, Traffic
 
-__all__ = ["measure", "measure_weights"]
+__all__ = ["BUNDLE", "measure", "measure_weights"]
 
 #: So small that every tenant has more pending than two bundles can hold: nobody ever runs dry.
-_BUNDLE: Final = 16
-_DEPTH: Final = 4 * _BUNDLE
+BUNDLE: Final = 16
+_DEPTH: Final = 4 * BUNDLE
 _WEIGHTS: Final = (1, 2, 4, 8)
 #: Part of the time that a device is at work which counts as saturated.
 _BUSY: Final = 0.9
@@ -41,18 +47,26 @@ def device_seconds(tenants: Sequence[str]) -> Callable[[], Used]:
     return probe
 
 
+def _clients(stage: Stage, workload: str, count: int, prefix: str) -> list[Client]:
+    """Clients with requests of several samples, of which nothing larger than these bundles is captured."""
+    heavy = stage.heavy(workload)
+    with configured(max_bundle=BUNDLE) if heavy != workload else contextlib.nullcontext():
+        return stage.clients(heavy, count, prefix)
+
+
 def _saturated(stage: Stage, clients: Sequence[Client], gap: float) -> dict[str, Any]:
     """Device seconds of each client in the window while all are busy; they join one after another."""
     names = [client.quota["tenant"] for client in clients]
     traffics = [Traffic(one, depth=_DEPTH, start=gap * number) for number, one in enumerate(clients)]
     seconds = stage.options.seconds
-    with configured(max_bundle=_BUNDLE):
+    with configured(max_bundle=BUNDLE):
         run = stage.drive(traffics, seconds, gap * len(clients) + 0.3 * seconds, probe=device_seconds(names))
     before, after, _ = run.probes
     return {
         "tenants": names,
         "models": [client.workload for client in clients],
         "device seconds": [after.tenants[name] - before.tenants[name] for name in names],
+        "samples": stage.options.samples,
         "busy": (after.device - before.device) / (after.moment - before.moment),
         "requests": [got.served for got in run.clients],
         "run": run.data(),
@@ -62,7 +76,7 @@ def _saturated(stage: Stage, clients: Sequence[Client], gap: float) -> dict[str,
 def measure(stage: Stage) -> Finding:
     """All architectures at once, equal weights: the fastest tenant against the slowest."""
     clients = [
-        one for name in stage.options.models for one in stage.clients(name, stage.each, f"share/{name}")
+        one for name in stage.options.models for one in _clients(stage, name, stage.each, f"share/{name}")
     ]
     found = _saturated(stage, clients, 0.03 * stage.options.seconds)
     times = found["device seconds"]
@@ -78,7 +92,8 @@ def _idle(found: Mapping[str, Any]) -> str:
 
 
 def _busy(name: str, found: Mapping[str, Any]) -> Row:
-    return Row(f"device at work, {name}", 100 * found["busy"], None, unit="%")
+    asked = f"requests of {found['samples']}"
+    return Row(f"device at work, {name}, {asked}", 100 * found["busy"], None, unit="%")
 
 
 def _worst(found: Mapping[str, Any]) -> float | None:
@@ -92,8 +107,8 @@ def _worst(found: Mapping[str, Any]) -> float | None:
 
 def measure_weights(stage: Stage) -> Finding:
     """Weights 1, 2, 4 and 8 over models of one architecture, and over one of each."""
-    one = stage.clients(stage.main, len(_WEIGHTS), "weight/one")
-    each = [stage.clients(name, 1, f"weight/each/{name}")[0] for name in stage.options.models]
+    one = _clients(stage, stage.main, len(_WEIGHTS), "weight/one")
+    each = [_clients(stage, name, 1, f"weight/each/{name}")[0] for name in stage.options.models]
     rows, data = [], {}
     for kind, clients in (("one architecture", one), ("an architecture each", each)):
         weighted = [

@@ -16,7 +16,7 @@ import torch_mux
 from torch_mux import state
 from torch_mux.bench.load import Client, Outcome, Server, Traffic, Window, drive, search
 from torch_mux.bench.servers import PEERS, MuxServer
-from torch_mux.bench.workloads import WORKLOADS, Tenants, build
+from torch_mux.bench.workloads import WORKLOADS, Tenants, batched, batched_name, build
 
 __all__ = ["Crowd", "Options", "Stage"]
 
@@ -42,6 +42,8 @@ class Options:
         seconds: length of one run.
         steps: runs of the search for the highest rate.
         rate: requests a second of the latency tenant.
+        samples: of each request where shares of a saturated device are measured: so many that the device is
+            what everybody waits for, and not the host.
     """
 
     models: tuple[str, ...]
@@ -55,6 +57,7 @@ class Options:
     steps: int
     rate: float
     seed: int
+    samples: int = 1
 
     def data(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -94,13 +97,21 @@ class Stage:
         return max(1, self.options.tenants // len(self.options.models))
 
     def tenants(self, workload: str) -> Tenants:
-        """The models of an architecture and their requests."""
+        """The models of an architecture and their requests; those of a :meth:`heavy` one are the same models."""
         found = self._tenants.get(workload)
         if found is None:
             options = self.options
-            found = build(WORKLOADS[workload], options.tenants, options.device, options.dtype)
+            name, _, samples = workload.partition("@")
+            if samples:
+                found = batched(self.tenants(name), int(samples))
+            else:
+                found = build(WORKLOADS[name], options.tenants, options.device, options.dtype)
             self._tenants[workload] = found
         return found
+
+    def heavy(self, workload: str) -> str:
+        """The architecture with as many samples a request as it takes to saturate the device."""
+        return batched_name(workload, self.options.samples)
 
     def clients(
         self, workload: str, count: int, prefix: str, first: int = 0, mux: bool = True, **quota: Any

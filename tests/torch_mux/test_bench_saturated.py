@@ -1,0 +1,86 @@
+"""Figures of a saturated device, on one that only takes time: they tell a right policy from a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from simulated_gpu import Timing, simulated_engine
+
+import torch_mux
+from torch_mux import compat, state
+from torch_mux.bench.figures import shares
+from torch_mux.bench.figures.stage import Options, Stage
+from torch_mux.runtime.scheduler.fair import Account
+
+MODELS = ("tiny-cnn", "tiny-encoder", "tiny-mlp", "tiny-mixer")
+#: Device seconds of a request, by the model's class; more than it costs any host.
+SLOTS = {"TinyCNN": 400e-6, "TensorOnly": 700e-6, "TinyMLP": 300e-6, "TinyMixer": 500e-6}
+OPTIONS = Options(
+    models=MODELS,
+    tenants=4,
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    servers=(),
+    process="poisson",
+    bound=1.0,
+    seconds=0.6,
+    steps=5,
+    rate=50.0,
+    seed=0,
+    samples=2,
+)
+
+
+@pytest.fixture
+def staged() -> Iterator[Callable[[float], Stage]]:
+    """Makes a stage of a device that takes so many times ``SLOTS``."""
+    torch_mux.reset()
+    compat.native.build()
+    stages: list[Stage] = []
+    times = [1.0]
+    timing = Timing(
+        bundle=lambda name, slots: times[0] * (1e-3 + SLOTS[name] * slots),
+        enqueue=6e-6,
+        capture=1e-4,
+        launches=1e-4,
+        snapshot=1e-6,
+    )
+
+    def make(factor: float) -> Stage:
+        times[0] = factor
+        stages.append(Stage(OPTIONS))
+        return stages[0]
+
+    with simulated_engine(timing, pack_after=0.0) as (engine, _):
+        state._state.engine, state._state.settings = engine, engine.settings
+        yield make
+        for stage in stages:
+            stage.close()
+    torch_mux.reset()
+
+
+def test_shares_and_weights_of_a_saturated_device_are_those_granted(staged: Any) -> None:
+    stage = staged(1.0)
+    equal, weighted = shares.measure(stage), shares.measure_weights(stage)
+    assert [row for row in (*equal.rows, *weighted.rows) if row.passed is False] == []
+    assert all("requests of 2" in row.name and row.measured >= 90.0 for row in equal.rows[1:])
+    assert equal.data["models"] == [f"{name}@2" for name in MODELS] and equal.data["samples"] == 2
+
+
+def test_a_policy_that_charges_nobody_misses(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Account, "charge", lambda self, amount: None)
+    stage = staged(1.0)
+    # With a lane an architecture, which are busy all the time, each has a quarter whoever goes first.
+    torch_mux.configure(branches=1)
+    equal, weighted = shares.measure(stage), shares.measure_weights(stage)
+    missed = [row for row in (*equal.rows, *weighted.rows) if row.bound is not None]
+    assert [(row.passed, row.void) for row in missed] == [(False, "")] * 3
+    assert all(row.measured > 10.0 for row in missed)
+
+
+def test_a_device_that_waits_for_its_host_makes_shares_void(staged: Any) -> None:
+    found = shares.measure(staged(0.01))
+    assert found.rows[0].void == "not saturated" and found.rows[0].passed is False
