@@ -215,9 +215,16 @@ def test_nothing_is_collected_while_a_peer_is_measured(monkeypatch: pytest.Monke
     assert seen == [False, True] and gc.isenabled()
 
 
-def test_steps_of_a_curve_rise_but_for_noise() -> None:
-    assert knob.rises([1.0, 2.0, 1.96, 3.0]) == 100.0
-    assert knob.rises([1.0, 2.0, 1.0, None, 3.0]) == 25.0
+def test_a_step_of_the_curve_gives_latency_for_throughput_or_it_does_not_count() -> None:
+    def curve(*points: tuple[float | None, float | None]) -> list[dict[str, float | None]]:
+        return [{"throughput": throughput, "p99": p99} for throughput, p99 in points]
+
+    assert knob.rises(curve((100.0, 1.0), (200.0, 2.0), (196.0, 3.0), (300.0, 2.9))) == 100.0
+    assert knob.rises(curve((100.0, 1.0), (200.0, 0.5))) == 0.0, "the first was worse at both"
+    assert knob.rises(curve((100.0, 1.0), (101.0, 0.99))) == 0.0, "the setting did nothing"
+    assert knob.rises(curve((100.0, 1.0), (200.0, None), (300.0, 3.0), (400.0, 3.0))) == pytest.approx(
+        100 / 3
+    )
 
 
 def test_a_decision_of_the_policy_takes_time() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,19 +13,21 @@ from simulated_gpu import Timing, simulated_engine
 
 import torch_mux
 from torch_mux import compat, state
-from torch_mux.bench.figures import shares
+from torch_mux.bench.figures import knob, shares
+from torch_mux.bench.figures import stage as stages
 from torch_mux.bench.figures.stage import Options, Stage
+from torch_mux.bench.load import Finished, Shot
 from torch_mux.runtime.scheduler.fair import Account
 
 MODELS = ("tiny-cnn", "tiny-encoder", "tiny-mlp", "tiny-mixer")
 #: Device seconds of a request, by the model's class; more than it costs any host.
-SLOTS = {"TinyCNN": 400e-6, "TensorOnly": 700e-6, "TinyMLP": 300e-6, "TinyMixer": 500e-6}
+SLOTS = {"TinyCNN": 250e-6, "TensorOnly": 400e-6, "TinyMLP": 200e-6, "TinyMixer": 300e-6}
 OPTIONS = Options(
     models=MODELS,
     tenants=4,
     device=torch.device("cpu"),
     dtype=torch.float32,
-    servers=(),
+    servers=("prompt",),
     process="poisson",
     bound=1.0,
     seconds=0.6,
@@ -39,25 +43,25 @@ def staged() -> Iterator[Callable[[float], Stage]]:
     """Makes a stage of a device that takes so many times ``SLOTS``."""
     torch_mux.reset()
     compat.native.build()
-    stages: list[Stage] = []
+    made: list[Stage] = []
     times = [1.0]
     timing = Timing(
-        bundle=lambda name, slots: times[0] * (1e-3 + SLOTS[name] * slots),
+        bundle=lambda name, slots: times[0] * (0.5e-3 + SLOTS[name] * slots),
         enqueue=6e-6,
         capture=1e-4,
         launches=1e-4,
         snapshot=1e-6,
     )
 
-    def make(factor: float) -> Stage:
+    def make(factor: float, options: Options = OPTIONS) -> Stage:
         times[0] = factor
-        stages.append(Stage(OPTIONS))
-        return stages[0]
+        made.append(Stage(options))
+        return made[-1]
 
     with simulated_engine(timing, pack_after=0.0) as (engine, _):
         state._state.engine, state._state.settings = engine, engine.settings
         yield make
-        for stage in stages:
+        for stage in made:
             stage.close()
     torch_mux.reset()
 
@@ -84,3 +88,46 @@ def test_a_policy_that_charges_nobody_misses(staged: Any, monkeypatch: pytest.Mo
 def test_a_device_that_waits_for_its_host_makes_shares_void(staged: Any) -> None:
     found = shares.measure(staged(0.01))
     assert found.rows[0].void == "not saturated" and found.rows[0].passed is False
+
+
+class Prompt:
+    """A peer that answers at once; paced, so that it leaves the interpreter to others."""
+
+    name = "prompt"
+    polled = True
+
+    def __init__(self, groups: object) -> None:
+        self._pending: list[tuple[int, Finished]] = []
+
+    def submit(self, batch: Sequence[Shot], finished: Finished) -> None:
+        self._pending += [(shot.number, finished) for shot in batch]
+
+    def poll(self) -> None:
+        ended, self._pending = self._pending[:16], self._pending[16:]
+        for number, finished in ended:
+            finished(number, time.perf_counter(), None)
+
+    def release(self) -> None: ...
+
+
+KNOB = replace(OPTIONS, seconds=0.8, steps=4)
+
+
+def test_either_setting_gives_latency_for_throughput(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(stages.PEERS, "prompt", Prompt)
+    found = knob.measure(staged(4.0, KNOB))
+    assert [row.measured for row in found.rows[:2]] == [100.0, 100.0]
+    assert [point["max_bundle"] for point in found.data["points"]] == [8, 32]
+    assert found.data["peer"]["server"] == found.data["waits"]["peer"]["server"] == "prompt"
+
+
+def test_settings_that_work_the_wrong_way_make_no_curve(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {8: 32, 32: 8, 0.0: 4e-3, 4e-3: 0.0}
+
+    def swapped(**settings: float) -> Any:
+        return stages.configured(**{name: other[value] for name, value in settings.items()})
+
+    monkeypatch.setitem(stages.PEERS, "prompt", Prompt)
+    monkeypatch.setattr(knob, "configured", swapped)
+    found = knob.measure(staged(4.0, KNOB))
+    assert [(row.measured, row.passed) for row in found.rows[:2]] == [(0.0, False)] * 2

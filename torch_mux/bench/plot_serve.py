@@ -44,12 +44,20 @@ def _rate(data: Mapping[str, Any]) -> Chart:
     return Chart(f"p99 over the rate of arrivals{about}", "requests/s", "ms", tuple(series))
 
 
-def _knob(data: Mapping[str, Any]) -> Chart:
-    ours = _series("mux", [(one["throughput"], _ms(one["p99"])) for one in data["points"]])
-    peer = data["peer"]
-    theirs = _series(peer["server"], [(peer["throughput"], _ms(peer["p99"]))])
-    title = f"max_bundle and max_wait, at {data['load']:.0%} of what each sustains"
-    return Chart(title, "requests/s", "p99, ms", (ours, theirs))
+def _traded(name: str, points: Sequence[Mapping[str, Any]]) -> Series:
+    return _series(name, [(one["throughput"] or 0.0, _ms(one["p99"])) for one in points])
+
+
+def _sizes(data: Mapping[str, Any]) -> Chart:
+    series = _traded("max_bundle", data["points"]), _traded(data["peer"]["server"], [data["peer"]])
+    return Chart("Most throughput, and p99 of who asks for little", "requests/s", "p99, ms", series)
+
+
+def _waits(data: Mapping[str, Any]) -> Chart:
+    found = data.get("waits", {"points": (), "load": 0.0})
+    title = f"max_wait at {found['load']:.0%} of the most there is"
+    series = (_traded("max_wait", found["points"]),)
+    return Chart(title, "requests/s of the device at work", "p99, ms", series)
 
 
 def _shares(data: Mapping[str, Any]) -> Chart:
@@ -92,21 +100,22 @@ def _prediction(data: Mapping[str, Any]) -> Chart:
     return Chart("Measured over predicted time of a bundle", "percentile", "ratio", tuple(series))
 
 
-_CHARTS: Final[Mapping[str, Callable[[Mapping[str, Any]], Chart]]] = {
-    "rate": _rate,
-    "mix": _rate,
-    "knob": _knob,
-    "shares": _shares,
-    "weights": _weights,
-    "latency": _latency,
-    "prediction": _prediction,
-}
+_CHARTS: Final[Sequence[tuple[str, Callable[[Mapping[str, Any]], Chart]]]] = (
+    ("rate", _rate),
+    ("mix", _rate),
+    ("knob", _sizes),
+    ("knob", _waits),
+    ("shares", _shares),
+    ("weights", _weights),
+    ("latency", _latency),
+    ("prediction", _prediction),
+)
 
 
 def charts(report: Mapping[str, Any]) -> list[Chart]:
     """The panels that a record has points for."""
     figures = report["figures"]
-    found = [draw(figures[name]["data"]) for name, draw in _CHARTS.items() if "data" in figures.get(name, ())]
+    found = [draw(figures[name]["data"]) for name, draw in _CHARTS if "data" in figures.get(name, ())]
     return [
         Chart(one.title, one.across, one.up, tuple(line for line in one.series if line.points))
         for one in found

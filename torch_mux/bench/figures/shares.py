@@ -20,7 +20,9 @@ from torch_mux.bench.load import Client, Traffic
 __all__ = ["BUNDLE", "measure", "measure_weights"]
 
 #: So small that every tenant has more pending than two bundles can hold: nobody ever runs dry.
-BUNDLE: Final = 16
+BUNDLE: Final = 8
+#: Of a run of other figures: shares are as exact as a bundle is short against the time that a tenant has.
+_LONGER: Final = 3.0
 _DEPTH: Final = 4 * BUNDLE
 _WEIGHTS: Final = (1, 2, 4, 8)
 #: Part of the time that a device is at work which counts as saturated.
@@ -59,8 +61,9 @@ def _saturated(stage: Stage, clients: Sequence[Client], gap: float) -> dict[str,
     names = [client.quota["tenant"] for client in clients]
     traffics = [Traffic(one, depth=_DEPTH, start=gap * number) for number, one in enumerate(clients)]
     seconds = stage.options.seconds
+    lead = gap * len(clients) + 0.3 * seconds
     with configured(max_bundle=BUNDLE):
-        run = stage.drive(traffics, seconds, gap * len(clients) + 0.3 * seconds, probe=device_seconds(names))
+        run = stage.drive(traffics, _LONGER * seconds, lead, probe=device_seconds(names))
     before, after, _ = run.probes
     return {
         "tenants": names,

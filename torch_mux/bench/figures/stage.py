@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from torch_mux.bench.workloads import WORKLOADS, Tenants, batched, batched_name,
 
 __all__ = ["Crowd", "Options", "Stage"]
 
-#: Requests that each closed-loop client has under way where the most is looked for.
+#: Requests that each closed-loop client has under way where the most is looked for, besides so many that
+#: there are two of the largest bundles: with one, host and device take turns.
 _DEPTHS: Final = (1, 4)
 #: Seconds of load at a time before a kind of traffic is measured, and for how long at most.
 _SETTLING: Final = 0.25
@@ -97,7 +99,7 @@ class Stage:
         return max(1, self.options.tenants // len(self.options.models))
 
     def tenants(self, workload: str) -> Tenants:
-        """The models of an architecture and their requests; those of a :meth:`heavy` one are the same models."""
+        """The models of an architecture and their requests; a :meth:`heavy` one has the same models."""
         found = self._tenants.get(workload)
         if found is None:
             options = self.options
@@ -235,8 +237,10 @@ class Stage:
         found = self._most.get(key)
         if found is None:
             clients = self.rivals(*key)
+            two = math.ceil(2 * state.settings().max_bundle / len(clients))
             runs = [
-                self.drive([Traffic(one, depth=depth) for one in clients], server=server) for depth in _DEPTHS
+                self.drive([Traffic(one, depth=depth) for one in clients], server=server)
+                for depth in sorted({*_DEPTHS, two})
             ]
             errors = [name for run in runs for name in run.errors]
             if errors:
