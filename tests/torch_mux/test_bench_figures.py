@@ -8,6 +8,7 @@ import importlib.util
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +171,29 @@ def test_a_composition_counts_the_bundles_under_way_on_other_lanes() -> None:
     assert [where[1] for _, _, where in prediction.compositions(spans)] == [0, 1, 1, 2]
 
 
+def test_bundles_that_no_other_was_beside_are_told_apart() -> None:
+    spans = [
+        _span(1, 0.0, 1.0),
+        _span(1, 0.5, 1.0),  # waits for the first on its lane
+        _span(1, 1.2, 0.2, lane=1),
+        _span(1, 3.0, 1.0),
+        _span(1, 3.9, 1.0, lane=1),
+        _span(1, 6.0, 1.0),
+    ]
+    spans[1] = replace(spans[1], ended=2.0)
+    assert prediction.by_themselves(spans) == {0, 5}
+    elsewhere = [replace(span, device=f"cuda:{index}") for index, span in enumerate(spans)]
+    assert prediction.by_themselves(elsewhere) == set(range(6))
+
+
+def test_how_near_a_median_comes_is_told_of_compositions_with_several_bundles() -> None:
+    spans = [_span(2, float(n), 1.0 if n % 4 else 2.0) for n in range(8)] + [_span(1, 9.0, 0.5)]
+    pairs = prediction.scattered(spans)
+    assert sorted(pairs) == [(1.0, 1.0)] * 6 + [(1.0, 2.0)] * 2
+    assert prediction._within(pairs) == 75.0
+    assert prediction.scattered(spans, since=6.5) == []
+
+
 def test_the_worst_share_is_that_of_the_weights() -> None:
     assert shares._worst({"device seconds": [1.0, 2.0, 4.0, 8.0]}) == pytest.approx(0.0)
     assert shares._worst({"device seconds": [2.0, 1.0, 4.0, 8.0]}) == pytest.approx(100.0)
@@ -234,7 +258,11 @@ def test_a_decision_of_the_policy_takes_time() -> None:
 def test_a_missing_load_generator_is_told_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def missing(name: str) -> Any:
+    found = importlib.import_module
+
+    def missing(name: str, package: str | None = None) -> Any:
+        if name != "mlperf_loadgen":
+            return found(name, package)
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(importlib, "import_module", missing)

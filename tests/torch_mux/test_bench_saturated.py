@@ -76,7 +76,7 @@ def test_shares_and_weights_of_a_saturated_device_are_those_granted(staged: Any)
 
 def test_a_policy_that_charges_nobody_misses(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Account, "charge", lambda self, amount: None)
-    stage = staged(1.0)
+    stage = staged(2.0)
     # With a lane an architecture, which are busy all the time, each has a quarter whoever goes first.
     torch_mux.configure(branches=1)
     equal, weighted = shares.measure(stage), shares.measure_weights(stage)
@@ -110,12 +110,12 @@ class Prompt:
     def release(self) -> None: ...
 
 
-KNOB = replace(OPTIONS, seconds=0.8, steps=4)
+KNOB = replace(OPTIONS, seconds=0.6, steps=4)
 
 
 def test_either_setting_gives_latency_for_throughput(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(stages.PEERS, "prompt", Prompt)
-    found = knob.measure(staged(4.0, KNOB))
+    found = knob.measure(staged(2.0, KNOB))
     assert [row.measured for row in found.rows[:2]] == [100.0, 100.0]
     assert [point["max_bundle"] for point in found.data["points"]] == [8, 32]
     assert found.data["peer"]["server"] == found.data["waits"]["peer"]["server"] == "prompt"
@@ -129,5 +129,5 @@ def test_settings_that_work_the_wrong_way_make_no_curve(staged: Any, monkeypatch
 
     monkeypatch.setitem(stages.PEERS, "prompt", Prompt)
     monkeypatch.setattr(knob, "configured", swapped)
-    found = knob.measure(staged(4.0, KNOB))
+    found = knob.measure(staged(2.0, KNOB))
     assert [(row.measured, row.passed) for row in found.rows[:2]] == [(0.0, False)] * 2
