@@ -171,9 +171,13 @@ def test_models_of_one_architecture_have_weights_of_their_own() -> None:
 _WARM = """
 import torch, torch_mux
 from torch_mux.bench.mix_rows import workload_of
-from torch_mux.bench.workloads import build
+from torch_mux.bench.workloads import batched, build
 tenants = build(workload_of("tiny-encoder-9"), 2, torch.device("cpu"), torch.float32, variants=1)
+one = build(workload_of("tiny-mlp"), 2, torch.device("cpu"), torch.float32, variants=1)
 with torch.inference_mode():
+    for asked in (one, batched(one, 3)):  # the same models, first with one sample a request
+        models = [torch.compile(model, backend="mux", dynamic=False) for model in asked.models]
+        torch_mux.gather(*[(model, *args) for model, args in zip(models, asked.requests[0])])
     models = [torch.compile(model, backend="mux") for model in tenants.models]
     torch_mux.gather(*[(model, *args) for model, args in zip(models, tenants.requests[0])])
     print([program.from_disk for program in torch_mux.explain().programs])
@@ -186,13 +190,14 @@ def test_later_processes_find_what_was_compiled_ahead(
     monkeypatch.setenv("TORCH_MUX_KEEP_PLANS", "1")
     monkeypatch.setenv("TORCH_MUX_CACHE_DIR", str(tmp_path))
     wanted = [Wanted("tiny-encoder-9", 2, 16), Wanted("no-such-model", 1, 16)]
+    wanted.append(Wanted("tiny-mlp", 2, 16, samples=3))
     said: list[str] = []
     flags = ["--device=cpu", "--dtype=float32", "--mux"]
     found = compile_ahead(wanted, 2, 120.0, flags, said.append)
-    assert found["tiny-encoder-9"].endswith(" s") and len(said) == 2
+    assert found["tiny-encoder-9"].endswith(" s") and len(said) == 3
     assert found["no-such-model"].startswith("exit code 1: ") and "no-such-model" in found["no-such-model"]
     done = subprocess.run([sys.executable, "-c", _WARM], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[True]"
+    assert done.stdout.strip() == "[False, True, True]"
 
 
 def test_compiling_ahead_ends_in_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import json
@@ -363,3 +364,23 @@ def test_all_sizes_of_the_main_architecture_are_warmed() -> None:
     assert warmed(5, every=True) == [5, 4, 3, 2, 1]
     assert warmed(64, every=True) == list(range(64, 0, -1))
     assert warmed(26, every=False) == [26, 24, 20, *range(16, 0, -1)]
+
+
+def test_a_run_leaves_nothing_that_the_collector_would_look_through() -> None:
+    """Its pauses would be the server's: what is kept of a request are numbers."""
+
+    class Prompt(_Slow):
+        def submit(self, batch: Sequence[Shot], finished: Finished) -> None:
+            for number, _, _ in batch:
+                seen.append(gc.get_count()[0])
+                finished(number, time.perf_counter(), None)
+
+    seen: list[int] = []
+    gc.disable()
+    try:
+        gc.collect()
+        found = drive(Prompt(_World()), [Traffic(CLIENT, rate=2000.0)], Window(0.5, 0.0))
+    finally:
+        gc.enable()
+    assert found.requests > 500
+    assert seen[-1] - seen[0] < 100

@@ -114,7 +114,11 @@ class Traffic:
 
 
 class _Drive:
-    """One run, from the generator's thread; answers may be told from any."""
+    """One run, from the generator's thread; answers may be told from any.
+
+    What it keeps of a request are numbers, which Python's collector does not look through: it would stop the
+    server too.
+    """
 
     def __init__(
         self, server: Server, traffics: Sequence[Traffic], window: Window, process: str, seed: int
@@ -123,11 +127,18 @@ class _Drive:
         self.end = window.lead + window.seconds
         variants = min(len(traffic.client.inputs) for traffic in traffics)
         rates = [traffic.rate for traffic in traffics]
-        self.planned = arrivals(process, rates, self.end, variants, seed)
+        planned = arrivals(process, rates, self.end, variants, seed)
+        self.planned = [one.time for one in planned]
+        self.askers = [one.tenant for one in planned]
+        self.variants = [one.variant for one in planned]
         closed = [index for index, traffic in enumerate(traffics) if traffic.depth]
         self.joins = sorted(closed, key=lambda index: -traffics[index].start)
-        self.sent: list[tuple[int, float]] = []  # (traffic, scheduled) by number
-        self.done: list[tuple[int, float, BaseException | None]] = []
+        # By number: whose traffic a request is and when it was due; when it ended, and what it failed with.
+        self.owners: list[int] = []
+        self.scheduled: list[float] = []
+        self.ends: dict[int, float] = {}
+        self.failures: dict[int, str] = {}
+        self.done: list[int] = []  # in the order of their ends
         self.lags: list[float] = []
         self.holds: list[float] = []
         self.position = self.seen = 0
@@ -136,14 +147,18 @@ class _Drive:
         self.eager, self.napping, self.wake = bool(closed), False, threading.Event()
 
     def finished(self, number: int, now: float, error: BaseException | None) -> None:
-        # Appending to a list is atomic: no lock that the runtime's threads would meet the generator at.
-        self.done.append((number, now, error))
+        # Each of these is atomic: no lock that the runtime's threads would meet the generator at.
+        self.ends[number] = now
+        if error is not None:
+            self.failures[number] = type(error).__name__
+        self.done.append(number)
         if self.napping:
             self.wake.set()
 
     def _shot(self, index: int, scheduled: float, variant: int) -> Shot:
-        client, number = self.traffics[index].client, len(self.sent)
-        self.sent.append((index, scheduled))
+        client, number = self.traffics[index].client, len(self.owners)
+        self.owners.append(index)
+        self.scheduled.append(scheduled)
         return Shot(number, client, client.inputs[variant % len(client.inputs)])
 
     def due(self, now: float) -> list[Shot]:
@@ -153,20 +168,20 @@ class _Drive:
             index = self.joins.pop()
             batch += [self._shot(index, now, variant) for variant in range(self.traffics[index].depth)]
         while now < self.end and self.seen < len(self.done) and len(batch) < _BATCH:
-            number, _, error = self.done[self.seen]
+            number = self.done[self.seen]
             self.seen += 1
-            index = self.sent[number][0]
-            if self.traffics[index].depth and error is None:
+            index = self.owners[number]
+            if self.traffics[index].depth and number not in self.failures:
                 batch.append(self._shot(index, now, number))
         while self.position < len(self.planned) and len(batch) < _BATCH:
-            one = self.planned[self.position]
-            if one.time > now:
+            moment, place = self.planned[self.position], self.position
+            if moment > now:
                 break
             self.position += 1
-            if one.time >= self.window.lead:
-                self.holds.append(max(0.0, self.returned - one.time))
-                self.lags.append(now - max(one.time, self.returned))
-            batch.append(self._shot(one.tenant, one.time, one.variant))
+            if moment >= self.window.lead:
+                self.holds.append(max(0.0, self.returned - moment))
+                self.lags.append(now - max(moment, self.returned))
+            batch.append(self._shot(self.askers[place], moment, self.variants[place]))
         return batch
 
     def serve(self, batch: Sequence[Shot]) -> None:
@@ -192,7 +207,7 @@ class _Drive:
         if now < self.end:
             gap = min(gap, self.end - now)
         if self.position < len(self.planned):
-            gap = min(gap, self.planned[self.position].time - now)
+            gap = min(gap, self.planned[self.position] - now)
         gap = max(_PAUSE, gap)
         if not self.eager or now >= self.end:
             time.sleep(gap)
@@ -222,26 +237,25 @@ class _Drive:
             self.serve(self.due(now))
             self.nap()
         last = time.perf_counter() + _PATIENCE
-        while len(self.done) < len(self.sent) and time.perf_counter() < last:
+        while len(self.done) < len(self.owners) and time.perf_counter() < last:
             self.serve(())
             self.nap()
         probes.append(probe())
         return probes
 
     def got(self) -> tuple[Got, ...]:
-        lead, begin = self.window.lead, self.begin
-        ends = {number: (now - begin, error) for number, now, error in list(self.done)}
+        lead = self.window.lead
         offered, served = [0] * len(self.traffics), [0] * len(self.traffics)
         latencies: list[list[float]] = [[] for _ in self.traffics]
         errors: list[Counter[str]] = [Counter() for _ in self.traffics]
-        for number, (index, scheduled) in enumerate(self.sent):
-            moment, error = ends.get(number, (math.inf, None))
+        for number, (index, scheduled) in enumerate(zip(self.owners, self.scheduled, strict=True)):
+            moment, error = self.ends.get(number, math.inf) - self.begin, self.failures.get(number)
             served[index] += error is None and lead <= moment < self.end
             if scheduled < lead:
                 continue
             offered[index] += 1
             if error is not None:
-                errors[index][type(error).__name__] += 1
+                errors[index][error] += 1
             else:
                 latencies[index].append(moment - scheduled)
         rows = zip(offered, served, latencies, errors, strict=True)
@@ -269,14 +283,14 @@ def drive(
         probes = one.run(probe)
     own = time.thread_time() - own - one.submitting
     whole = time.process_time() - whole - own
-    count = max(1, len(one.sent))
+    count = max(1, len(one.owners))
     parts: dict[str, float] = defaultdict(float, submit=one.submitting / count)
     for thread, spent in thread_seconds().items():
         parts[thread[0]] += (spent - before.get(thread, 0.0)) / count
     return Outcome(
         window,
         one.got(),
-        len(one.sent),
+        len(one.owners),
         _tail(one.lags),
         own / count,
         whole / count,

@@ -264,7 +264,7 @@ class Stage:
                 return self.drive([Traffic(one, rate=rate / len(clients)) for one in clients], server=server)
 
             limits = self.bound(key[1]), self.options.steps
-            self._sustained[key] = search(run, 1.2 * self.most(*key), *limits)
+            self._sustained[key] = search(run, 1.1 * self.most(*key), *limits)
         return self._sustained[key]
 
     def bound(self, crowd: Crowd) -> float:
