@@ -61,13 +61,15 @@ def test_the_peers_answer_the_same_arrivals_on_a_gpu(tmp_path: Path) -> None:
     record = tmp_path / "serve.json"
     models = "tiny-cnn,tiny-encoder,tiny-mlp,tiny-mixer"
     flags = ["--device", "cuda", "--models", models, "--tenants", "4", "--seconds", "0.2", "--quick"]
-    assert serve.main([*flags, "--figures", "rate,knob,mix", "--json", str(record)]) == 0
+    assert serve.main([*flags, "--figures", "rate,knob,mix,weights", "--json", str(record)]) == 0
     figures = json.loads(record.read_text())["figures"]
     servers = figures["rate"]["data"]["servers"]
     assert [one["server"] for one in servers] == ["mux", "streams", "sliced"]
     for one in servers:
         assert all(run["missing"] == 0 and not run["errors"] for run in one["runs"])
     assert figures["knob"]["data"]["peer"]["server"] == "streams"
+    weighted = figures["weights"]["data"]["an architecture each"]
+    assert weighted["samples"] == 8 and min(weighted["device seconds"]) > 0 and not weighted["run"]["errors"]
     mixed = figures["mix"]["data"]["servers"]
     assert [one["server"] for one in mixed] == ["mux", "streams", "sliced"]
     assert all(run["missing"] == 0 and not run["errors"] for one in mixed for run in one["runs"])
@@ -91,6 +93,7 @@ def _check(figures: dict[str, Any]) -> None:
     assert "4000 ms" in figures["mix"]["rows"][0]["name"], "twice the bound of one architecture"
     equal = figures["shares"]["data"]
     assert len(set(equal["models"])) == 4 and min(equal["device seconds"]) > 0
+    assert equal["samples"] == 8 and all(name.endswith("@8") for name in equal["models"])
     assert len(figures["latency"]["data"]["pairs"]) == 6
     beside = figures["aggressor"]["data"]
     assert beside["without"]["answered"] > 0 and beside["beside"]["requests"] > beside["without"]["requests"]
@@ -99,7 +102,13 @@ def _check(figures: dict[str, Any]) -> None:
     ends = met["outcomes"]
     kinds = ("ok", "late", "expired", "cancelled", "errors")
     assert ends["accepted"] == sum(ends[kind] for kind in kinds)
-    assert figures["host"]["data"]["run"]["host"] > 0
+    run = figures["host"]["data"]["run"]
+    assert 0 < run["parts"]["submit"] < run["host"] and 0 < run["asleep"] < run["generator"]
+    saved = figures["knob"]["data"]
+    for curve, setting in ((saved["points"], "max_bundle"), (saved["waits"]["points"], "max_wait")):
+        assert [one[setting] for one in curve] == sorted(one[setting] for one in curve)
+        assert all(one["throughput"] > 0 and one["p99"] > 0 for one in curve) and len(curve) == 2
+    assert saved["peer"]["throughput"] > 0 and saved["waits"]["peer"]["p99"] > 0
 
 
 @pytest.fixture(params=range(60), ids=str)
