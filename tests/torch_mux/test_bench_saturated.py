@@ -125,7 +125,11 @@ KNOB = replace(OPTIONS, seconds=0.6, steps=4)
 
 def test_either_setting_gives_latency_for_throughput(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(stages.PEERS, "prompt", Prompt)
-    found = knob.measure(staged(2.0, KNOB))
+    stage = staged(2.0, KNOB)
+    most, under = stage.most, list[int]()
+    monkeypatch.setattr(stage, "most", lambda: (under.append(state.settings().max_bundle), most())[1])
+    found = knob.measure(stage)
+    assert under[0] == 64, "what all settings are asked a part of is measured under none of them"
     assert [row.measured for row in found.rows[:2]] == [100.0, 100.0]
     assert [point["max_bundle"] for point in found.data["points"]] == [8, 32]
     assert found.data["peer"]["server"] == found.data["waits"]["peer"]["server"] == "prompt"

@@ -116,7 +116,7 @@ def _least(points: Sequence[_Measured]) -> float | None:
 
 def measure(stage: Stage) -> Finding:
     """Both curves, each beside the peer under the same traffic."""
-    stage.rivals(stage.mux.name)  # bundles of all sizes are captured before any setting forbids them
+    stage.most()  # and bundles of all sizes are captured, before any setting forbids them
     every = 1 if _thorough(stage) else 2
     sizes = [{"max_bundle": most} for most in _BUNDLES[::every]]
     points, peer = _curve(stage, sizes, _crowded)
