@@ -84,7 +84,7 @@ def run(options: Options, save: Callable[[Record], object] | None = None) -> Rec
     started = time.monotonic()
     report: Record = {
         "environment": measure.environment(options.device),
-        "options": {**vars(options), "device": str(options.device), "dtype": str(options.dtype)},
+        "options": _said(options),
         "results": [],
     }
     rows = [ROWS[name] for name in options.rows]
@@ -101,6 +101,12 @@ def run(options: Options, save: Callable[[Record], object] | None = None) -> Rec
             report["seconds"] = round(time.monotonic() - started, 1)
             gc.collect()
     return report
+
+
+def _said(options: Options) -> Record:
+    """Plain data for JSON; a folder by its name."""
+    trace = None if options.trace is None else options.trace.name
+    return {**vars(options), "device": str(options.device), "dtype": str(options.dtype), "trace": trace}
 
 
 def _say(words: str) -> None:
