@@ -256,6 +256,7 @@ def test_without_a_compiler_python_does_it_and_says_so(tmp_path: Path) -> None:
 RUNTIME = """
 #include <stddef.h>
 #include <stdio.h>
+#include <sys/prctl.h>
 int cudaStreamWaitEvent(void* s, void* e, unsigned f) {
   printf("wait %zu %zu\\n", (size_t)s, (size_t)e); return 0; }
 int cudaEventRecord(void* e, void* s) {
@@ -266,6 +267,7 @@ int cudaGraphLaunch(void* g, void* s) {
   printf("launch %zu %zu\\n", (size_t)g, (size_t)s); fflush(stdout); return (size_t)g == 13 ? 700 : 0; }
 int cudaEventQuery(void* e) {
   static int asked = 0;
+  if ((size_t)e == 14) { printf("slack %d\\n", prctl(PR_GET_TIMERSLACK)); return 0; }
   if ((size_t)e == 13) return 700;
   return (size_t)e == 12 && ++asked > 3 ? 0 : 600; }
 int cudaGetLastError(void) { printf("forget\\n"); fflush(stdout); return 0; }
@@ -287,6 +289,9 @@ changed = [enqueue.enqueue(1, [2, 3], 4, 5, 6, 80, 9, 10, one) for one in (watch
 library.fflush(None)
 waits = [enqueue.await_any(*one, 0) for one in (([11], 1e-4), ([11, 12], 60.0), ([11, 13], 60.0))]
 flag = Interrupt()
+slack = library.prctl(30, 0, 0, 0, 0)
+waits.append(enqueue.await_any([14], 60.0, 0))
+waits.append(library.prctl(30, 0, 0, 0, 0) == slack > 1000)
 begun = threading.Timer(0.05, flag.set)
 begun.start()
 waits.append(enqueue.await_any([11], 60.0, flag.address))  # which nobody reaches
@@ -312,7 +317,8 @@ def test_a_bundle_is_enqueued_in_order_and_errors_are_said(tmp_path: Path) -> No
     assert done.stdout.splitlines() == [
         "record 7 1",
         *("wait 1 2", "wait 1 3", "record 4 1", "copy 5 6 80 1 1", "launch 9 1", "record 10 1") * 2,
-        *("forget", "forget", "forget", "forget", "False True True False True False"),
+        *("forget", "forget", "forget"),
+        *("slack 1000", "forget", "forget", "False True True True True False True False"),
         *("record 4 1", "copy 5 6 80 1 1", "launch 13 1", "forget"),
         "CUDA error: an illegal access",
     ]
