@@ -10,7 +10,6 @@ from functools import partial
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.companions import as_one, with_companions
 from torch_mux.runtime.executors.base import Executor
-from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.line import Line
 from torch_mux.runtime.queues import ProgramQueue
 from torch_mux.runtime.request import Request, Waiter
@@ -46,7 +45,7 @@ class Driver:
     ) -> None:
         self.policy = policy
         self.resting = False
-        self.interrupt = Interrupt()
+        self.interrupt = runner.interrupt
         self._executor = executor
         self._clock = clock
         self._line = line
@@ -91,20 +90,21 @@ class Driver:
             if bundles:
                 self._runner.run(bundles)
             elif not looked:
-                self._runner.land()
+                self._runner.land(gives_way=True)
                 landed = True
             elif decision is None:
-                return
+                break
             elif nap is not None:
                 self._sleep(nap, until - now)
             elif isinstance(decision, Busy):
                 with self._resting():
                     self._executor.await_end(self.interrupt)
                 if not self.interrupt:
-                    self._runner.land()
+                    self._runner.land(gives_way=True)
                     landed = True
             self._ring()
-        self._runner.land()
+        if not self._runner.land(gives_way=True):
+            self.send(self._line.pending)
 
     def send(self, most: int) -> None:
         """Sends out what can go at once, until ``most`` requests have gone; waits for nothing."""

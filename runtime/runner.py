@@ -16,6 +16,7 @@ from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.busy import BusyTime
 from torch_mux.runtime.executors.base import Executor
 from torch_mux.runtime.instance import Instance
+from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.line import Line, go_out
 from torch_mux.runtime.memory import make_room, out_of_memory
 from torch_mux.runtime.mixes import label_of
@@ -34,6 +35,8 @@ _LATELY = 1.0
 _ALONE = 0.9  # of its time, charged to a bundle that had the device to itself
 _RUNNING, _DONE = RequestState.RUNNING, RequestState.DONE
 _ERROR, _CANCELLED, _EXPIRED = RequestState.ERROR, RequestState.CANCELLED, RequestState.EXPIRED
+#: What is called with a request that has ended.
+_Call = tuple[Callable[[Request], object], Request]
 
 
 class Runner:
@@ -43,6 +46,7 @@ class Runner:
         dead: instances to forget once nothing of them is under way; appended to from anywhere.
         retirement: which plans rest.
         watched: somebody wants to be told when what is under way ends.
+        interrupt: ends a wait for the device, and goes before callbacks that are still to be made.
         went, ended: seconds on the clock when the last bundle went out, and when requests ended last.
     """
 
@@ -67,6 +71,8 @@ class Runner:
         self._busy = BusyTime()
         self.dead: deque[Instance] = deque()
         self.watched = False
+        self.interrupt = Interrupt()
+        self._calls: deque[_Call] = deque()
         self.went, self.ended = float("-inf"), clock()
 
     def serves(self) -> bool:
@@ -129,6 +135,7 @@ class Runner:
                 self._launch(bundle)
         self._underway = []
         self.tell()
+        self.call_back(gives_way=True)
 
     def _launch_together(self, bundles: Sequence[Bundle]) -> bool:
         """Whether they went out as one. If that raised, each goes by itself: that tells whose fault it is."""
@@ -223,7 +230,7 @@ class Runner:
             self.retirement.ran(bundle.served, len(bundle.requests), measured, ended)
         self._over(bundle.issue, ended, seconds, charge)
         self._accounting.ran(bundle.requests, charge, bundle.coalesced)
-        self.end(bundle.requests, ended)
+        self.end(bundle.requests, ended, self._calls)
         for timeline in recorders.active:
             timeline.add(bundle, ended)
 
@@ -248,8 +255,11 @@ class Runner:
             issue = replace(bundle.issue, requests=(request,), share=share)
             self._launch(Bundle(bundle.served, [request], issue))
 
-    def land(self) -> None:
-        """Ends what the device has finished, and releases the rows of collected models."""
+    def land(self, gives_way: bool = False) -> bool:
+        """Ends what the device has finished, releases the rows of collected models and makes all callbacks.
+
+        Where it ``gives_way``, not while somebody's request should go out first; returns whether they are.
+        """
         if self.dead:
             self.release_rows()
         landed = self._executor.reap()
@@ -266,6 +276,13 @@ class Runner:
                 flight.bundle.run.landed(charge, flight.error is not None)
         if self.watched and not self._executor.flying():
             self.watched = False
+        self.call_back(gives_way)
+        return not self._calls
+
+    def call_back(self, gives_way: bool = False) -> None:
+        """Makes the callbacks of what has ended, see :meth:`land`."""
+        while self._calls and not (gives_way and self.interrupt):
+            call_back(*self._calls.popleft())
 
     def release_rows(self) -> None:
         """Forgets the dead instances of which nothing is under way."""
@@ -282,9 +299,13 @@ class Runner:
         for instance in gone:
             instance.free()
 
-    def end(self, requests: Sequence[Request], now: float) -> None:
-        """Requests ended: counts, tells those who wait, and calls back. Any thread may call it."""
-        callbacks: list[tuple[Callable[[Request], object], Request]] = []
+    def end(self, requests: Sequence[Request], now: float, calls: deque[_Call] | None = None) -> None:
+        """Requests ended: counts, tells those who wait, and calls back. Any thread may call it.
+
+        Args:
+            calls: takes the callbacks, which are made at once otherwise.
+        """
+        callbacks: deque[_Call] = deque() if calls is None else calls
         for request in requests:
             if request.state is not _CANCELLED and request.state is not _EXPIRED:
                 request.state = _DONE if request.error is None else _ERROR
@@ -304,8 +325,8 @@ class Runner:
                 instance.uses -= 1
                 if not instance.uses and (instance.removed or instance.dropped or not instance.alive):
                     self.dead.append(instance)
-        for callback, request in callbacks:
-            call_back(callback, request)
+        while calls is None and callbacks:
+            call_back(*callbacks.popleft())
 
     def add_done_callback(self, request: Request, callback: Callable[[Request], object]) -> bool:
         """See :meth:`Request.add_done_callback`; returns whether the device has to be watched for its end."""
@@ -340,6 +361,7 @@ class Runner:
 
     def rescue(self, error: BaseException) -> None:
         """Dispatching was interrupted: what was under way goes out later, or fails if it may not."""
+        self.call_back()
         stranded = self.stranded()
         for served in dict.fromkeys(request.served for request in stranded):
             own = [request for request in stranded if request.served is served]
@@ -364,6 +386,7 @@ class Runner:
         """In a forked child: whatever held the locks does not exist."""
         self.mutex = mutex
         self._accounting = Accounting()
+        self._calls.clear()
         self._untold = []  # to tell the policy takes a lock
         self.dead.clear()
 

@@ -182,3 +182,26 @@ def test_cuda_that_refuses_to_leave_captures_alone_stops_nobody(
     assert stepper.step() is ENDED and done == [1]
     stepper.close()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_who_could_begin_at_once_does_not_wait_for_the_callbacks_of_others(lab: Any) -> None:
+    engine, device, models = served(lab, "ab")
+    crowd = [lab.submit(engine, lab.program("a"), models["a"], float(n), quota=Quota("a")) for n in range(8)]
+    late: list[Any] = []
+    called: list[tuple[int, bool]] = []
+
+    def calling(number: int) -> None:
+        if not late:
+            late.append(lab.submit(engine, lab.program("b"), models["b"], 1.0, quota=Quota("b")))
+            engine.kick()
+        called.append((number, late[0].out))
+
+    for number, request in enumerate(crowd):
+        request.add_done_callback(lambda _, number=number: calling(number))
+    engine.kick()
+    lab.until(lambda: all(request.out for request in crowd))
+    device.clock.now += 1.0
+    lab.until(lambda: len(called) == 8)
+    assert called == [(0, False), *((number, True) for number in range(1, 8))]
+    device.clock.now += 1.0
+    lab.until(late[0].done)
