@@ -132,6 +132,11 @@ class CompileThread:
         return waiting or (self._running is not None and self._running <= rank)
 
     @property
+    def ends(self) -> int:
+        """Beginnings and ends of jobs so far: odd while one runs, and even otherwise."""
+        return 2 * self.finished + (self._running is not None)
+
+    @property
     def busy(self) -> bool:
         """Whether a job is running."""
         return self._running is not None

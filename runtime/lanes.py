@@ -17,6 +17,7 @@ import torch
 from torch_mux import compat
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import Flight
+from torch_mux.runtime.executors.cover import cover
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.ring import TableRing
 from torch_mux.runtime.scheduler.base import LaneKind
@@ -155,6 +156,8 @@ class CudaFlight(Flight):
         kept: what the device still reads or writes.
         follows: it is one with the flight before it on its lane, bundles of several programs.
         after: flights of other lanes that it waits for, on the device.
+        jobs: of the compile thread that began or ended before it was enqueued.
+        host: seconds that the host took to enqueue it from its start to its end, where that may count.
     """
 
     start: Mark = field(kw_only=True)
@@ -162,6 +165,8 @@ class CudaFlight(Flight):
     kept: tuple[object, ...] = field(default=())
     follows: bool = field(default=False, kw_only=True)
     after: tuple[CudaFlight, ...] = field(default=(), kw_only=True)
+    jobs: int = field(default=0, kw_only=True)
+    host: float = field(default=0.0, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,19 +283,18 @@ class Lane:
         return _WORDS
 
     def executable(self, key: str, slots: int, generation: Hashable) -> Executable | None:
-        """The best captured graph: of that size, or the smallest that is at most twice as large."""
-        sizes = self.executables.get(key)
-        if not sizes:
-            return None
-        exact = sizes.get(slots)
-        if exact is not None and exact.generation == generation:
-            return exact
-        fitting = [
-            found
-            for size, found in list(sizes.items())
-            if slots < size <= 2 * slots and found.generation == generation
-        ]
-        return min(fitting, key=lambda found: found.slots, default=None)
+        """The captured graph of just that size."""
+        found = self.executables.get(key, {}).get(slots)
+        return found if found is not None and found.generation == generation else None
+
+    def executables_for(self, key: str, slots: int, generation: Hashable) -> tuple[Executable, ...]:
+        """The captured graphs that serve so many slots one after another; none where launches have to."""
+        exact = self.executable(key, slots, generation)
+        if exact is not None:
+            return (exact,)
+        known = dict(self.executables.get(key, {}))
+        valid = frozenset(size for size, one in known.items() if one.generation == generation)
+        return tuple(known[size] for size in cover(slots, valid)) if valid else ()
 
     def add(self, key: str, executable: Executable) -> None:
         """Takes a captured graph, and drops those of older tables; called by the compile thread."""

@@ -130,7 +130,7 @@ class RingEntry:
         self._words = words
         self._halves = (ctypes.c_int32 * (2 * words)).from_address(self.address)
         self.reader: Waits | None = None
-        self.copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self.copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def fill(
         self,
@@ -183,9 +183,13 @@ class TableRing:
         entry.reader = reader
         return entry
 
-    def send(self, entry: RingEntry, words: int) -> None:
-        """Enqueues the copy of the first ``words`` words of an entry to the device, on the current stream."""
-        views = entry.copies.get(words)
+    def send(self, entry: RingEntry, words: int, start: int = 0) -> None:
+        """Enqueues the copy of ``words`` words of an entry to the device, on the current stream.
+
+        Args:
+            start: words of the entry before them.
+        """
+        views = entry.copies.get((words, start))
         if views is None:
-            views = entry.copies[words] = (self.table[:words], entry.host[:words])
+            views = entry.copies[words, start] = (self.table[:words], entry.host[start : start + words])
         views[0].copy_(views[1], non_blocking=True)

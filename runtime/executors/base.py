@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -68,6 +68,9 @@ class Flight:
         paused: seconds for which others went before it while it was under way.
         error: what the device reported, or None.
         finished: whether the device is known to have finished it.
+        way: how it ran, besides program and slots: only bundles that ran in the same way take as long; None:
+            in no way that comes again.
+        delayed: whether something else may have made it longer: the host, or what compiles and captures.
     """
 
     bundle: Bundle
@@ -79,6 +82,8 @@ class Flight:
     paused: float = field(default=0.0)
     error: Exception | None = field(default=None)
     finished: bool = field(default=False)
+    way: Hashable | None = field(default=())
+    delayed: bool = field(default=False)
 
 
 class Executor(Protocol):

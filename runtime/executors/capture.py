@@ -18,6 +18,7 @@ from torch_mux.lowering.kernels.ahead import FIRST_SIZES, Builder
 from torch_mux.lowering.kernels.interception import Work, intercepted, recording
 from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.executors.base import Stack
+from torch_mux.runtime.executors.cover import worth_waiting
 from torch_mux.runtime.executors.segmenter import Segmenter, cut
 from torch_mux.runtime.lanes import Executable, Lane, Side
 from torch_mux.runtime.ring import RingEntry, TableLayout
@@ -33,7 +34,7 @@ __all__ = ["Capturer", "Move", "Steps", "idle_table"]
 logger = logging.getLogger(__name__)
 
 _TRIES = 3
-#: Bundles of a size that a larger graph serves, after which it is worth a graph of its own.
+#: Bundles of a size that other graphs serve, after which it is worth a graph of its own.
 _OFTEN = 64
 #: Number of a lane, slots, generation of its graphs.
 _Wish = tuple[int, int, Hashable]
@@ -41,7 +42,7 @@ _Wish = tuple[int, int, Hashable]
 
 @dataclass
 class _Served:
-    """A size that a larger graph serves."""
+    """A size that other graphs serve."""
 
     lane: ref[Lane]
     bundles: int = 0
@@ -102,8 +103,8 @@ class Steps:
 class Capturer:
     """Captures graphs on the compile thread, each size of each program once a lane and generation.
 
-    A size whose bundles go out launch by launch is captured at once; one that a larger graph serves already
-    when it has come often, or when somebody waits for quiet.
+    A size that no captured graphs serve well is captured at once; another when it has come often, or when
+    somebody waits for quiet.
 
     Args:
         compile_lock: held while Inductor's kernels may be compiled.
@@ -143,11 +144,29 @@ class Capturer:
         stamp = None if self._segmenter is None else self._segmenter.stamp
         return served.storage.generation, stamp
 
+    def jobs(self) -> int:
+        """What :meth:`worked_since` compares with."""
+        return self._thread.ends
+
+    def worked_since(self, jobs: int) -> bool:
+        """Whether something was compiled or captured since :meth:`jobs` said so, perhaps on the device."""
+        return bool(jobs % 2) or self._thread.ends != jobs
+
+    def graphs(self, lane: Lane, served: ServedProgram, slots: int) -> tuple[Executable, ...]:
+        """The graphs that serve a bundle one after another; unless it is one of its size, that is wanted."""
+        found = lane.executables_for(served.key, slots, self.generation(served))
+        if len(found) == 1 and found[0].slots == slots:
+            return found
+        if sum([served.layouts.of(one.slots).words for one in found]) > lane.words():
+            found = ()
+        self.want(lane, served, slots, fits=_serve(found, slots))
+        return found
+
     def want(self, lane: Lane, served: ServedProgram, slots: int, fits: bool) -> None:
         """A bundle of a size without a graph; asked for again, or after a failure, nothing happens.
 
         Args:
-            fits: whether the graph of a larger size serves it.
+            fits: whether graphs of other sizes serve it well enough.
         """
         wish = (lane.number, slots, self.generation(served))
         with self._lock:
@@ -163,7 +182,7 @@ class Capturer:
         self._submit(lane, served, slots, Rank.SPARE if fits else Rank.WANTED)
 
     def want_served(self) -> None:
-        """Has all sizes captured that came and that larger graphs serve."""
+        """Has all sizes captured that came and that other graphs serve."""
         found: list[tuple[Lane, ServedProgram, int]] = []
         with self._lock:
             for served, sizes in self._served.items():
@@ -252,8 +271,9 @@ class Capturer:
         with self._lock:
             if served not in self._wanted:
                 return
-            if rank is Rank.WANTED and lane.executable(served.key, slots, generation) is not None:
-                # A larger size that was asked for before serves it now.
+            found = lane.executables_for(served.key, slots, generation)
+            if rank is Rank.WANTED and _serve(found, slots):
+                # Another size that was asked for before serves it now.
                 self._wanted[served].discard((lane.number, slots, generation))
                 return
         executable: Executable | None = None
@@ -329,6 +349,11 @@ class Capturer:
         """Between two launches."""
         self._thread.breathe()
         return work
+
+
+def _serve(found: Sequence[Executable], slots: int) -> bool:
+    """Whether these graphs serve so many slots well enough."""
+    return worth_waiting(slots, tuple([one.slots for one in found]))
 
 
 def idle_table(served: ServedProgram, layout: TableLayout) -> tuple[Tensor, object]:

@@ -14,7 +14,7 @@ from torch_mux import compat
 from torch_mux.errors import DeviceFailed, StreamCaptured
 from torch_mux.lowering.program import Program
 from torch_mux.runtime.beside import apart, limited
-from torch_mux.runtime.bundle import Bundle, cap_of
+from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import (
     ExecutorReport,
     Flight,
@@ -28,11 +28,12 @@ from torch_mux.runtime.executors.capture import Capturer, Steps
 from torch_mux.runtime.executors.device_clock import DeviceClock
 from torch_mux.runtime.executors.joint import JointLauncher
 from torch_mux.runtime.executors.lane_set import LaneSet
+from torch_mux.runtime.executors.parts import enqueue_natively, filled
 from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.lanes import CudaFlight, Executable, Lane, Mark, Marks, marks_of, passed
 from torch_mux.runtime.mixes import MixReport
 from torch_mux.runtime.request import Request
-from torch_mux.runtime.ring import RingEntry, TableLayout
+from torch_mux.runtime.ring import TableLayout
 from torch_mux.runtime.scheduler.base import Issue, LaneLoad, QueueName
 from torch_mux.runtime.served import ServedProgram, failure
 from torch_mux.settings import Settings
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 BRANCHES: Final = 4
 #: Seconds between two looks at the lanes, and for which those that are looked at stay the same.
 _GLANCE, _LOOK, _ATTEMPTS = 100e-6, 1e-3, 3
+#: How many times what the host takes to enqueue it a bundle takes that does not wait for it.
+_HOSTED: Final = 2.0
 
 
 class CudaExecutor:
@@ -118,6 +121,7 @@ class CudaExecutor:
         """Enqueues the bundle on its lane."""
         lane = self._lanes.take(bundle.issue)
         flight = lane.flight(bundle, self._clock(), self._predecessors(lane, bundle.issue))
+        flight.jobs = self._capturer.jobs()
         marks = marks_of(bundle.requests) + [other.end for other in flight.after]
         try:
             if not self._at_once(lane, flight, marks):
@@ -197,29 +201,20 @@ class CudaExecutor:
         if native is None or not bundle.served.active.coalesced or not compat.is_current(self.device):
             return False
         rows = written_rows(bundle)
-        executable = self._executable(lane, bundle) if rows is not None else None
-        if rows is None or executable is None:
+        executables = self._executables(lane, bundle) if rows is not None else ()
+        if rows is None or not executables:
             return False
-        layout, entry = self._filled(lane, flight, rows, executable)
+        entry, parts = filled(lane, flight, rows, executables, self.sms)
         known = bundle.served.storage.watched(set(rows))
-        changed = native.enqueue(
-            lane.address,
-            [mark.address for mark in marks],
-            flight.start.address,
-            lane.ring.address,
-            entry.address,
-            layout.nbytes,
-            executable.graph.address,
-            flight.end.address,
-            known or [],
-        )
-        flight.kept = (*[request.instance.held for request in bundle.requests], executable, entry, marks)
+        changed = enqueue_natively(native, lane, flight, marks, entry, parts, known or [])
+        flight.kept = (*[request.instance.held for request in bundle.requests], executables, entry, marks)
         return (known is not None and not changed) or not renewed(bundle)
 
     def _enqueue_flight(self, lane: Lane, flight: CudaFlight, marks: Sequence[Mark]) -> None:
         bundle = flight.bundle
         for mark in marks:
             lane.stream.wait_event(mark.event)
+        begun = self._clock()
         flight.start.event.record(lane.stream)
         if bundle.served.active.coalesced:
             flight.kept = (flight.kept, self._coalesced(lane, flight))
@@ -227,17 +222,26 @@ class CudaExecutor:
             run_each_alone(bundle)
             flight.kept = tuple(request.instance.current() for request in bundle.requests)
         flight.end.event.record(lane.stream)
+        flight.host = self._clock() - begun
 
     def _coalesced(self, lane: Lane, flight: CudaFlight) -> tuple[object, ...]:
-        bundle = flight.bundle
+        bundle, written = flight.bundle, False
         kept: list[object] = []
+
+        def before(new: bool) -> None:
+            nonlocal written
+            written = True
+            self._settle(lane, bundle.served, new)
+
         for _ in range(_ATTEMPTS):
-            rows = bound_rows(bundle, verify=False, before=lambda new: self._settle(lane, bundle.served, new))
+            rows = bound_rows(bundle, verify=False, before=before)
             kept.extend(request.instance.held for request in bundle.requests)
             with torch.inference_mode():
                 kept.append(self._enqueue(lane, flight, rows))
             if not renewed(bundle):
                 break
+        if written:
+            flight.way = None
         return tuple(kept)
 
     def _settle(self, lane: Lane, served: ServedProgram, new: bool) -> None:
@@ -252,38 +256,22 @@ class CudaExecutor:
                     if flight.bundle.served is served:
                         flight.end.wait()
 
-    def _executable(self, lane: Lane, bundle: Bundle) -> Executable | None:
-        """The captured graph to use; one of just this size is asked for."""
-        served, plan = bundle.served, bundle.served.compiled
-        if not (plan.capturable and self._capture):
-            return None
-        count = len(bundle.requests)
-        executable = lane.executable(served.key, count, self._capturer.generation(served))
-        if executable is None or executable.slots != count:
-            self._capturer.want(lane, served, count, fits=executable is not None)
-        return executable
-
-    def _filled(
-        self, lane: Lane, flight: CudaFlight, rows: list[int], executable: Executable | None
-    ) -> tuple[TableLayout, RingEntry]:
-        """The bundle's table, ready to be copied."""
-        bundle = flight.bundle
-        layouts, requests = bundle.served.layouts, bundle.requests
-        layout = layouts.of(len(requests) if executable is None else executable.slots)
-        entry = lane.ring.take(flight.end)
-        sms = self.sms if lane.context is None else lane.context.sms
-        entry.fill(layout, rows, min(cap_of(bundle.limit, self.sms), sms), *layouts.columns(requests))
-        return layout, entry
+    def _executables(self, lane: Lane, bundle: Bundle) -> tuple[Executable, ...]:
+        """The captured graphs to use, one after another."""
+        if not (self._capture and bundle.served.compiled.capturable):
+            return ()
+        return self._capturer.graphs(lane, bundle.served, len(bundle.requests))
 
     def _enqueue(self, lane: Lane, flight: CudaFlight, rows: list[int]) -> object:
-        executable = self._executable(lane, flight.bundle)
-        layout, entry = self._filled(lane, flight, rows, executable)
-        lane.ring.send(entry, layout.words)
-        if executable is None:
-            self._steps.run(flight.bundle.served, layout, lane.ring.table)
-        else:
-            executable.graph.replay(lane.stream)
-        return executable
+        executables = self._executables(lane, flight.bundle)
+        entry, parts = filled(lane, flight, rows, executables, self.sms)
+        for part in parts:
+            lane.ring.send(entry, part.layout.words, part.start)
+            if part.executable is None:
+                self._steps.run(flight.bundle.served, part.layout, lane.ring.table)
+            else:
+                part.executable.graph.replay(lane.stream)
+        return executables
 
     def reap(self) -> Sequence[Flight]:
         """The flights that ended, with their device seconds."""
@@ -310,6 +298,8 @@ class CudaExecutor:
             flight.ended = now
         flight.finished = True
         flight.kept = flight.after = ()
+        # Of launches one by one the device waits for the host.
+        flight.delayed = flight.seconds < _HOSTED * flight.host or self._capturer.worked_since(flight.jobs)
         return True
 
     def _examine(self, error: BaseException) -> None:

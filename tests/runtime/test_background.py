@@ -195,6 +195,18 @@ def test_a_size_without_any_graph_is_captured_at_once_and_serves_smaller_ones(gp
     assert [plan.captured for plan in engine.plans()] == [((1, 12),)]
 
 
+def test_a_new_size_is_served_by_the_graphs_there_are_and_nobody_waits_for_launches(gpu: Any) -> None:
+    """A bundle of a new size that is launched one by one keeps the role, and with it everybody, for long."""
+    engine, device, go = gpu(Timing(launches=0.2, capture=1e-3), 1, 2)
+    gate = threading.Event()
+    engine.compile_thread.submit(lambda: gate.wait(10))  # no capture comes meanwhile
+    assert max(go(slots) for slots in (3, 4, 6, 6)) < 0.2
+    assert captured(device) == [1, 2]
+    gate.set()
+    assert engine.quiesce(20)
+    assert sorted(captured(device)) == [1, 2, 3, 4, 6]
+
+
 def test_requests_get_the_interpreter_while_something_compiles(gpu: Any) -> None:
     """With Python's interval each of some four handovers a request takes 5 ms."""
     engine, _, go = gpu(Timing(), 1, switch_interval=1e-4)

@@ -84,7 +84,10 @@ class World:
         monkeypatch.setattr(lanes, "new_event", lambda timing=False: Event())
         steps: Any = SimpleNamespace(run=lambda *args: None)
         capturer: Any = SimpleNamespace(
-            want=lambda *args, **named: None, configure=lambda settings: None, generation=lambda served: 0
+            graphs=lambda *args: (),
+            configure=lambda settings: None,
+            jobs=lambda: 0,
+            worked_since=lambda jobs: False,
         )
         launcher: Any = SimpleNamespace(configure=lambda settings: None, launch=self._launch)
         device = torch.device("cpu")

@@ -69,6 +69,31 @@ def test_direct_captured_and_padded_have_the_same_bits(lab: Any, capture: bool) 
     assert engine.plans()[0].captured == (((1, 2, 3, 5, 8),) if capture else ((),))
 
 
+def test_graphs_of_other_sizes_one_after_another_have_the_same_bits(lab: Any) -> None:
+    engine = lab.gpu_engine()
+    program, models = served(engine, lab, 8)
+    alone = [bundle(engine, lab, program, [model], 3.0 + n)[0] for n, model in enumerate(models)]
+    for size in (1, 2):
+        bundle(engine, lab, program, models[:size])
+        assert engine.quiesce(60)
+    gate = threading.Event()
+    engine.compile_thread.submit(lambda: gate.wait(60))  # nothing is captured meanwhile
+    before = len(lab.plans["affine"].bundles)
+    for size in (7, 3, 8, 5):
+        calls = [
+            (engine.instance(program, model.tensors()), [lab.x(3.0 + n, CUDA)], Quota())
+            for n, model in enumerate(models[:size])
+        ]
+        requests = engine.submit_all(calls)
+        engine.wait(requests)
+        for request, want in zip(requests, alone, strict=False):
+            assert all(torch.equal(a, b) for a, b in zip(request.result(), want, strict=True))
+    assert len(lab.plans["affine"].bundles) == before, "they were launched one by one"
+    gate.set()
+    assert engine.quiesce(60)
+    assert engine.plans()[0].captured == ((1, 2, 3, 5, 7, 8),)
+
+
 def test_a_request_inside_of_a_users_capture_is_refused_and_harms_nobody(lab: Any) -> None:
     engine = lab.gpu_engine()
     program, models = served(engine, lab, 2)
