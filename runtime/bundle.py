@@ -28,7 +28,6 @@ class Bundle:
         whole: device seconds that took, once known.
         seconds: its own part of them.
         coalesced: it runs on a coalesced plan.
-        measured: its time is the device's own.
         run: it and the other bundles of its mix, which went out at the same moment.
     """
 
@@ -42,7 +41,6 @@ class Bundle:
     whole: float = field(default=0.0)
     seconds: float = field(default=0.0)
     coalesced: bool = False
-    measured: bool = False
     run: MixRun | None = None
 
     @property

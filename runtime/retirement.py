@@ -1,15 +1,16 @@
 """Plans that turn slow or keep raising are retired: their programs run per instance for a while.
 
 The other path is slower and its bits may differ: it is for a plan whose code or tables went wrong, not for a
-busy device. So a plan has to be many times slower than it was, bundle after bundle, by the device's own
-clock, while other programs are not.
+busy device or host. So a plan has to be many times slower than it was, bundle after bundle, by the device's
+own clock, while other programs are not. A bundle is compared only with those of its size that ran in the same
+way: within the same cap, on the same kind of lane, from the same graphs.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 _RUN: Final = 8
 _PROBATION: Final = 2
 _WINDOW: Final = 16
+#: Of sizes and ways of one plan; the oldest are forgotten.
+_KINDS: Final = 1024
 _FIRST: Final = 10.0
 _MOST: Final = 640.0
 _RECENT: Final = 1.0
@@ -33,7 +36,7 @@ _RECENT: Final = 1.0
 
 @dataclass
 class _Size:
-    """Device seconds of the last bundles of one size, and their least median so far."""
+    """Device seconds of the last bundles of one size that ran in one way, and their least median so far."""
 
     last: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     usual: float = float("inf")
@@ -55,10 +58,10 @@ class _Watch:
         again: when that is made again, where it could not be made; and the seconds until the next time.
         pause: seconds for which it is retired next.
         since, until: when it was retired, and until when.
-        seen, ratio: the last bundle, and how many times its usual time it took.
+        seen, ratio: the last bundle that could be compared, and how many times its usual time it took.
     """
 
-    sizes: dict[int, _Size] = field(default_factory=dict)
+    sizes: dict[tuple[int, Hashable], _Size] = field(default_factory=dict)
     slow: int = 0
     raised: int = 0
     good: int = 0
@@ -123,18 +126,41 @@ class Retirement:
             watch.again = served.stuck = None
             served.make_detour(watch.reason)
 
-    def ran(self, served: ServedProgram, slots: int, seconds: float | None, now: float) -> None:
-        """A bundle of a coalesced plan ended well after ``seconds`` of the device; None: nobody measured."""
+    def ran(
+        self,
+        served: ServedProgram,
+        slots: int,
+        seconds: float | None,
+        now: float,
+        way: Hashable = (),
+        delayed: bool = False,
+    ) -> None:
+        """A bundle of a coalesced plan ended well.
+
+        Args:
+            seconds: of the device that it took; None: nobody measured, or it ran in a way of its own.
+            way: how it ran, besides its size.
+            delayed: whether something else may have made it longer, so that it tells how long such a bundle
+                takes at most, and not that it is slow.
+        """
         watch = self._watch(served)
         watch.raised = 0
-        if seconds is not None and self._slow(watch, slots, seconds, now):
+        ratio = None if seconds is None else self._ratio(watch, (slots, way), seconds, now, delayed)
+        if seconds is not None and ratio is not None and self.factor and ratio > self.factor:
+            if delayed:
+                return
+            if self._all_slow(watch, now):
+                watch.slow = 0
+                return
             watch.good = 0
             watch.slow += 1
             if watch.slow >= watch.bad:
-                usual = watch.sizes[slots].usual
-                self._retire(served, f"bundles of {slots} take {seconds:.3g} s, usually {usual:.3g} s")
+                self._retire(
+                    served, f"bundles of {slots} take {seconds:.3g} s, usually {seconds / ratio:.3g} s"
+                )
             return
-        watch.slow = 0
+        if ratio is not None:
+            watch.slow = 0
         watch.good += 1
         if watch.good == _RUN and watch.reason is not None and served.detour is None:
             # It recovered before there was another; that one may come yet, and serves the next time.
@@ -143,18 +169,26 @@ class Retirement:
         if watch.good == _RUN and watch.bad == _PROBATION:
             watch.bad, watch.pause = _RUN, _FIRST
 
-    def _slow(self, watch: _Watch, slots: int, seconds: float, now: float) -> bool:
-        size = watch.sizes.get(slots)
+    def _ratio(
+        self, watch: _Watch, kind: tuple[int, Hashable], seconds: float, now: float, delayed: bool
+    ) -> float | None:
+        """How many times as long as usual it took, if that is known. Learns from what is not slow."""
+        size = watch.sizes.get(kind)
         if size is None:
-            size = watch.sizes[slots] = _Size()
-        factor, known = self.factor, size.usual < float("inf")
-        watch.seen, watch.ratio = now, seconds / size.usual if known else 1.0
-        if not factor or not known or watch.ratio <= factor:
+            while len(watch.sizes) >= _KINDS:
+                del watch.sizes[next(iter(watch.sizes))]
+            size = watch.sizes[kind] = _Size()
+        ratio = seconds / size.usual if size.usual < float("inf") else None
+        if ratio is not None and not delayed:
+            watch.seen, watch.ratio = now, ratio
+        if ratio is None or not self.factor or ratio <= self.factor:
             size.add(seconds)
-            return False
-        # Where others are slow too it is the device.
-        return not any(
-            other is not watch and now - _RECENT < other.seen and other.ratio > factor / 2
+        return ratio
+
+    def _all_slow(self, watch: _Watch, now: float) -> bool:
+        """Where other programs are slow too it is the device."""
+        return any(
+            other is not watch and now - _RECENT < other.seen and other.ratio > self.factor / 2
             for other in self._watches.values()
         )
 

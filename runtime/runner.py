@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from torch_mux.errors import DeadlineExceeded, DispatchFailed, MuxError
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.busy import BusyTime
-from torch_mux.runtime.executors.base import Executor
+from torch_mux.runtime.executors.base import Executor, Flight
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.interrupt import Interrupt
 from torch_mux.runtime.line import Line, go_out
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _LATELY = 1.0
 _ALONE = 0.9  # of its time, charged to a bundle that had the device to itself
+_CAPS = 256  # that are told apart
 _RUNNING, _DONE = RequestState.RUNNING, RequestState.DONE
 _ERROR, _CANCELLED, _EXPIRED = RequestState.ERROR, RequestState.CANCELLED, RequestState.EXPIRED
 #: What is called with a request that has ended.
@@ -213,10 +215,11 @@ class Runner:
             ended = self._clock()
             self._settle(bundle, ended, ended - started, ended - started)
             return
-        bundle.measured = True
         self._gone([bundle])
 
-    def _settle(self, bundle: Bundle, ended: float, seconds: float, charge: float) -> None:
+    def _settle(
+        self, bundle: Bundle, ended: float, seconds: float, charge: float, flight: Flight | None = None
+    ) -> None:
         """A bundle ended, by itself or with others, after ``seconds``, of which ``charge`` are its own.
 
         Those that were one are charged by their work.
@@ -224,15 +227,24 @@ class Runner:
         bundle.whole = seconds
         bundle.seconds = seconds = seconds * bundle.part
         if bundle.coalesced and not [request for request in bundle.requests if request.error is not None]:
-            # Beside a long one a short bundle takes many times what it usually does: that is no fault of its.
-            alone = charge >= _ALONE * seconds
-            measured = seconds if bundle.measured and alone else None
-            self.retirement.ran(bundle.served, len(bundle.requests), measured, ended)
+            self._watch(bundle, ended, seconds, charge, flight)
         self._over(bundle.issue, ended, seconds, charge)
         self._accounting.ran(bundle.requests, charge, bundle.coalesced)
         self.end(bundle.requests, ended, self._calls)
         for timeline in recorders.active:
             timeline.add(bundle, ended)
+
+    def _watch(
+        self, bundle: Bundle, ended: float, seconds: float, charge: float, flight: Flight | None
+    ) -> None:
+        """Whether its plan is slow is told by a bundle that had the device to itself and ran as others."""
+        slots = len(bundle.requests)
+        # Beside a long one a short bundle takes many times what it usually does: that is no fault of its.
+        if flight is None or flight.way is None or charge < _ALONE * seconds:
+            self.retirement.ran(bundle.served, slots, None, ended)
+            return
+        way = math.ceil(_CAPS * bundle.limit), flight.way
+        self.retirement.ran(bundle.served, slots, seconds, ended, way, flight.delayed or flight.paused > 0.0)
 
     def _isolate(self, bundle: Bundle, error: Exception) -> None:
         """A bundle raised: each request runs again alone, so that only the guilty one fails."""
@@ -271,7 +283,7 @@ class Runner:
                     request.error = flight.error
             seconds = max(0.0, flight.seconds - flight.paused)
             charge = flight.charge / PICOSECONDS
-            self._settle(flight.bundle, flight.ended, seconds, charge)
+            self._settle(flight.bundle, flight.ended, seconds, charge, flight)
             if flight.bundle.run is not None:
                 flight.bundle.run.landed(charge, flight.error is not None)
         if self.watched and not self._executor.flying():

@@ -138,7 +138,7 @@ def _flights(
     """Flights with one beginning and one end."""
     start, end = lane.marks.take(lane.stream), lane.marks.take(lane.stream)
     return [
-        CudaFlight(bundle, now, start=start, end=end, follows=index > 0, after=tuple(after))
+        CudaFlight(bundle, now, start=start, end=end, follows=index > 0, after=tuple(after), way=None)
         for index, bundle in enumerate(bundles)
     ]
 
