@@ -231,6 +231,34 @@ def test_traffic_is_settled_once_a_kind_until_nothing_is_captured(monkeypatch: p
     assert serve._warmth(stage.settling)[0].endswith("with 5 compiles and captures")
 
 
+def test_a_run_beside_a_capture_is_measured_again_when_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, graphs = iter([0, 2, 2, 2, 2, 2]), iter([{"a"}, {"a", "b", "c"}, {"a"}, {"a"}])
+    log: list[object] = []
+
+    def drive(server: object, traffics: Sequence[Traffic], window: Window, **_: Any) -> Outcome:
+        log.append("run")
+        return Outcome(window, (), log.count("run"), 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(stage_module, "drive", drive)
+    monkeypatch.setattr(stage_module, "_jobs", lambda: next(jobs))
+    monkeypatch.setattr(stage_module, "_graphs", lambda: next(graphs))
+    monkeypatch.setattr(stage_module, "_quiesce", lambda: log.append("quiet"))
+    monkeypatch.setattr(Stage, "settle", lambda *_: None)
+    stage = Stage(SimpleNamespace(process="poisson", seed=0, seconds=1.0))
+    traffic = [Traffic(Client("tiny", 0, (), {"tenant": "a"}), rate=1.0)]
+    again = stage.drive(traffic)
+    assert log == ["run", "quiet", "run"]
+    assert (again.requests, again.jobs, again.disturbed) == (2, 0, 2)
+    assert again.data()["disturbed"] == 2 and again.data()["captured"] == ["b", "c"]
+    assert stage.drive(traffic).disturbed == 0 and log == ["run", "quiet", "run", "run"]
+
+
+def test_graphs_are_told_by_program_size_and_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = SimpleNamespace(name="Net", captured=((1, 8), (), (2,)))
+    monkeypatch.setattr(stage_module.state, "peek", lambda: SimpleNamespace(plans=lambda: (plan,)))
+    assert stage_module._graphs() == {"Net, 1 slots, lane 0", "Net, 8 slots, lane 0", "Net, 2 slots, lane 2"}
+
+
 def test_nothing_is_collected_while_a_peer_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 

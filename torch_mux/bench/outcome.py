@@ -52,6 +52,8 @@ class Outcome:
         cost: CPU seconds a request of the generator itself.
         host: CPU seconds a request of the process in all, but for the generator's own.
         jobs: compiles and captures that ended during it, where somebody counted.
+        disturbed: jobs during a first run, in whose place this one is.
+        captured: what of both are graphs: program, slots and lane of each.
         probes: what the probe said at the beginning and at the end of the window, and when all had ended.
         held: 0.99 quantile of seconds by which such requests were late because the generator was inside a
             call of the server, with others, when they were due.
@@ -66,6 +68,8 @@ class Outcome:
     cost: float
     host: float
     jobs: int = 0
+    captured: tuple[str, ...] = ()
+    disturbed: int = 0
     probes: tuple[Any, ...] = field(default=(), repr=False)
     held: float = 0.0
     asleep: float = 0.0
@@ -114,6 +118,8 @@ class Outcome:
             "host": self.host,
             "parts": dict(self.parts),
             "jobs": self.jobs,
+            "captured": list(self.captured),
+            "disturbed": self.disturbed,
         }
 
 

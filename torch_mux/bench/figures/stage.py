@@ -27,6 +27,8 @@ _DEPTHS: Final = (1, 4)
 #: Seconds of load at a time before a kind of traffic is measured, and for how long at most.
 _SETTLING: Final = 0.25
 _PATIENCE: Final = 6.0
+#: Rounds of load more for mixes of programs.
+_MIXES: Final = 4
 #: Architectures that are served at the same time.
 Crowd = tuple[str, ...]
 
@@ -166,22 +168,35 @@ class Stage:
     ) -> Outcome:
         """One run of settled traffic; as long as the options say, a fifth of it before anything counts.
 
+        Where something was compiled or captured meanwhile, it is measured once more when all of that is done:
+        a server that is measured has been running for long. The record tells both.
+
         While a peer is measured nothing is collected: mux collects when it has nothing to do itself.
         """
         self.settle(traffics, server)
         length = self.options.seconds if seconds is None else seconds
         window = Window(length, length / 5 if lead is None else lead)
-        before = _jobs()
-        with contextlib.nullcontext() if server == self.mux.name else _uncollected():
-            found = drive(
-                self.server(server, crowd_of(traffics)),
-                traffics,
-                window,
-                process=process or self.options.process,
-                seed=self.options.seed,
-                probe=probe,
-            )
-        return replace(found, jobs=_jobs() - before)
+
+        def run() -> Outcome:
+            before, graphs = _jobs(), _graphs()
+            with contextlib.nullcontext() if server == self.mux.name else _uncollected():
+                found = drive(
+                    self.server(server, crowd_of(traffics)),
+                    traffics,
+                    window,
+                    process=process or self.options.process,
+                    seed=self.options.seed,
+                    probe=probe,
+                )
+            jobs = _jobs() - before
+            return replace(found, jobs=jobs, captured=tuple(sorted(_graphs() - graphs)) if jobs else ())
+
+        first = run()
+        if not first.jobs:
+            return first
+        _quiesce()
+        again = run()
+        return replace(again, disturbed=first.jobs, captured=first.captured + again.captured)
 
     def settle(self, traffics: Sequence[Traffic], server: str = MuxServer.name) -> None:
         """Loads a server with this kind of traffic until it compiles and captures nothing more for it.
@@ -192,21 +207,22 @@ class Stage:
         """
         settings = state.settings()
         kinds = {(one.client.workload, bool(one.client.quota.get("reserve"))) for one in traffics}
-        key = (server, frozenset(kinds), settings.max_bundle, settings.max_wait)
+        key = (server, frozenset(kinds), settings)
         if key in self._settled:
             return
         self._settled.add(key)
-        begun, first = time.perf_counter(), _jobs()
+        begun, first, graphs = time.perf_counter(), _jobs(), _graphs()
         one, load = self.server(server, crowd_of(traffics)), [replace(one, start=0.0) for one in traffics]
         # Mixes of programs are made only when they have come for a while; beside a reserve there are none.
         mixed = len(kinds) > 1 and not any(reserve for _, reserve in kinds)
         seconds = _SETTLING + (settings.pack_after if mixed else 0.0)
+        # Each mix is captured, measured both ways and written down; others may come only then.
+        patience = _PATIENCE + (_MIXES * seconds if mixed else 0.0)
         quiet = False
-        while not quiet and time.perf_counter() - begun < _PATIENCE:
+        while not quiet and time.perf_counter() - begun < patience:
             before = _jobs()
             drive(one, load, Window(seconds, 0.0), process=self.options.process, seed=self.options.seed)
-            if (engine := state.peek()) is not None:
-                engine.quiesce(_PATIENCE)
+            _quiesce()
             quiet = _jobs() == before
         gc.collect()
         gc.freeze()
@@ -218,6 +234,7 @@ class Stage:
                 "max_bundle": settings.max_bundle,
                 "seconds": time.perf_counter() - begun,
                 "jobs": _jobs() - first,
+                "captured": sorted(_graphs() - graphs),
                 "quiet": quiet,
             }
         )
@@ -300,6 +317,24 @@ def _jobs() -> int:
     """Compiles and captures of the runtime that have ended."""
     engine = state.peek()
     return 0 if engine is None else engine.compile_thread.finished
+
+
+def _graphs() -> set[str]:
+    """What the runtime has captured."""
+    engine = state.peek()
+    return {
+        f"{plan.name}, {slots} slots, lane {lane}"
+        for plan in (() if engine is None else engine.plans())
+        for lane, sizes in enumerate(plan.captured)
+        for slots in sizes
+    }
+
+
+def _quiesce() -> None:
+    """Waits until all that was asked for is compiled and captured."""
+    engine = state.peek()
+    if engine is not None:
+        engine.quiesce(_PATIENCE)
 
 
 @contextmanager
