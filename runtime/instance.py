@@ -118,7 +118,7 @@ class Instance:
         """Takes and writes a row, on the current stream; returns it."""
         storage = self.served.storage
         parameters = self._checked()
-        with self.served.storage_lock, torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self.row = storage.bind(parameters)
         self.renew = False
         self.served.memory_changed(self)
@@ -128,7 +128,7 @@ class Instance:
         """Prepares again from the tensors as they are now and rewrites the row, on the current stream."""
         self.renew = False
         parameters = self._checked()
-        with self.served.storage_lock, torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self.served.storage.refresh(row, parameters)
         self._held = _aliases(parameters)
 
@@ -138,8 +138,7 @@ class Instance:
         self._held = []
         self.served.memory_changed()
         if row is not None:
-            with self.served.storage_lock:
-                self.served.storage.release(row)
+            self.served.storage.release(row)
 
     def _checked(self) -> Sequence[Tensor]:
         parameters = self.current()

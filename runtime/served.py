@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -53,7 +52,6 @@ class ServedProgram:
         compile_seconds: how long the plan took to make, or to load.
         output_bytes: bytes of one request's outputs.
         layouts: of its bundles' tables on a GPU.
-        storage_lock: held while tables are written or a plan is captured over them.
     """
 
     def __init__(self, program: Program, dispatcher: Dispatcher, memory: MemoryLedger | None = None) -> None:
@@ -78,7 +76,6 @@ class ServedProgram:
         self.instances = InstanceTable()
         self.sizes: Counter[int] = Counter()
         self.compile_seconds = 0.0
-        self.storage_lock = threading.Lock()
         self.output_bytes = sum(spec.nbytes for spec in program.outputs if spec is not None)
         self.layouts = Layouts(program)
         self.devices = tuple(

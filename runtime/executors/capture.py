@@ -280,7 +280,7 @@ class Capturer:
         for left in reversed(range(_TRIES)):
             try:
                 self._build(served, (slots,))
-                with self._compile_lock, served.storage_lock:
+                with self._compile_lock:
                     executable = self._capture(lane, served, slots)
                 break
             except Exception as error:
@@ -306,7 +306,9 @@ class Capturer:
             reasons.append(f"{slots} slots: {type(error).__name__}: {error}")
 
     def _capture(self, lane: Lane, served: ServedProgram, slots: int) -> Executable:
-        generation = self.generation(served)  # before anything that settings decide
+        # Before anything that settings decide or that tables are: where they move meanwhile, the graph is of
+        # no use, and nobody waits for it with his new row.
+        generation = self.generation(served)
         device = served.program.device
         layout = TableLayout.of(served.program, slots)
         side = self._side(device)

@@ -223,10 +223,7 @@ class JointCapturer:
         with self._compile_lock, torch.cuda.device(device), torch.inference_mode():
             self._grow(device, len(members))
             schedule = self._rehearsed(mix, members, layouts, device)
-            with contextlib.ExitStack() as stack:
-                for served, _ in sorted(members, key=lambda member: member[0].key):
-                    stack.enter_context(served.storage_lock)
-                return self._capture(lane, members, layouts, schedule)
+            return self._capture(lane, members, layouts, schedule)
 
     def _grow(self, device: torch.device, members: int) -> None:
         if self._trunk is None:
@@ -295,6 +292,7 @@ class JointCapturer:
     def _capture(
         self, lane: Lane, members: Sequence[Member], layouts: Sequence[TableLayout], schedule: Schedule
     ) -> JointExecutable:
+        generations = tuple(served.storage.generation for served, _ in members)  # before tables are read
         starts = [sum(layout.words for layout in layouts[:index]) for index in range(len(layouts))]
         tables = [
             lane.ring.table[start : start + layout.words]
@@ -315,7 +313,6 @@ class JointCapturer:
 
         with compat.capturing(), torch.cuda.stream(lane.recorder):
             graph = compat.captured(run, lane.pool, allocating=False)
-        generations = tuple(served.storage.generation for served, _ in members)
         return JointExecutable(graph, tuple(layouts), tuple(starts), generations)
 
 

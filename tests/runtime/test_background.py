@@ -229,3 +229,26 @@ def test_requests_get_the_interpreter_while_something_compiles(gpu: Any) -> None
     ours = latency()
     engine.configure(replace(engine.settings, switch_interval=0.0))
     assert latency() > 3 * ours
+
+
+def test_a_model_that_is_new_does_not_wait_for_a_capture(gpu: Any, lab: Any) -> None:
+    """Who dispatches for everybody writes its row; a graph over tables that moved meanwhile is not used."""
+    engine, device, go = gpu(Timing(capture=1.0), 1)
+    (served,) = engine._served.values()
+    begun = len(captured(device))
+    before = served.storage.generation
+    go(40)
+    lab.until(lambda: engine.compile_thread.busy)
+    model = lab.Affine(3.0)
+    instance, moment = engine.instance(lab.program(), model.tensors()), time.perf_counter()
+    (request,) = engine.submit_all([(instance, [lab.x()], Quota("new"))])
+    engine.kick()
+    lab.until(request.done, 10.0)
+    assert time.perf_counter() - moment < 0.5
+    assert engine.compile_thread.busy and len(captured(device)) == begun
+    served.storage.generation = before + 1
+    assert engine.quiesce(20)
+    go(1)
+    assert engine.quiesce(20)
+    assert captured(device)[begun:] == [40, 1]
+    assert engine.plans()[0].captured == ((1,),)

@@ -220,13 +220,13 @@ class _Capturer(Capturer):
         pass
 
     def _capture(self, lane: Lane, served: ServedProgram, slots: int) -> Executable:
-        begun = _now()
+        begun, generation = _now(), self.generation(served)
         for _ in range(round(self.timing.capture / self.timing.piece)):
             burn(self.timing.piece)
             self._thread.breathe()
         self.captured.append((served.program.name, slots, begun))
         graph: Any = _Graph(partial(self.timing.bundle, served.program.name), slots)
-        return Executable(graph, slots, self.generation(served))
+        return Executable(graph, slots, generation)
 
 
 class _NoMixes:
