@@ -13,7 +13,6 @@ from torch import Tensor
 from torch_mux import compat
 from torch_mux.errors import DeviceFailed, StreamCaptured
 from torch_mux.lowering.program import Program
-from torch_mux.runtime.beside import apart, limited
 from torch_mux.runtime.bundle import Bundle
 from torch_mux.runtime.executors.base import (
     ExecutorReport,
@@ -118,9 +117,10 @@ class CudaExecutor:
         return mark
 
     def launch(self, bundle: Bundle) -> Flight | None:
-        """Enqueues the bundle on its lane."""
-        lane = self._lanes.take(bundle.issue)
-        flight = lane.flight(bundle, self._clock(), self._predecessors(lane, bundle.issue))
+        """Enqueues the bundle on its lane, or on another one for as long as that has no graphs for it."""
+        home = self._lanes.take(bundle.issue)
+        lane = home if len(self._lanes) == 1 else self._with_graphs(home, bundle)
+        flight = lane.flight(bundle, self._clock(), self._lanes.predecessors(lane, home, bundle.issue))
         flight.jobs = self._capturer.jobs()
         marks = marks_of(bundle.requests) + [other.end for other in flight.after]
         try:
@@ -136,17 +136,19 @@ class CudaExecutor:
         for request in bundle.requests:
             request.flight = flight
         lane.flights.append(flight)
+        if lane is not home:
+            home.guests.append(flight)
         return flight
 
-    def _predecessors(self, lane: Lane, issue: Issue) -> list[CudaFlight]:
-        """What a bundle waits for on the device: its program's in a mix, and what it may not run beside."""
-        after = lane.visitors() if lane.guests else []
-        others = self._lanes.beside(lane) if len(self._lanes) > 1 else ()
-        if others and limited(issue):
-            after += [
-                flight for other in others for flight in other.flights if apart(issue, flight.bundle.issue)
-            ]
-        return after
+    def _with_graphs(self, home: Lane, bundle: Bundle) -> Lane:
+        """Where it need not be launched one by one, which would keep everybody waiting; else its own lane."""
+        served, slots = bundle.served, len(bundle.requests)
+        generation = self._capturer.generation(served)
+        if home.executable(served.key, slots, generation) is not None or served.ordered or not self._capture:
+            return home
+        if not served.active.coalesced or written_rows(bundle) is None or self._executables(home, bundle):
+            return home
+        return self._lanes.instead(home, lambda one: one.executables_for(served.key, slots, generation))
 
     def packs(self, served: ServedProgram) -> bool:
         """Whether bundles of a program may be part of a mix: those that are captured."""

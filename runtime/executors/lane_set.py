@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from torch_mux import compat
 from torch_mux.errors import IsolationUnavailable
-from torch_mux.runtime.lanes import Lane, highest_priority
+from torch_mux.runtime.beside import apart, limited
+from torch_mux.runtime.lanes import CudaFlight, Lane, highest_priority
 from torch_mux.runtime.scheduler.base import Issue, LaneKind, LaneLoad, idle_lanes
 from torch_mux.settings import Settings
 
@@ -69,10 +70,21 @@ class LaneSet:
                 found[number] = LaneLoad(lane.load(), found[number].kind, found[number].branch)
         return found
 
-    def beside(self, lane: Lane) -> list[Lane]:
-        """The other common lanes that have something under way, if ``lane`` is one of them."""
-        common = [other for place, other in self._made.items() if place[0] is LaneKind.COMMON]
-        return [other for other in common if other is not lane and other.flights] if lane in common else []
+    def predecessors(self, lane: Lane, home: Lane, issue: Issue) -> list[CudaFlight]:
+        """What a bundle waits for on the device: its program's elsewhere, and what it may not run beside.
+
+        Args:
+            lane: where it goes.
+            home: where it was sent.
+        """
+        after = lane.visitors() if lane.guests else []
+        if lane is not home:
+            after += [flight for flight in home.last if flight not in lane.flights]
+        if len(self._made) > 1 and limited(issue):
+            common = [other for place, other in self._made.items() if place[0] is LaneKind.COMMON]
+            flights = [flight for other in common if other is not lane for flight in other.flights]
+            after += [flight for flight in flights if lane in common and apart(issue, flight.bundle.issue)]
+        return after
 
     def take(self, issue: Issue) -> Lane:
         """The lane that an issue names.
@@ -86,6 +98,14 @@ class LaneSet:
         if lane is None or lane.context != context:
             lane = self._made[place] = self._make(issue.lane, place[0], context, lane)
         return lane
+
+    def instead(self, home: Lane, serves: Callable[[Lane], object]) -> Lane:
+        """A common lane of the same part of the device that ``serves``, or ``home`` if there is none."""
+        if home.kind is LaneKind.PASSING:
+            return home
+        common = [lane for lane in self.named() if lane.kind is LaneKind.COMMON and lane is not home]
+        found = [lane for lane in common if lane.context == home.context and serves(lane)]
+        return min(found, key=Lane.load, default=home)
 
     def first(self) -> Lane:
         """The first common lane, on which mixes go: each lane that has some keeps a stream a member."""

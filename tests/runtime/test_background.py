@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import statistics
 import sys
@@ -252,3 +253,30 @@ def test_a_model_that_is_new_does_not_wait_for_a_capture(gpu: Any, lab: Any) -> 
     assert engine.quiesce(20)
     assert captured(device)[begun:] == [40, 1]
     assert engine.plans()[0].captured == ((1,),)
+
+
+def test_a_lane_without_graphs_has_its_bundles_served_by_another(gpu: Any, lab: Any) -> None:
+    """Nor is a program that moves, or goes on a further lane, launched one by one there."""
+    engine, device, go = gpu(Timing(lambda name, slots: 5e-3, launches=0.3, capture=1e-3), 1)
+    engine.configure(replace(engine.settings, lanes=2, branches=1, max_bundle=1))
+    gate = threading.Event()
+    engine.compile_thread.submit(lambda: gate.wait(10))  # no capture comes meanwhile
+    flights: list[Any] = []
+    launch = device.launch
+    device.launch = lambda bundle: flights.append((bundle.lane, launch(bundle))) or flights[-1][1]
+    begun = time.perf_counter()
+    go(4)
+    assert time.perf_counter() - begun < 0.3
+    assert {lane for lane, _ in flights} == {0, 1}
+    assert len({flight.way for _, flight in flights}) == 1
+    # All of them followed each other on the stream of the graph, and no lane has anything left.
+    moments = sorted((flight.start.event.at, flight.end.event.at) for _, flight in flights)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(moments))
+    assert not any(load.bundles for load in device.loads())
+    gate.set()
+    assert engine.quiesce(20)
+    assert engine.plans()[0].captured == ((1,), (1,))
+    flights.clear()
+    go(4)
+    spans = [(flight.start.event.at, flight.end.event.at) for lane, flight in flights]
+    assert any(a[0] < b[0] < a[1] for a, b in itertools.permutations(spans, 2)), "each lane has its own now"

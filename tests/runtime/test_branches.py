@@ -85,6 +85,7 @@ class World:
         steps: Any = SimpleNamespace(run=lambda *args: None)
         capturer: Any = SimpleNamespace(
             graphs=lambda *args: (),
+            generation=lambda served: 0,
             configure=lambda settings: None,
             jobs=lambda: 0,
             worked_since=lambda jobs: False,

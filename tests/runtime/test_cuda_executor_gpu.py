@@ -94,6 +94,35 @@ def test_graphs_of_other_sizes_one_after_another_have_the_same_bits(lab: Any) ->
     assert engine.plans()[0].captured == ((1, 2, 3, 5, 7, 8),)
 
 
+def test_a_lane_without_graphs_has_its_bundles_served_by_another(lab: Any) -> None:
+    engine = lab.gpu_engine()
+    program, models = served(engine, lab, 3)
+    want = bundle(engine, lab, program, models)
+    assert engine.quiesce(60)
+    gate = threading.Event()
+    engine.compile_thread.submit(lambda: gate.wait(60))  # nothing is captured meanwhile
+    before = len(lab.plans["affine"].bundles)
+
+    def reserved() -> list[list[Tensor]]:
+        quota = Quota("latent", reserve=0.25)
+        calls = [(engine.instance(program, m.tensors()), [lab.x(3.0, CUDA)], quota) for m in models]
+        requests = engine.submit_all(calls)
+        engine.wait(requests)
+        return [request.result() for request in requests]
+
+    def check(got: list[list[Tensor]]) -> None:
+        for one, other in zip(got, want, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    for _ in range(4):
+        check(reserved())
+    assert len(lab.plans["affine"].bundles) == before, "they were launched one by one"
+    gate.set()
+    assert engine.quiesce(60)
+    assert engine.plans()[0].captured == ((3,), (3,))
+    check(reserved())
+
+
 def test_a_request_inside_of_a_users_capture_is_refused_and_harms_nobody(lab: Any) -> None:
     engine = lab.gpu_engine()
     program, models = served(engine, lab, 2)
