@@ -232,7 +232,7 @@ def test_traffic_is_settled_once_a_kind_until_nothing_is_captured(monkeypatch: p
 
 
 def test_a_run_beside_a_capture_is_measured_again_when_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs, graphs = iter([0, 2, 2, 2, 2, 2]), iter([{"a"}, {"a", "b", "c"}, {"a"}, {"a"}])
+    jobs, graphs = iter([0, 2, 2, 2, 2, 3]), iter([{"a"}, {"a", "b", "c"}, {"a"}, {"a"}, {"a"}])
     log: list[object] = []
 
     def drive(server: object, traffics: Sequence[Traffic], window: Window, **_: Any) -> Outcome:
@@ -250,13 +250,18 @@ def test_a_run_beside_a_capture_is_measured_again_when_that_is_done(monkeypatch:
     assert log == ["run", "quiet", "run"]
     assert (again.requests, again.jobs, again.disturbed) == (2, 0, 2)
     assert again.data()["disturbed"] == 2 and again.data()["captured"] == ["b", "c"]
-    assert stage.drive(traffic).disturbed == 0 and log == ["run", "quiet", "run", "run"]
+    # What wrote something down captured nothing.
+    assert stage.drive(traffic).jobs == 1 and log == ["run", "quiet", "run", "run"]
 
 
 def test_graphs_are_told_by_program_size_and_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = SimpleNamespace(name="Net", captured=((1, 8), (), (2,)))
-    monkeypatch.setattr(stage_module.state, "peek", lambda: SimpleNamespace(plans=lambda: (plan,)))
-    assert stage_module._graphs() == {"Net, 1 slots, lane 0", "Net, 8 slots, lane 0", "Net, 2 slots, lane 2"}
+    members = (("A", 2), ("B", 4))
+    mixes = SimpleNamespace(members=members, words="[A B]"), SimpleNamespace(members=members[:1], words="")
+    engine = SimpleNamespace(plans=lambda: (plan,), mixes=lambda: mixes)
+    monkeypatch.setattr(stage_module.state, "peek", lambda: engine)
+    sizes = {"Net, 1 slots, lane 0", "Net, 8 slots, lane 0", "Net, 2 slots, lane 2"}
+    assert stage_module._graphs() == sizes | {f"mix of {members}"}
 
 
 def test_nothing_is_collected_while_a_peer_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

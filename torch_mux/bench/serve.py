@@ -2,8 +2,9 @@
 
 Requests arrive one by one from seeded processes, or closed-loop clients keep so many under way; each figure
 measures one promise of the runtime and compares it with its target. Programs are compiled ahead by processes
-side by side (``--ahead``), models are built and warmed once for all figures, and the record is written after
-each, so that a run that is cut off leaves what it has.
+side by side (``--ahead``), models are built and warmed once for all figures, a run in which a graph was
+captured is measured once more, and the record is written after each figure, so that a run that is cut off
+leaves what it has.
 
 Mux serves with ``collector="idle"``, as a server is advised to do. The runtime cannot see when a peer in the
 same process has nothing to do: while one is measured Python's collector is off, so that it stops for no

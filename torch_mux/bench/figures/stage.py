@@ -168,8 +168,8 @@ class Stage:
     ) -> Outcome:
         """One run of settled traffic; as long as the options say, a fifth of it before anything counts.
 
-        Where something was compiled or captured meanwhile, it is measured once more when all of that is done:
-        a server that is measured has been running for long. The record tells both.
+        Where a graph was captured meanwhile, it is measured once more when all of that is done: a server that
+        is measured has been running for long. The record tells both.
 
         While a peer is measured nothing is collected: mux collects when it has nothing to do itself.
         """
@@ -192,7 +192,7 @@ class Stage:
             return replace(found, jobs=jobs, captured=tuple(sorted(_graphs() - graphs)) if jobs else ())
 
         first = run()
-        if not first.jobs:
+        if not first.captured:
             return first
         _quiesce()
         again = run()
@@ -322,9 +322,12 @@ def _jobs() -> int:
 def _graphs() -> set[str]:
     """What the runtime has captured."""
     engine = state.peek()
-    return {
+    if engine is None:
+        return set()
+    mixes = {f"mix of {mix.members}" for mix in engine.mixes() if mix.words}
+    return mixes | {
         f"{plan.name}, {slots} slots, lane {lane}"
-        for plan in (() if engine is None else engine.plans())
+        for plan in engine.plans()
         for lane, sizes in enumerate(plan.captured)
         for slots in sizes
     }
