@@ -29,7 +29,7 @@ from torch_mux.runtime.mixes import Mix, MixBook, MixState
 from torch_mux.runtime.ring import TableLayout
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.runtime.steppers import Stepper
-from torch_mux.runtime.weave import observed, weave
+from torch_mux.runtime.weave import Issuer, observed, weave
 from torch_mux.settings import Settings
 
 if TYPE_CHECKING:
@@ -225,6 +225,17 @@ class JointCapturer:
             schedule = self._rehearsed(mix, members, layouts, device)
             return self._capture(lane, members, layouts, schedule)
 
+    def _breathing(self, issue: Issuer) -> Issuer:
+        """The same issuer, which leaves the interpreter to others between two steps."""
+
+        def step(
+            members: Sequence[int], works: Sequence[Work], sms: int, beside: bool, /
+        ) -> Sequence[Work | None]:
+            self._thread.breathe()
+            return issue(members, works, sms, beside)
+
+        return step
+
     def _grow(self, device: torch.device, members: int) -> None:
         if self._trunk is None:
             self._trunk = Side(device)
@@ -285,7 +296,7 @@ class JointCapturer:
         del seen
         with torch.cuda.stream(self._trunk.stream):
             issuer = StreamIssuer([side.stream for side in sides])
-            weave(self._steppers, bodies, schedule, issuer)
+            weave(self._steppers, bodies, schedule, self._breathing(issuer))
         self._trunk.stream.synchronize()
         return schedule
 
@@ -309,7 +320,7 @@ class JointCapturer:
         def run() -> None:
             with _forked(lane.recorder, branches) as issuer:
                 cutting = cut_members(self._segmenter, issuer, layouts, tables, branches)
-                weave(self._steppers, bodies, schedule, cutting)
+                weave(self._steppers, bodies, schedule, self._breathing(cutting))
 
         with compat.capturing(), torch.cuda.stream(lane.recorder):
             graph = compat.captured(run, lane.pool, allocating=False)

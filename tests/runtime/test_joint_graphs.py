@@ -22,7 +22,7 @@ from torch_mux.runtime.executors import joint, joint_capture
 from torch_mux.runtime.executors.capture import Steps
 from torch_mux.runtime.executors.joint import JointLauncher
 from torch_mux.runtime.executors.joint_capture import JointCapturer
-from torch_mux.runtime.mixes import MixBook, MixState, rounded
+from torch_mux.runtime.mixes import MixBook, MixState
 from torch_mux.runtime.ring import TableRing
 from torch_mux.runtime.scheduler.base import Issue
 from torch_mux.runtime.verdicts import Verdict
@@ -51,12 +51,13 @@ class Jobs:
 
     def __init__(self) -> None:
         self.jobs: list[Any] = []
+        self.breaths = 0
 
     def submit(self, job: Any, rank: Any = None) -> None:
         self.jobs.append(job)
 
     def breathe(self) -> None:
-        pass
+        self.breaths += 1
 
     def work(self) -> None:
         while self.jobs:
@@ -285,6 +286,29 @@ def test_tables_that_moved_need_another_graph(world: World) -> None:
     assert world.graphs == 2
 
 
+def test_tables_that_move_during_a_capture_make_it_void(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ready(world, ["a", "b"])
+    bundles = world.bundles(engine, ("a", 1), ("b", 1))
+    captured = compat.captured
+
+    def meanwhile(*args: Any, **named: Any) -> Any:
+        graph = captured(*args, **named)
+        if world.graphs == 1:
+            world.lab.plans["a"].storage.generation += 1
+        return graph
+
+    monkeypatch.setattr(compat, "captured", meanwhile)
+    for _ in range(2):
+        world.launcher.launch(world.lane, bundles, 0.0)
+    world.jobs.work()
+    assert world.launcher.launch(world.lane, bundles, 0.0) is None
+    world.jobs.work()
+    assert world.launcher.launch(world.lane, bundles, 0.0) is not None
+    assert world.graphs == 2
+
+
 def test_a_program_that_is_dropped_while_its_mix_is_built(world: World) -> None:
     engine = ready(world, ["a", "b"])
     bundles = world.bundles(engine, ("a", 1), ("b", 1))
@@ -315,21 +339,6 @@ def test_a_mix_too_large_for_a_table_is_not_built(world: World, monkeypatch: pyt
         assert world.launch(world.lane, bundles, 0.0) is None
     assert world.jobs.jobs == []
     assert world.launcher.reports()[0].state == MixState.FAILED.value
-
-
-def test_sizes_are_rounded_to_few() -> None:
-    assert [rounded(slots) for slots in range(1, 14)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
-    assert len({rounded(slots) for slots in range(1, 65)}) == 12
-    assert all(slots <= rounded(slots) <= 1.5 * slots for slots in range(2, 500))
-
-
-def test_the_book_forgets_what_was_used_longest_ago() -> None:
-    book = MixBook(most=2)
-    one = book.see((("a", 1), ("b", 1)), ["A", "B"], 0.0)
-    two = book.see((("a", 2), ("b", 1)), ["A", "B"], 0.0)
-    assert book.see((("a", 1), ("b", 1)), ["A", "B"], 0.0) is one
-    book.see((("a", 3), ("b", 1)), ["A", "B"], 0.0)
-    assert book.knows(one) and not book.knows(two)
 
 
 def test_a_mix_that_goes_on_is_built_and_the_slower_way_is_left(
