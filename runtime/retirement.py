@@ -9,6 +9,7 @@ way: within the same cap, on the same kind of lane, from the same graphs.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 from torch_mux.errors import MuxError
+from torch_mux.runtime.bundle import Bundle
+from torch_mux.runtime.executors.base import Flight
 from torch_mux.runtime.memory import out_of_memory
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.types import FallbackKind, FallbackReason
@@ -32,6 +35,10 @@ _KINDS: Final = 1024
 _FIRST: Final = 10.0
 _MOST: Final = 640.0
 _RECENT: Final = 1.0
+#: Of its time, charged to a bundle that had the device to itself.
+_ALONE: Final = 0.9
+#: Caps that are told apart.
+_CAPS: Final = 256
 
 
 @dataclass
@@ -125,6 +132,23 @@ class Retirement:
         elif not watch.again - watch.wait <= now < watch.again:
             watch.again = served.stuck = None
             served.make_detour(watch.reason)
+
+    def ended(
+        self, bundle: Bundle, ended: float, seconds: float, charge: float, flight: Flight | None
+    ) -> None:
+        """A bundle ended well at ``ended``; it may be slow only if it had the device to itself.
+
+
+        Args:
+            seconds, charge: that it took, and that are its own.
+        """
+        slots = len(bundle.requests)
+        # Beside a long one a short bundle takes many times what it usually does: that is no fault of its.
+        if flight is None or flight.way is None or charge < _ALONE * seconds:
+            self.ran(bundle.served, slots, None, ended)
+            return
+        way = math.ceil(_CAPS * bundle.limit), flight.way
+        self.ran(bundle.served, slots, seconds, ended, way, flight.delayed or flight.paused > 0.0)
 
     def ran(
         self,

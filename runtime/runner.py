@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -33,8 +32,6 @@ __all__ = ["Runner", "call_back"]
 logger = logging.getLogger(__name__)
 
 _LATELY = 1.0
-_ALONE = 0.9  # of its time, charged to a bundle that had the device to itself
-_CAPS = 256  # that are told apart
 _RUNNING, _DONE = RequestState.RUNNING, RequestState.DONE
 _ERROR, _CANCELLED, _EXPIRED = RequestState.ERROR, RequestState.CANCELLED, RequestState.EXPIRED
 #: What is called with a request that has ended.
@@ -227,24 +224,12 @@ class Runner:
         bundle.whole = seconds
         bundle.seconds = seconds = seconds * bundle.part
         if bundle.coalesced and not [request for request in bundle.requests if request.error is not None]:
-            self._watch(bundle, ended, seconds, charge, flight)
+            self.retirement.ended(bundle, ended, seconds, charge, flight)
         self._over(bundle.issue, ended, seconds, charge)
         self._accounting.ran(bundle.requests, charge, bundle.coalesced)
         self.end(bundle.requests, ended, self._calls)
         for timeline in recorders.active:
             timeline.add(bundle, ended)
-
-    def _watch(
-        self, bundle: Bundle, ended: float, seconds: float, charge: float, flight: Flight | None
-    ) -> None:
-        """Whether its plan is slow is told by a bundle that had the device to itself and ran as others."""
-        slots = len(bundle.requests)
-        # Beside a long one a short bundle takes many times what it usually does: that is no fault of its.
-        if flight is None or flight.way is None or charge < _ALONE * seconds:
-            self.retirement.ran(bundle.served, slots, None, ended)
-            return
-        way = math.ceil(_CAPS * bundle.limit), flight.way
-        self.retirement.ran(bundle.served, slots, seconds, ended, way, flight.delayed or flight.paused > 0.0)
 
     def _isolate(self, bundle: Bundle, error: Exception) -> None:
         """A bundle raised: each request runs again alone, so that only the guilty one fails."""
