@@ -138,7 +138,6 @@ class Retirement:
     ) -> None:
         """A bundle ended well at ``ended``; it may be slow only if it had the device to itself.
 
-
         Args:
             seconds, charge: that it took, and that are its own.
         """
