@@ -148,8 +148,9 @@ class Driver:
         issues = self.policy.everything(view, now, self._settings)
         if not issues or not as_one(issues, self._executor):
             return []
-        self._line.seen()
-        return [self._runner.pop(issue, now) for issue in issues]
+        bundles = [self._runner.pop(issue, now) for issue in issues]
+        self._line.seen()  # not before: what an interruption leaves in the line is still to be told of
+        return bundles
 
     def _decide(self, now: float) -> Decision:
         self._runner.tell()

@@ -277,9 +277,11 @@ class Runner:
         return not self._calls
 
     def call_back(self, gives_way: bool = False) -> None:
-        """Makes the callbacks of what has ended, see :meth:`land`."""
-        while self._calls and not (gives_way and self.interrupt):
+        """Makes the callbacks of what has ended, see :meth:`land`; one at least."""
+        while self._calls:
             call_back(*self._calls.popleft())
+            if gives_way and self.interrupt:
+                return
 
     def release_rows(self) -> None:
         """Forgets the dead instances of which nothing is under way."""

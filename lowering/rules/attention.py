@@ -6,6 +6,7 @@ slots fold into the batch; it has to be one whose bits do not depend on that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ __all__: list[str] = []
 
 aten = torch.ops.aten
 
+#: Elements that begin a row of a mask, as PyTorch aligns them itself before it calls the vendor kernel.
+_LINE = 16
 _EFFICIENT = aten._scaled_dot_product_efficient_attention.default
 _OVERRIDEABLE = aten._scaled_dot_product_fused_attention_overrideable.default
 #: They choose how to split keys by batch and heads.
@@ -72,9 +75,18 @@ def _vendor(context: Context, node: Node, args: tuple[Any, ...], kwargs: dict[st
         target, folded = _EFFICIENT, _without_splits(folded)
     if target is _EFFICIENT and folded.get("attn_bias") is not None:
         whole = (*folded["query"].shape[:-1], folded["key"].shape[-2])
-        folded["attn_bias"] = _dense(folded["attn_bias"]).expand(whole)  # it broadcasts nothing itself
+        folded["attn_bias"] = _lined_up(folded["attn_bias"].to(folded["query"].dtype), whole)
     result = target(**folded)
     return (context.unfold(result[0]), *([None] * (len(result) - 1)))
+
+
+def _lined_up(bias: Tensor, whole: Sequence[Any]) -> Tensor:
+    """``bias`` of shape ``whole``: the kernel broadcasts nothing itself, and its rows have to be aligned."""
+    keys = whole[-1]
+    bias = _dense(bias.expand(*bias.shape[:-1], keys))
+    if any(stride % _LINE for stride in bias.stride()[:-1]):
+        bias = aten.constant_pad_nd.default(bias, [0, -keys % _LINE])[..., :keys]
+    return bias.expand(whole)
 
 
 def _without_splits(given: dict[str, Any]) -> dict[str, Any]:

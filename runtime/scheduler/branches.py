@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from torch_mux.runtime.scheduler.base import Issue, LaneLoad, Queue, View
@@ -56,9 +56,10 @@ class Homes:
             first if queue.ordered else free_lane(view, settings, self.of(queue.key, count, now))
         )
 
-    def settled(self, queues: Iterable[Queue]) -> bool:
-        """Whether each of these programs has a home."""
-        return all(queue.key in self._homes for queue in queues)
+    def settled(self, view: View) -> bool:
+        """Whether each pending program has a home, where there are branches."""
+        count = branches_of(view.lanes)
+        return not count or all(self._homes.get(queue.key, count) < count for queue in view.queues)
 
     def of(self, key: str, count: int, now: float) -> int:
         """The branch of a program, of so many; of one that is new, the branch that it would get now."""

@@ -26,11 +26,16 @@ def all_at_once(
 ) -> Sequence[Issue]:
     """A bundle of each program; none where one of them has to wait, or something has to be weighed.
 
+    That is so of two classes, too: the bundles need not go out as one, and of a program whose companions are
+    of a lower class some would have to stay.
+
     Args:
         lane_of, cohorts: see :func:`at_once`.
         start: of each issue.
     """
     found: list[Issue] = []
+    if len({request.quota.priority for queue in view.queues for request in queue.requests}) > 1:
+        return ()
     for queue in view.queues:
         issue = at_once(queue, lane_of, view, cohorts, now, settings, start) if queue.ready else None
         if issue is None:

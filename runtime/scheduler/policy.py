@@ -103,12 +103,11 @@ class FairPolicy:
         return self._first(search) or search.nothing()
 
     def everything(self, view: View, now: float, settings: Settings) -> Sequence[Issue]:
-        """See :class:`Policy`; while somebody is at work or expected back, tenants are charged as ever."""
+        """See :class:`Policy`; if somebody is, or might be, at work or expected back, tenants are charged."""
         lanes, start = (free_lane(view, settings), first_lane(view, settings)), None
-        homeless = view.lanes[0].branch is not None and not self._homes.settled(view.queues)
-        if lanes == (None, None) or homeless:
+        if lanes == (None, None) or not self._homes.settled(view):
             return ()
-        if self._absent.anybody(now, settings.linger):
+        if settings.linger <= 0.0 or self._absent.anybody(now, settings.linger):
             _, expected = self._absent.bars("", now, settings.linger, self._time)
             if (start := even_start(view.queues, self._time, self._weight, expected, self._alone)) is None:
                 return ()

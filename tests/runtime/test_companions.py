@@ -196,3 +196,38 @@ def test_a_reserve_that_is_no_longer_in_use_packs_nothing_apart(lab: Any) -> Non
     requests = place.submit(("a", Quota("x")), ("b", Quota("y")))
     place.check(requests, ["a", "b"])
     assert place.executor.joint == [[("a", 1), ("b", 1)]]
+
+
+def test_the_higher_class_goes_first_where_the_mix_is_not_built(lab: Any) -> None:
+    place = Place(lab, "ab")
+    place.executor.answer = None
+    place.check(place.submit(("a", Quota("low")), ("b", Quota("high", priority=1))), ["a", "b"])
+    assert place.executor.single == [("b", 1), ("a", 1)]
+
+
+def test_no_lower_class_rides_along_while_a_higher_one_waits_for_another_program(lab: Any) -> None:
+    place = Place(lab, "ab")
+    high, low = Quota("high", priority=1), Quota("low")
+    place.check(place.submit(("a", high), ("a", low), ("a", low), ("b", Quota("other", priority=1))), "aaab")
+    assert place.executor.joint == [[("a", 1), ("b", 1)]]
+
+
+def test_who_is_interrupted_between_two_programs_leaves_nothing_behind(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(lab, "abc", max_bundle=8)
+    (dispatcher,) = place.engine._dispatchers.values()
+    pop, popped = dispatcher._runner.pop, []
+
+    def popping(issue: Any, now: float) -> Any:
+        popped.append(issue)
+        if len(popped) == 2:
+            raise KeyboardInterrupt
+        return pop(issue, now)
+
+    monkeypatch.setattr(dispatcher._runner, "pop", popping)
+    requests = place.submit(("a", None), ("b", None), ("c", None))
+    with pytest.raises(KeyboardInterrupt):
+        place.engine.wait(requests)
+    dispatcher._driver._skip = 3  # an order had to be kept lately
+    place.check(requests, "abc")

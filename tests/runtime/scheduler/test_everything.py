@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import combinations
 from typing import Any
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -86,11 +87,40 @@ def test_who_is_ahead_by_more_than_a_bundle_waits_for_others() -> None:
     assert policy.everything(View(pending(0, 1, 1)[1:], lanes), 1e-4, settings), "who is behind need not"
 
 
-def test_of_several_classes_the_higher_goes_first() -> None:
+@pytest.mark.parametrize("busy", [False, True])
+def test_of_several_classes_the_higher_goes_first(busy: bool) -> None:
     policy, settings = FairPolicy(), chosen()
-    contended(policy, settings)
-    queues = [*pending(1), Queue("b", [Ticket(0.0, 1, Quota("high", priority=1))])]
-    assert not policy.everything(View(queues, [LaneLoad(1)]), 1e-4, settings)
+    if busy:
+        contended(policy, settings)
+    high = Ticket(0.0, 1, Quota("high", priority=1))
+    for queues in (
+        [*pending(1), Queue("b", [high])],
+        [Queue("a", [Ticket(0.0, 1), high]), *pending(0, 1)[1:]],
+    ):
+        assert not policy.everything(View(queues, [LaneLoad(int(busy))]), 1e-4, settings)
+
+
+def test_without_a_linger_weights_count_all_the_same() -> None:
+    """Who asks again at the moment of the end is never seen to be expected back."""
+    weights, served, now = {"a": 1.0, "b": 4.0}, dict.fromkeys("ab", 0.0), 0.0
+    policy, settings = FairPolicy(), chosen(linger=0.0)
+    queues = {key: Queue(key, [Ticket(0.0, 1, Quota(key, weight=weight))]) for key, weight in weights.items()}
+    for _ in range(2000):
+        view = View([queue for queue in queues.values() if queue.requests], IDLE)
+        issues = list(policy.everything(view, now, settings)) if len(view.queues) > 1 else []
+        if not issues:
+            decision = policy.form(view, now, settings)
+            assert isinstance(decision, Issue)
+            issues = [decision]
+        for issue in issues:
+            queues[issue.key].requests.take([one for one in issue.requests if isinstance(one, Ticket)])
+            policy.issued(issue, now)
+        for issue in issues:
+            now += 1e-3
+            served[issue.key] += 1e-3
+            policy.completed(issue, now, 1e-3)
+            queues[issue.key].add(Ticket(now, 1, Quota(issue.key, weight=weights[issue.key])))
+    assert served["b"] / served["a"] == pytest.approx(4.0, rel=0.05)
 
 
 def test_two_programs_that_come_together_stay_together_and_neither_starves() -> None:
@@ -231,8 +261,9 @@ def test_programs_without_a_home_are_given_one_first() -> None:
         policy.issued(issue, 0.0)
         policy.completed(issue, 1e-3, 1e-3)
         left = [queue for queue in left if queue.key != issue.key]
-    found = policy.everything(View(pending(1, 1, at=1.0), lanes), 1.0, settings)
-    assert [issue.lane for issue in found] == [0, 1]
+    again = pending(1, 1, at=1.0)
+    assert [issue.lane for issue in policy.everything(View(again, lanes), 1.0, settings)] == [0, 1]
+    assert not policy.everything(View(again, lanes[:1]), 1.0, settings), "the other's home is no more"
 
 
 def test_while_a_reserve_is_in_use_there_is_an_order() -> None:
