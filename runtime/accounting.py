@@ -13,6 +13,7 @@ from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.quarantine import Quarantine
 from torch_mux.runtime.rates import Rates
 from torch_mux.runtime.request import Request, RequestState
+from torch_mux.runtime.scheduler.delays import Delay
 from torch_mux.runtime.shares import PICOSECONDS, divided
 from torch_mux.runtime.tally import TenantStats, TenantTally
 from torch_mux.types import Quota
@@ -117,10 +118,12 @@ class Accounting:
         """Requests ended at ``now``; their state says how."""
         last: Quota | None = None
         program: object = None
-        failed = False
+        failed = foreseen = False
         with self._lock:
             for request in requests:
                 quota, served = request.quota, request.instance.served
+                if request.foreseen is not None:
+                    foreseen = True
                 if quota is not last or served is not program:
                     last, program, tenant = quota, served, self._tenant(quota.tenant)
                     model = tenant.model(served.program.name)
@@ -134,6 +137,8 @@ class Accounting:
                 else:
                     model.not_served(request.state)
                     failed = True
+        if foreseen:
+            self._compare(requests, now)
         if failed or self.quarantine.watching:
             self._watch(requests, now)
         if failed:
@@ -143,6 +148,19 @@ class Accounting:
                     self.rates.put_back(request.quota)
         if self.memory is not None:
             self.memory.release(requests)
+
+    def _compare(self, requests: Sequence[Request], now: float) -> None:
+        """What was forecast, and how long it took; who was dropped would have taken longer than he might."""
+        found: dict[Delay, list[float]] = {}
+        for request in requests:
+            if request.foreseen is not None and (request.state is _DONE or request.state is _EXPIRED):
+                delay, forecast = request.foreseen
+                seconds = max(0.0, now - request.arrival)
+                if request.state is _EXPIRED:
+                    seconds = max(seconds, request.expires - request.arrival)
+                found.setdefault(delay, []).append(seconds - forecast)
+        for delay, errors in found.items():
+            delay.ended(errors, now)
 
     def _watch(self, requests: Sequence[Request], now: float) -> None:
         for request in requests:

@@ -11,11 +11,13 @@ from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.rates import burst_of
 from torch_mux.types import Quota
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "Refusals"]
 
 _ROUNDING = 1e-9
-#: Of (index, how many of its tenant are before it in the same call): seconds on the clock, or None.
-Outlook = Callable[[int, int], "float | None"]
+#: Of (index, seconds): the seconds that a request would take, if that may be more than those; or None.
+Late = Callable[[int, float], "float | None"]
+#: By index, why requests were not accepted.
+Refusals = dict[int, DeadlineUnattainable]
 
 
 class Admission:
@@ -46,13 +48,16 @@ class Admission:
             if reserve < self._reserves.get(tenant, 0.0):
                 self._reserves = self._reserves | {tenant: reserve}
 
-    def admit(self, quotas: Sequence[Quota], now: float, outlook: Outlook) -> Sequence[float] | None:
+    def admit(
+        self, quotas: Sequence[Quota], now: float, late: Late, refused: Refusals | None = None
+    ) -> Sequence[float] | None:
         """Accepts requests under these quotas, all or none.
 
         Args:
             now: seconds on the clock.
-            outlook: when the request of an index would have ended, behind so many of its tenant; None where
-                that cannot be told.
+            late: asked for the requests with a deadline, in order; see :class:`Outlook`.
+            refused: where it is given, those that could not meet their deadline are noted in it, and all
+                others accepted.
 
         Returns:
             For how many seconds each is held back; None where none is.
@@ -66,17 +71,21 @@ class Admission:
             if quota is not last:
                 last = quota
                 if quota.limited or quota.tenant in self._reserves:
-                    return self._limited(quotas, now, outlook)
+                    return self._limited(quotas, now, late, refused)
         self._accounting.accepted(quotas)
         return None
 
-    def _limited(self, quotas: Sequence[Quota], now: float, outlook: Outlook) -> Sequence[float] | None:
+    def _limited(
+        self, quotas: Sequence[Quota], now: float, late: Late, refused: Refusals | None
+    ) -> Sequence[float] | None:
         with self._lock:
             reserves = self._reserved(quotas)
             self._check_pending(quotas)
             waits = self._waits(quotas, now)
-            self._check_deadlines(quotas, waits, now, outlook)
+            self._check_deadlines(quotas, waits, late, refused)
             self._reserves = reserves
+            if refused:
+                quotas = [quota for index, quota in enumerate(quotas) if index not in refused]
             for quota in quotas:
                 if quota.rate is not None:
                     self._rates.take(quota, now)
@@ -131,20 +140,27 @@ class Admission:
         return waits
 
     def _check_deadlines(
-        self, quotas: Sequence[Quota], waits: Sequence[float], now: float, outlook: Outlook
+        self, quotas: Sequence[Quota], waits: Sequence[float], late: Late, refused: Refusals | None
     ) -> None:
-        before: Counter[str] = Counter()
         for index, (quota, wait) in enumerate(zip(quotas, waits, strict=True)):
             if quota.deadline is None:
                 continue
             if wait >= quota.deadline:
                 detail = f"its rate of {quota.rate:g} a second holds it for {wait:.3g} s"
-                raise DeadlineUnattainable(tenant=quota.tenant, deadline=quota.deadline, detail=detail)
-            end = outlook(index, before[quota.tenant])
-            before[quota.tenant] += 1
-            if end is not None and end + wait > now + quota.deadline:
-                detail = f"what is under way, its tenant's other requests and itself take {end - now:.3g} s"
-                raise DeadlineUnattainable(tenant=quota.tenant, deadline=quota.deadline, detail=detail)
+            else:
+                seconds = late(index, quota.deadline - wait)
+                if seconds is None:
+                    continue
+                detail = f"what goes before it and itself may take {seconds:.3g} s"
+            error = DeadlineUnattainable(tenant=quota.tenant, deadline=quota.deadline, detail=detail)
+            if refused is None:
+                raise error
+            refused[index] = error
+
+    def refuse(self, quotas: Iterable[Quota]) -> None:
+        """Counts requests that were not accepted."""
+        for quota in quotas:
+            self._accounting.refused(quota)
 
     def withdraw(self, quotas: Iterable[Quota]) -> None:
         """Takes back :meth:`admit` for requests that were not queued after all."""

@@ -23,6 +23,7 @@ from torch_mux.runtime.gaps import Gaps
 from torch_mux.runtime.health import DeviceHealth
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.line import Line
+from torch_mux.runtime.outlook import Prospect
 from torch_mux.runtime.request import Request, RequestState, Waiter
 from torch_mux.runtime.runner import Runner
 from torch_mux.runtime.scheduler.base import Policy
@@ -233,14 +234,11 @@ class Dispatcher:
         if failed:
             self._runner.end(failed, self._clock())
 
-    def ahead(self, served: ServedProgram, quota: Quota) -> tuple[int, bool]:
-        """What a request of that program would go out behind, and whether on the lane for reserves.
-
-        It is queued, of the same tenant and class, or goes out just now.
-        """
-        with self._mutex:
-            queue = self._line.queue(served, quota)
-            return queue.requests.of(quota) + self._runner.untold(queue.name), queue.reserved
+    def prospect(self, served: ServedProgram, quota: Quota) -> Prospect:
+        """What requests of that program would be queued behind now."""
+        queue = self._line.queue(served, quota)
+        limit, untold = max(1, min(self._driver.max_bundle, served.slots)), self._runner.untold(queue.name)
+        return Prospect(queue, self.policy, untold, limit, self._mutex)
 
     def health(self) -> DeviceHealth:
         """How the device is, and what waits for it."""

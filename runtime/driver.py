@@ -66,6 +66,11 @@ class Driver:
             self.interrupt.set()
 
     @property
+    def max_bundle(self) -> int:
+        """Most requests of one bundle."""
+        return self._settings.max_bundle
+
+    @property
     def flooded(self) -> bool:
         """Whether more is pending than the next bundles take: whoever brings more had better help."""
         return self._line.pending > _FLOOD * self._settings.max_bundle
@@ -95,6 +100,7 @@ class Driver:
             elif decision is None:
                 break
             elif nap is not None:
+                self._runner.rested()
                 self._sleep(nap, until - now)
             elif isinstance(decision, Busy):
                 with self._resting():
@@ -103,6 +109,8 @@ class Driver:
                     self._runner.land(gives_way=True)
                     landed = True
             self._ring()
+        if not self._line.active:
+            self._runner.rested()
         if not self._runner.land(gives_way=True):
             self.send(self._line.pending)
 

@@ -19,7 +19,7 @@ from torch_mux.errors import ClosedError, MemoryQuotaExceeded, ModelRemoved, Ref
 from torch_mux.lowering.program import Program
 from torch_mux.runtime import leaving
 from torch_mux.runtime.accounting import Accounting, StatsSnapshot
-from torch_mux.runtime.admission import Admission
+from torch_mux.runtime.admission import Admission, Refusals
 from torch_mux.runtime.compile_thread import CompileThread, Rank
 from torch_mux.runtime.compiling import CompilePlan, Compiler
 from torch_mux.runtime.dispatch import Dispatcher
@@ -90,7 +90,7 @@ class Engine:
         self._memory = MemoryLedger(self._instances, self._pools)
         self._accounting = Accounting(self._memory, lambda: self.settings.quarantine)
         self._admission = gate = Admission(self._accounting, self._memory.owns)
-        self._submission = Submission(gate, self._memory, self.clock, lambda: self.settings, self._catch_up)
+        self._submission = Submission(gate, self._memory, self.clock, self._catch_up)
         self._forecasts = Forecasts(self._folder)
         self.compile_thread = CompileThread(interval=self._interval, serves=self._serves)
         self._gaps = Gaps(self._idle, compat.rest, self.clock)
@@ -231,7 +231,13 @@ class Engine:
             self._accounting.refused(quota)
             raise
 
-    def submit_all(self, calls: Sequence[Call], kick: bool = False, checked: bool = False) -> list[Request]:
+    def submit_all(
+        self,
+        calls: Sequence[Call],
+        kick: bool = False,
+        checked: bool = False,
+        refused: Refusals | None = None,
+    ) -> list[Request]:
         """Queues requests together: none goes out before all of a device are queued. Never waits.
 
         Outputs are allocated here, on the caller's stream and in the caller's inference mode. Nothing goes
@@ -241,6 +247,8 @@ class Engine:
             calls: (instance, the program's inputs in order, quota) each.
             kick: has them sent out though nobody waits for them.
             checked: the inputs are known to be where their programs run.
+            refused: where it is given, requests that could not meet their deadline are noted in it, by index,
+                and all others are queued and returned.
 
         Raises:
             ClosedError: the engine was closed.
@@ -259,7 +267,7 @@ class Engine:
                 for instance, inputs, _ in live:
                     instance.served.check(inputs)
             try:
-                return submission.queue(live, kick)
+                return submission.queue(live, kick, refused)
             except ClosedError:
                 if submission is not self._submission:
                     continue  # the engine was reset meanwhile

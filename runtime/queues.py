@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from torch_mux.runtime.request import Request
 from torch_mux.runtime.scheduler.base import QueueName
-from torch_mux.runtime.scheduler.pending import Flow, Pending
+from torch_mux.runtime.scheduler.delays import Delay
+from torch_mux.runtime.scheduler.pace import Pace
+from torch_mux.runtime.scheduler.pending import Flow, Pending, Standing
+from torch_mux.types import Quota
 
 if TYPE_CHECKING:
     from torch_mux.runtime.served import ServedProgram
 
 __all__ = ["ProgramQueue"]
+
+#: Classes that are told apart; the requests of all others learn from each other.
+_CLASSES = 64
 
 
 class ProgramQueue:
@@ -24,16 +31,19 @@ class ProgramQueue:
         requests: oldest first.
         key: identity of the program.
         name: what tells it from all other queues.
+        pace: how fast its bundles go out and end.
     """
 
-    __slots__ = ("_served", "key", "name", "requests", "reserved")
+    __slots__ = ("_delays", "_served", "key", "name", "pace", "requests", "reserved")
 
     def __init__(self, served: ServedProgram, reserved: bool) -> None:
         self._served = weakref.ref(served)  # which holds this: its tables on the device go when it does
         self.reserved = reserved
-        self.requests: Pending[Request] = Pending()
+        self.requests: Pending[Request] = Pending(attrgetter("reserve" if reserved else "weight"))
         self.key = served.key
         self.name: QueueName = (served.key, reserved)
+        self.pace = Pace()
+        self._delays: dict[int, Delay] = {}
 
     @property
     def served(self) -> ServedProgram:
@@ -67,6 +77,11 @@ class ProgramQueue:
         """Whether some of its requests may be due at some time."""
         return self.requests.timed
 
+    @property
+    def due(self) -> float:
+        """When one of its requests is due, at the earliest."""
+        return self.requests.due
+
     def flows(self) -> Mapping[Flow, Collection[Request]]:
         """The queue by class and tenant."""
         return self.requests.flows()
@@ -74,3 +89,17 @@ class ProgramQueue:
     def fresh(self) -> Sequence[Flow]:
         """The flows that are new in it."""
         return self.requests.fresh()
+
+    def delay(self, priority: int) -> Delay:
+        """By how much requests of a class took longer than forecast."""
+        found = self._delays.get(priority)
+        if found is None:
+            if len(self._delays) >= _CLASSES:
+                return next(iter(self._delays.values()))
+            found = self._delays.setdefault(priority, Delay())
+        return found
+
+    def standing(self, quota: Quota) -> Standing:
+        """What a new request of that quota would be queued behind; those that must keep their order, all."""
+        found = self.requests.standing(quota)
+        return found._replace(rivals=float("inf")) if self.ordered else found

@@ -14,6 +14,7 @@ from torch_mux.types import Quota
 if TYPE_CHECKING:
     from torch_mux.runtime.dispatch import Dispatcher
     from torch_mux.runtime.instance import Instance
+    from torch_mux.runtime.scheduler.delays import Delay
     from torch_mux.runtime.served import ServedProgram
 
 __all__ = ["Request", "RequestState", "Waiter", "by_dispatcher"]
@@ -83,6 +84,7 @@ class Request:
         arrival: seconds on the engine's clock when it was submitted.
         eligible: seconds on the clock before which its tenant's rate does not let it go out.
         due: seconds on the clock by which it should have ended, by ``slo`` and ``deadline``; else infinity.
+        foreseen: whom to tell how long it took, and for how many seconds it was forecast; or None.
         expires: seconds on the clock from which on it does not go out any more, by ``deadline``.
         client: identity of the submitting thread, by which closed-loop cohorts are recognised.
         inference: whether the caller was in inference mode; its outputs are inference tensors then.
@@ -103,6 +105,7 @@ class Request:
         "error",
         "expires",
         "flight",
+        "foreseen",
         "inference",
         "inputs",
         "instance",
@@ -147,6 +150,7 @@ class Request:
         self.alone = False
         self.out = False
         self.error: Exception | None = None
+        self.foreseen: tuple[Delay, float] | None = None
         self.mark: object = None
         self.flight: object = None
         self.joined: int | None = None

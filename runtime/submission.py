@@ -9,19 +9,18 @@ from threading import get_ident
 import torch
 
 from torch_mux.errors import ClosedError, DeviceFailed, Overloaded
-from torch_mux.runtime.admission import Admission
+from torch_mux.runtime.admission import Admission, Refusals
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import MemoryLedger
+from torch_mux.runtime.outlook import Outlook, Prospect
 from torch_mux.runtime.request import Request, by_dispatcher
 from torch_mux.runtime.served import ServedProgram
-from torch_mux.settings import Settings
 from torch_mux.types import Quota
 
 __all__ = ["Call", "Submission"]
 
 #: An instance, the program's inputs in order, and the quota.
 Call = tuple[Instance, Sequence[object], Quota]
-_Place = tuple[ServedProgram, int, bool]
 
 
 class Submission:
@@ -36,17 +35,17 @@ class Submission:
         admission: Admission,
         memory: MemoryLedger,
         clock: Callable[[], float],
-        settings: Callable[[], Settings],
         catch_up: Callable[[], object],
     ) -> None:
         self._admission = admission
         self._memory = memory
         self._clock = clock
-        self._settings = settings
         self._catch_up = catch_up
         self._quarantine = admission.quarantine
 
-    def queue(self, calls: Sequence[Call], kick: bool = False) -> list[Request]:
+    def queue(
+        self, calls: Sequence[Call], kick: bool = False, refused: Refusals | None = None
+    ) -> list[Request]:
         """See :meth:`torch_mux.runtime.engine.Engine.submit_all`; the instances are live."""
         quotas = [quota for _, _, quota in calls]
         arrival = self._clock()
@@ -54,18 +53,20 @@ class Submission:
             for instance, _, quota in calls:
                 self._quarantine.check((quota.tenant, instance.served.program.name), arrival)
 
-        known: dict[_Place, float | None] = {}
-
-        def outlook(index: int, before: int) -> float | None:
-            instance, _, quota = calls[index]
-            return self._outlook(instance.served, quota, before, arrival, known)
-
+        outlook = self._outlook(calls, arrival)
         try:
-            waits = self._admission.admit(quotas, arrival, outlook)
+            waits = self._admission.admit(quotas, arrival, outlook.late, refused)
         except Overloaded:
             self._catch_up()
-            known.clear()
-            waits = self._admission.admit(quotas, arrival, outlook)
+            outlook = self._outlook(calls, arrival)
+            waits = self._admission.admit(quotas, arrival, outlook.late, refused)
+        foreseen = outlook.foreseen
+        if refused:
+            self._admission.refuse([quotas[index] for index in refused])
+            kept = [index for index in range(len(calls)) if index not in refused]
+            calls, quotas = [calls[index] for index in kept], [quotas[index] for index in kept]
+            waits = waits and [waits[index] for index in kept]
+            foreseen = {place: foreseen[index] for place, index in enumerate(kept) if index in foreseen}
         try:
             self._memory.reserve(calls)
         except BaseException:
@@ -75,6 +76,9 @@ class Submission:
         queued: list[Request] = []
         try:
             self._make(calls, waits, arrival, requests)
+            for index, known in foreseen.items():
+                if waits is None or not waits[index]:
+                    requests[index].foreseen = known
             groups = by_dispatcher(requests)
             for dispatcher, own in groups:  # all of them first: a device that fails has no other's queued
                 executor = dispatcher.executor
@@ -91,8 +95,8 @@ class Submission:
                 queued.extend(own)
         except BaseException:
             # What was queued gives its memory back when it ends.
-            kept = set(queued)
-            left = [call for call, request in zip_longest(calls, requests) if request not in kept]
+            gone = set(queued)
+            left = [call for call, request in zip_longest(calls, requests) if request not in gone]
             self._memory.cancel([(instance, quota) for instance, _, quota in left])
             self._admission.withdraw([quota for _, _, quota in left])
             raise
@@ -101,23 +105,20 @@ class Submission:
                 dispatcher.kick(roused=True)
         return requests
 
-    def _outlook(
-        self, served: ServedProgram, quota: Quota, before: int, now: float, known: dict[_Place, float | None]
-    ) -> float | None:
-        """When a request would have ended: behind what is under way and what is queued of its tenant.
+    def _outlook(self, calls: Sequence[Call], now: float) -> Outlook:
+        """When each of these would end."""
+        found: dict[tuple[ServedProgram, bool], Prospect] = {}
 
-        Args:
-            known: what was asked in the same call already.
-        """
-        if not served.ready:
-            return None
-        ahead, reserved = served.dispatcher.ahead(served, quota)
-        place = served, ahead + before, reserved
-        if place not in known:
-            most = max(1, min(self._settings().max_bundle, served.slots))
-            slots, bundles = min(most, place[1] + 1), place[1] // most + 1
-            known[place] = served.dispatcher.policy.outlook(served.key, slots, bundles, now, reserved)
-        return known[place]
+        def prospect(index: int) -> Prospect | None:
+            instance, _, quota = calls[index]
+            served = instance.served
+            one = found.get((served, quota.reserve > 0.0))
+            if one is None and served.ready:
+                one = served.dispatcher.prospect(served, quota)
+                found[served, quota.reserve > 0.0] = one
+            return one
+
+        return Outlook(prospect, lambda index: calls[index][2], len(calls), now)
 
     def _make(
         self, calls: Sequence[Call], waits: Sequence[float] | None, arrival: float, requests: list[Request]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch_mux import carry, state
 from torch_mux.calls import Prepared, prepare, prepare_all
-from torch_mux.errors import InvalidRequest, MuxError
+from torch_mux.errors import DeadlineUnattainable, InvalidRequest, MuxError
 from torch_mux.futures import Future, kept
 from torch_mux.quotas import QuotaScope, current_quota
 from torch_mux.routes import Here
@@ -102,10 +102,15 @@ def queue(calls: Sequence[Prepared], quotas: Sequence[Quota], kick: bool = False
     """
     if not calls:
         return ()
+    refused: dict[int, DeadlineUnattainable] = {}
     try:
-        pairs = zip(calls, quotas, strict=True)
+        made = [call.request(quota) for call, quota in zip(calls, quotas, strict=True)]
         # A route's check of its tensors covers where they are.
-        return state.engine().submit_all([call.request(quota) for call, quota in pairs], kick, checked=True)
+        requests = state.engine().submit_all(made, kick, True, refused)
+        if not refused:
+            return requests
+        accepted = iter(requests)
+        return [refused.get(index) or next(accepted) for index in range(len(calls))]
     except MuxError:
         log.debug("one of several requests was refused; each is submitted on its own")
     found: list[Any] = []

@@ -99,6 +99,11 @@ class Queue(Protocol):
         ...
 
     @property
+    def due(self) -> float:
+        """Seconds on the clock when one of its requests is due, at the earliest; or infinity."""
+        ...
+
+    @property
     def requests(self) -> Collection[Ticket]:
         """Its pending requests, oldest first."""
         ...

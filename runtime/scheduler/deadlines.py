@@ -34,6 +34,8 @@ def urgent(queue: Queue, begin: float, alone: float, longest: float) -> list[Urg
         alone: device seconds of a bundle of one.
         longest: device seconds of the longest bundle that could go first.
     """
+    if queue.due - begin - alone >= longest:
+        return []
     found: list[Urgent] = []
     for flow, tickets in queue.flows().items():
         head = next(iter(tickets))

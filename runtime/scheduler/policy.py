@@ -236,7 +236,7 @@ class FairPolicy:
 
     def _smaller(self, choice: Open, urgent: Sequence[Urgent], now: float) -> Open:
         """A bundle that would make its most urgent tenant late has fewer slots."""
-        if not urgent:
+        if not urgent or len(choice.queue.requests) > choice.limit:
             return choice
         room = urgent[0].due - self._backlog.free_at(choice.lane, now)
         limit = min(choice.limit, len(choice.queue.requests))

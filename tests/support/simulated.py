@@ -55,6 +55,10 @@ class Queue:
     def timed(self) -> bool:
         return self.requests.timed
 
+    @property
+    def due(self) -> float:
+        return self.requests.due
+
     def flows(self) -> Mapping[Flow, Collection[Ticket]]:
         return self.requests.flows()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch_mux.errors import DeadlineExceeded, MuxError
 from torch_mux.runtime.accounting import Accounting
 from torch_mux.runtime.admission import Admission
 from torch_mux.runtime.line import Line
+from torch_mux.runtime.outlook import Outlook, Prospect
 from torch_mux.runtime.queues import ProgramQueue
 from torch_mux.runtime.request import Request, RequestState
 from torch_mux.runtime.scheduler.base import Issue, LaneKind, LaneLoad, Later, lane_kinds
@@ -57,6 +59,8 @@ class Day:
         faulty: whether a bundle of a program raises; each of its requests runs again alone then.
         guilty: whether a request raises even alone.
         slower: factor on the time of a bundle.
+        sending: host seconds that a bundle of so many slots takes before it is enqueued.
+        submitting, refusing: host seconds of a request that is accepted, and of one that is not.
         on_end: called with each request that ended.
         skew: what the clock shows beyond the true time.
         latest: the latest that the clock has shown.
@@ -67,6 +71,9 @@ class Day:
     faulty: Callable[[str], bool] = lambda key: False
     guilty: Callable[[], bool] = lambda: False
     slower: Callable[[], float] = lambda: 1.0
+    sending: Callable[[int], float] = lambda slots: 0.0
+    submitting: float = 0.0
+    refusing: float = 0.0
     on_end: Callable[[Request], object] = lambda request: None
     on_issue: Callable[[Issue, float], object] = lambda issue, seconds: None
     now: float = 0.0
@@ -77,6 +84,7 @@ class Day:
     policy: IsolatingPolicy = field(default_factory=IsolatingPolicy)
     accounting: Accounting = field(default_factory=Accounting)
     line: Line = field(default_factory=Line)
+    turn: int = 0
     programs: dict[str, Program] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
     requests: list[Request] = field(default_factory=list)
@@ -110,21 +118,21 @@ class Day:
         queue = self.line.queue(program, quota)
         self.latest = max(self.latest, self.clock)
 
-        def outlook(index: int, before: int) -> float | None:
-            ahead = len(queue.requests.flows().get((quota.priority, quota.tenant), ())) + before
-            most = self.settings.max_bundle
-            slots, bundles = min(most, ahead + 1), ahead // most + 1
-            return self.policy.outlook(key, slots, bundles, self.clock, queue.reserved)
-
+        prospect = Prospect(queue, self.policy, 0, self.settings.max_bundle, threading.Lock())
+        outlook = Outlook(lambda index: prospect, lambda index: quota, 1, self.clock)
         try:
-            waits = self.admission.admit([quota], self.clock, outlook)
+            waits = self.admission.admit([quota], self.clock, outlook.late)
         except MuxError:
             self.refused[quota.tenant] += 1
+            self.now += self.refusing
             return None
+        self.now += self.submitting
         instance: Any = SimpleNamespace(served=program)
         dispatcher: Any = None
         request = Request(dispatcher, instance, (), [], quota, True, self.clock, client)
         request.eligible += waits[0] if waits is not None else 0.0
+        if waits is None:
+            request.foreseen = outlook.foreseen.get(0)
         self.line.extend([request])
         self.requests.append(request)
         return request
@@ -155,8 +163,13 @@ class Day:
                 self.now, idle = moment, 0
             while self._ends and self._ends[0][0] <= self.now:
                 self._land(*heappop(self._ends)[2:])
-            while self._events and self._events[0][0] <= self.now:
-                heappop(self._events)[2]()
+            self._arrive()
+
+    def _arrive(self) -> None:
+        """Does what is due by now."""
+        now = self.now  # it takes time itself
+        while self._events and self._events[0][0] <= now:
+            heappop(self._events)[2]()
 
     def _dispatch(self) -> float:
         """Sends out what may go out; returns until when the policy waits."""
@@ -168,6 +181,7 @@ class Day:
             self._end(expired)
             lanes = [LaneLoad(load, kind) for load, kind in zip(self._load, self._kinds, strict=True)]
             view = self.line.view(lanes)
+            self.turn += not view.queues
             decision = self.policy.form(view, self.clock, self.settings)
             self.line.seen()
             if not isinstance(decision, Issue):
@@ -188,6 +202,10 @@ class Day:
             assert self.clock < request.expires
             request.state, request.started = RequestState.RUNNING, self.clock
         self.policy.issued(issue, self.clock)
+        queue = self.line.queue_of(requests[0])
+        queue.pace.issued(len(requests), len(queue.requests), self.turn, self.clock)
+        self.turn += 1
+        self.now += self.sending(len(requests))
         seconds = self.seconds(issue.key, len(requests)) * self.slower() / issue.share
         lane = issue.lane
         assert self._load[lane] < self.settings.in_flight
@@ -195,6 +213,7 @@ class Day:
         self._free[lane] = max(self._free[lane], self.now) + seconds
         heappush(self._ends, (self._free[lane], next(self._numbers), issue, seconds))
         self.on_issue(issue, seconds)
+        self._arrive()
 
     def _land(self, issue: Issue, seconds: float) -> None:
         self._load[issue.lane] -= 1
@@ -208,6 +227,8 @@ class Day:
     def _settle(self, issue: Issue, seconds: float) -> None:
         requests: Any = list(issue.requests)
         self.policy.completed(issue, self.clock, seconds)
+        pace = self.line.queue_of(requests[0]).pace
+        pace.ended(len(requests), self.clock - requests[0].started)
         self.accounting.ran(requests, seconds, True)
         self.busy += seconds
         self.busy_of[self._kinds[issue.lane]] += seconds  # type: ignore[assignment]

@@ -75,6 +75,10 @@ class _Queue:
     def timed(self) -> bool:
         return self.requests.timed
 
+    @property
+    def due(self) -> float:
+        return self.requests.due
+
     def flows(self) -> Mapping[Flow, Collection[_Ticket]]:
         return self.requests.flows()
 

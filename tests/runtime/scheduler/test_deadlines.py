@@ -87,6 +87,15 @@ def test_a_bundle_that_would_make_an_urgent_tenant_late_is_made_smaller() -> Non
     assert len(form(policy, roomy).requests) == 8
 
 
+def test_a_bundle_is_not_made_smaller_while_more_is_pending_than_it_takes() -> None:
+    """Who is left behind pays for it and is late himself: in an overload bundles would get ever smaller."""
+    policy = trained(a=(1e-3, 1e-3))
+    queue = Queue("a", [*tickets("many", 70), *tickets("urgent", 1, 4.5e-3, 70)])
+    decision = form(policy, queue)
+    assert len(decision.requests) == 64
+    assert decision.requests[0].quota.tenant == "urgent"
+
+
 def test_what_is_enqueued_already_counts() -> None:
     policy = trained(a=(1e-3, 1e-3))
     first = form(policy, Queue("a", tickets("x", 4)))
@@ -134,19 +143,30 @@ def test_what_cannot_meet_its_deadline_is_refused_at_once_or_served_late(lab: An
     assert (got.accepted, got.late, got.ok, got.refused) == (2, 1, 1, 1)
 
 
-def test_a_tenants_own_queue_counts_and_that_of_others_does_not(lab: Any) -> None:
+def admitted(lab: Any, crowd: int, **quota: Any) -> int:
+    """Requests with a deadline of 30 bundles that are let in behind so many of another tenant."""
     engine, program, model = served(lab, 0.01, max_bundle=1)
-    crowd = [lab.submit(engine, program, model, quota=Quota("crowd")) for _ in range(20)]
-    own = [lab.submit(engine, program, model, quota=Quota("a", deadline=0.3)) for _ in range(3)]
+    others = [lab.submit(engine, program, model, quota=Quota("crowd")) for _ in range(crowd)]
+    own: list[Any] = []
 
     def fill_up() -> None:
         for _ in range(100):
-            own.append(lab.submit(engine, program, model, quota=Quota("a", deadline=0.3)))
+            own.append(lab.submit(engine, program, model, quota=Quota("a", deadline=0.3, **quota)))
 
     with pytest.raises(DeadlineUnattainable):
         fill_up()
-    assert 25 <= len(own) <= 30
-    engine.wait([*crowd, *own])
+    engine.wait([*others, *own])
+    got = engine.stats().tenants["a"]
+    assert (got.late, got.expired) == (0, 0)
+    return len(own)
+
+
+def test_of_others_as_many_count_as_go_before(lab: Any) -> None:
+    assert 25 <= admitted(lab, 0) <= 30
+    assert 13 <= admitted(lab, 200) <= 16  # they take turns
+    assert 18 <= admitted(lab, 200, weight=2.0) <= 21
+    assert 25 <= admitted(lab, 200, priority=1) <= 30
+    assert 22 <= admitted(lab, 5) <= 25
 
 
 def test_one_who_is_alone_is_not_refused_for_what_was_long_ago() -> None:

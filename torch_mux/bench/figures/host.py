@@ -44,6 +44,7 @@ class _Queue:
     """The queue of one program, as a policy sees it."""
 
     key, ready, slots, ordered, timed, reserved = "program", True, 1 << 20, False, False, False
+    due = float("inf")
 
     def __init__(self) -> None:
         self.requests: Pending[_Ticket] = Pending()

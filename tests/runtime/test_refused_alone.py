@@ -1,0 +1,38 @@
+"""Of requests submitted together, those that cannot be in time are refused, and the others queued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from clocks import Told
+
+from torch_mux.errors import DeadlineUnattainable
+from torch_mux.types import Quota
+
+
+def test_of_a_round_those_that_cannot_be_in_time_are_refused_alone_where_that_is_asked_for(lab: Any) -> None:
+    clock = Told()
+    engine, program, model = lab.engine(clock), lab.program(), lab.Affine(2.0)
+    engine.register(program)
+    assert engine.quiesce(10)
+
+    def take(inputs: Any) -> None:
+        clock.now += 0.02
+
+    lab.plans["affine"].before = take
+    for _ in range(5):
+        lab.submit(engine, program, model).result()
+    instance = engine.instance(program, model.tensors())
+    late = Quota("hasty", deadline=0.01)
+    quotas = [Quota("a"), late, Quota("b", deadline=9.0), late]
+    calls = [(instance, [lab.x(float(number))], quota) for number, quota in enumerate(quotas)]
+    with pytest.raises(DeadlineUnattainable):
+        engine.submit_all(calls)
+    refused: dict[int, DeadlineUnattainable] = {}
+    requests = engine.submit_all(calls, refused=refused)
+    assert sorted(refused) == [1, 3]
+    assert [request.result()[0][0].item() for request in requests] == [0.0, 4.0]
+    found = engine.stats().tenants
+    assert (found["hasty"].accepted, found["hasty"].refused) == (0, 2)
+    assert (found["b"].accepted, found["b"].ok) == (1, 1)
