@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 __all__ = ["Delay"]
 
 _NEVER = float("inf")
-#: The mean error is that of about 16 bundles; the worst one is forgotten over about 64.
-_LEARNS, _FORGETS = 1 / 16, 1 / 64
+#: The usual error is that of the last 15 bundles; the worst one is forgotten over about 64.
+_WINDOW, _FORGETS = 15, 1 / 64
 #: From this load on time is kept free for what no forecast knows; at most so much of the deadline.
 _BUSY, _PART = 0.8, 0.5
 #: Seconds for which what refuses is trusted, at least and at most.
@@ -24,11 +25,12 @@ class Delay:
     and again after twice that time if it took as long as was feared.
     """
 
-    __slots__ = ("_asked", "_beyond", "_error", "_rivals", "_seen", "_trust")
+    __slots__ = ("_asked", "_beyond", "_error", "_errors", "_rivals", "_seen", "_trust")
 
     def __init__(self) -> None:
         self._error = self._beyond = self._trust = self._rivals = 0.0
         self._seen, self._asked = -_NEVER, False
+        self._errors: deque[float] = deque(maxlen=_WINDOW)
 
     def among(self, rivals: float) -> float:
         """The weight of others, over an asker's own, that he competes with who finds these pending.
@@ -41,8 +43,8 @@ class Delay:
     def most(self, seconds: float, limit: float, load: float) -> float:
         """Seconds that a request may take.
 
-        That is what it will take by forecast, the mean error of that, and the worst one beyond the mean. For
-        the last no more than half of the limit is kept free: a noisy host would else serve nobody. Where
+        That is what it will take by forecast, the median error of that, and the worst one beyond it. For the
+        last no more than half of the limit is kept free: a host with stalls would else serve nobody. Where
         everything that can go out does, so much is kept free in any case: a longer queue serves no more.
 
         Args:
@@ -68,10 +70,12 @@ class Delay:
         """Requests ended together that took so many seconds longer than forecast."""
         error, worst, trust = sum(errors) / len(errors), max(errors), 0.0
         if self._asked and error < self._error / 2:
-            self._error, self._beyond = error, 0.0
+            self._errors.clear()
+            self._beyond = 0.0
         elif self._asked:
             trust = min(_LONGEST, 2.0 * self._trust)
-        self._error += _LEARNS * (error - self._error)
+        self._errors.append(error)
+        self._error = sorted(self._errors)[len(self._errors) // 2]
         beyond = worst - self._error
         self._beyond = max(beyond, self._beyond - _FORGETS * (self._beyond - beyond))
         self._trust = max(trust, _TRUST)
