@@ -152,10 +152,9 @@ class Admission:
                 if seconds is None:
                     continue
                 detail = f"what goes before it and itself may take {seconds:.3g} s"
-            error = DeadlineUnattainable(tenant=quota.tenant, deadline=quota.deadline, detail=detail)
             if refused is None:
-                raise error
-            refused[index] = error
+                raise DeadlineUnattainable(tenant=quota.tenant, deadline=quota.deadline, detail=detail)
+            refused[index] = DeadlineUnattainable(tenant=quota.tenant, deadline=quota.deadline, detail=detail)
 
     def refuse(self, quotas: Iterable[Quota]) -> None:
         """Counts requests that were not accepted."""

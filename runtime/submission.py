@@ -14,6 +14,7 @@ from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import MemoryLedger
 from torch_mux.runtime.outlook import Outlook, Prospect
 from torch_mux.runtime.request import Request, by_dispatcher
+from torch_mux.runtime.scheduler.delays import Delay
 from torch_mux.runtime.served import ServedProgram
 from torch_mux.types import Quota
 
@@ -21,6 +22,8 @@ __all__ = ["Call", "Submission"]
 
 #: An instance, the program's inputs in order, and the quota.
 Call = tuple[Instance, Sequence[object], Quota]
+#: Calls, for how many seconds each is held or None, and by index what was foreseen of it.
+Admitted = tuple[Sequence[Call], "Sequence[float] | None", dict[int, tuple[Delay, float]]]
 
 
 class Submission:
@@ -47,30 +50,16 @@ class Submission:
         self, calls: Sequence[Call], kick: bool = False, refused: Refusals | None = None
     ) -> list[Request]:
         """See :meth:`torch_mux.runtime.engine.Engine.submit_all`; the instances are live."""
-        quotas = [quota for _, _, quota in calls]
         arrival = self._clock()
         if self._quarantine.watching:
             for instance, _, quota in calls:
                 self._quarantine.check((quota.tenant, instance.served.program.name), arrival)
-
-        outlook = self._outlook(calls, arrival)
-        try:
-            waits = self._admission.admit(quotas, arrival, outlook.late, refused)
-        except Overloaded:
-            self._catch_up()
-            outlook = self._outlook(calls, arrival)
-            waits = self._admission.admit(quotas, arrival, outlook.late, refused)
-        foreseen = outlook.foreseen
-        if refused:
-            self._admission.refuse([quotas[index] for index in refused])
-            kept = [index for index in range(len(calls)) if index not in refused]
-            calls, quotas = [calls[index] for index in kept], [quotas[index] for index in kept]
-            waits = waits and [waits[index] for index in kept]
-            foreseen = {place: foreseen[index] for place, index in enumerate(kept) if index in foreseen}
+        asked = calls
+        calls, waits, foreseen = self._admit(calls, arrival, refused)
         try:
             self._memory.reserve(calls)
         except BaseException:
-            self._admission.withdraw(quotas)
+            self._admission.withdraw([quota for _, _, quota in calls])
             raise
         requests: list[Request] = []
         queued: list[Request] = []
@@ -103,7 +92,28 @@ class Submission:
         if kick:  # of what is queued by now: to be interrupted here must not take it back
             for dispatcher, _ in groups:
                 dispatcher.kick(roused=True)
+        if refused:
+            self._admission.refuse([asked[index][2] for index in refused])
         return requests
+
+    def _admit(self, calls: Sequence[Call], now: float, refused: Refusals | None) -> Admitted:
+        """Those that are accepted: all, but for what is noted in ``refused``."""
+        if refused:
+            refused.clear()  # it is from a try before
+        quotas, outlook = [quota for _, _, quota in calls], self._outlook(calls, now)
+        try:
+            waits = self._admission.admit(quotas, now, outlook.late, refused)
+        except Overloaded:
+            self._catch_up()
+            outlook = self._outlook(calls, now)
+            waits = self._admission.admit(quotas, now, outlook.late, refused)
+        foreseen = outlook.foreseen
+        if refused:
+            kept = [index for index in range(len(calls)) if index not in refused]
+            calls = [calls[index] for index in kept]
+            waits = waits and [waits[index] for index in kept]
+            foreseen = {place: foreseen[index] for place, index in enumerate(kept) if index in foreseen}
+        return calls, waits, foreseen
 
     def _outlook(self, calls: Sequence[Call], now: float) -> Outlook:
         """When each of these would end."""
