@@ -101,7 +101,7 @@ class Dispatcher:
         if failed:
             self._runner.end(failed, self._clock())
 
-    def kick(self, roused: bool = False) -> None:
+    def kick(self, roused: bool = False, refused: bool = False) -> None:
         """Has what is pending sent out, for requests that nobody waits for: by the service thread.
 
         Where that does not keep up, since the caller has the interpreter most of the time, he sends out what
@@ -109,26 +109,25 @@ class Dispatcher:
 
         Args:
             roused: whoever sleeps until companions come has been told of what is pending.
+            refused: more was brought than can be served in time.
         """
         with self._mutex:
             if not roused:
                 self._line.rouse()
-            help_out = self._kicked()
+            help_out = self._kicked(refused)
         help_out()
 
-    def _kicked(self) -> Callable[[], object]:
+    def _kicked(self, refused: bool) -> Callable[[], object]:
         """What the caller does for what is pending now once he has left the mutex, which is held here."""
         self._driver.interrupt_for(self._line.unkicked())
         self._line.kick()
-        if not (self._driver.flooded and self._line.runnable()):
+        me, runnable = threading.current_thread(), self._line.runnable()
+        if self._holder is me or not (refused or (self._driver.flooded and runnable)):
             return self.service.poke
-        me = threading.current_thread()
-        if self._holder is None:
+        if self._holder is None and runnable:
             self._holder = me
             return partial(self._help, self._line.pending)
-        if self._holder is me or self._driver.resting:
-            return self.service.poke
-        return self._make_way
+        return self._make_way if refused or not self._driver.resting else self.service.poke
 
     def _make_way(self) -> None:
         self.service.poke()

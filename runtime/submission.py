@@ -8,7 +8,7 @@ from threading import get_ident
 
 import torch
 
-from torch_mux.errors import ClosedError, DeviceFailed, Overloaded
+from torch_mux.errors import ClosedError, DeadlineUnattainable, DeviceFailed, Overloaded
 from torch_mux.runtime.admission import Admission, Refusals
 from torch_mux.runtime.instance import Instance
 from torch_mux.runtime.memory import MemoryLedger
@@ -55,7 +55,11 @@ class Submission:
             for instance, _, quota in calls:
                 self._quarantine.check((quota.tenant, instance.served.program.name), arrival)
         asked = calls
-        calls, waits, foreseen = self._admit(calls, arrival, refused)
+        try:
+            calls, waits, foreseen = self._admit(calls, arrival, refused)
+        except DeadlineUnattainable:
+            self._kick(asked, kick, True)
+            raise
         try:
             self._memory.reserve(calls)
         except BaseException:
@@ -89,12 +93,16 @@ class Submission:
             self._memory.cancel([(instance, quota) for instance, _, quota in left])
             self._admission.withdraw([quota for _, _, quota in left])
             raise
-        if kick:  # of what is queued by now: to be interrupted here must not take it back
-            for dispatcher, _ in groups:
-                dispatcher.kick(roused=True)
         if refused:
             self._admission.refuse([asked[index][2] for index in refused])
+        self._kick(asked, kick, bool(refused))  # to be interrupted here must not take back what is queued
         return requests
+
+    def _kick(self, calls: Sequence[Call], kick: bool, refused: bool) -> None:
+        """Has them sent out if nobody will wait for them; who was refused leaves the host to who sends."""
+        if kick:
+            for dispatcher in dict.fromkeys([instance.served.dispatcher for instance, _, _ in calls]):
+                dispatcher.kick(roused=True, refused=refused)
 
     def _admit(self, calls: Sequence[Call], now: float, refused: Refusals | None) -> Admitted:
         """Those that are accepted: all, but for what is noted in ``refused``."""
