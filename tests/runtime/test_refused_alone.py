@@ -36,3 +36,26 @@ def test_of_a_round_those_that_cannot_be_in_time_are_refused_alone_where_that_is
     found = engine.stats().tenants
     assert (found["hasty"].accepted, found["hasty"].refused) == (0, 2)
     assert (found["b"].accepted, found["b"].ok) == (1, 1)
+
+
+def test_who_is_refused_sends_out_what_was_admitted(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """He asks faster than the host serves, and would take the interpreter from who does."""
+    clock = Told()
+    engine, program, model = lab.engine(clock), lab.program(), lab.Affine(2.0)
+    engine.register(program)
+    assert engine.quiesce(10)
+
+    def take(inputs: Any) -> None:
+        clock.now += 0.02
+
+    lab.plans["affine"].before = take
+    for _ in range(5):
+        lab.submit(engine, program, model).result()
+    (dispatcher,) = engine._dispatchers.values()
+    monkeypatch.setattr(dispatcher.service, "poke", lambda: None)
+    instance = engine.instance(program, model.tensors())
+    admitted = engine.submit(instance, [lab.x()], Quota("a", deadline=9.0), kick=True)
+    assert not admitted.out
+    with pytest.raises(DeadlineUnattainable):
+        engine.submit(instance, [lab.x()], Quota("hasty", deadline=0.01), kick=True)
+    assert admitted.out and admitted.result()[0][0].item() == 2.0

@@ -193,7 +193,7 @@ def test_an_interrupt_behind_the_queue_takes_nothing_back(monkeypatch: pytest.Mo
     (model,), x = make(1), torch.randn(2, 8)
     torch_mux.submit(model, x).result()
 
-    def interrupted(dispatcher: Dispatcher) -> None:
+    def interrupted(dispatcher: Dispatcher, refused: bool) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
