@@ -100,7 +100,7 @@ class Driver:
             elif decision is None:
                 break
             elif nap is not None:
-                self._runner.rested()
+                self._line.rested()
                 self._sleep(nap, until - now)
             elif isinstance(decision, Busy):
                 with self._resting():
@@ -110,7 +110,7 @@ class Driver:
                     landed = True
             self._ring()
         if not self._line.active:
-            self._runner.rested()
+            self._line.rested()
         if not self._runner.land(gives_way=True):
             self.send(self._line.pending)
 

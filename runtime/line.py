@@ -37,6 +37,7 @@ class Line:
         self._orphans: dict[ProgramQueue, None] = {}
         self._blocked: dict[ServedProgram, dict[Request, None]] = {}
         self._news: dict[ProgramQueue, None] = {}
+        self._turn = 0
         self._nap: tuple[Waiter, Mapping[QueueName, int]] | None = None
 
     def queue(self, served: ServedProgram, quota: Quota) -> ProgramQueue:
@@ -167,6 +168,22 @@ class Line:
         """Removes pending requests of one queue; they leave the line."""
         self._remove(requests)
         self.alarms.forget(requests)
+
+    def send_out(self, requests: Sequence[Request], now: float) -> None:
+        """A bundle of one queue goes out; how fast that goes is learned."""
+        queue = self.queue_of(requests[0])
+        self.take_bundle(requests)
+        queue.pace.issued(len(requests), len(queue.requests), self._turn, now)
+        self._turn += 1
+
+    def rested(self) -> None:
+        """There was nothing to send out, or it was held for others."""
+        self._turn += 1
+
+    def ended(self, requests: Sequence[Request], now: float) -> None:
+        """A bundle has ended."""
+        first = requests[0]
+        self.queue_of(first).pace.ended(len(requests), now - first.started)
 
     def _remove(self, requests: Sequence[Request]) -> None:
         queue = self.queue_of(requests[0])

@@ -73,7 +73,6 @@ class Runner:
         self.interrupt = Interrupt()
         self._calls: deque[_Call] = deque()
         self.went, self.ended = float("-inf"), clock()
-        self._turn = 0
 
     def serves(self) -> bool:
         """Whether a bundle went out within the last second."""
@@ -88,24 +87,17 @@ class Runner:
         """Takes an issue's requests out of the line; the mutex is held."""
         requests = cast("list[Request]", list(issue.requests))
         served = requests[0].served
-        self._line.take_bundle(requests)
+        self._line.send_out(requests, now)
         for request in requests:
             request.state = _RUNNING
             request.started = now
         bundle = Bundle(served, requests, issue)
-        queue = self._line.queue_of(requests[0])
-        queue.pace.issued(len(requests), len(queue.requests), self._turn, now)
-        self._turn += 1
         self._underway.append(bundle)
         self.went = now
         self._untold.append((issue, now))
         if not self._executor.asynchronous:
             self.tell()
         return bundle
-
-    def rested(self) -> None:
-        """There was nothing to send out, or it was held for others."""
-        self._turn += 1
 
     def tell(self) -> None:
         """The policy learns what went out: before it is asked again, and while the device works already."""
@@ -234,8 +226,7 @@ class Runner:
         if bundle.coalesced and not [request for request in bundle.requests if request.error is not None]:
             self.retirement.ended(bundle, ended, seconds, charge, flight)
         self._over(bundle.issue, ended, seconds, charge)
-        first = bundle.requests[0]
-        self._line.queue_of(first).pace.ended(len(bundle.requests), ended - first.started)
+        self._line.ended(bundle.requests, ended)
         self._accounting.ran(bundle.requests, charge, bundle.coalesced)
         self.end(bundle.requests, ended, self._calls)
         for timeline in recorders.active:

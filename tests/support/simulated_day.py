@@ -84,7 +84,6 @@ class Day:
     policy: IsolatingPolicy = field(default_factory=IsolatingPolicy)
     accounting: Accounting = field(default_factory=Accounting)
     line: Line = field(default_factory=Line)
-    turn: int = 0
     programs: dict[str, Program] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
     requests: list[Request] = field(default_factory=list)
@@ -181,7 +180,8 @@ class Day:
             self._end(expired)
             lanes = [LaneLoad(load, kind) for load, kind in zip(self._load, self._kinds, strict=True)]
             view = self.line.view(lanes)
-            self.turn += not view.queues
+            if not view.queues:
+                self.line.rested()
             decision = self.policy.form(view, self.clock, self.settings)
             self.line.seen()
             if not isinstance(decision, Issue):
@@ -195,16 +195,13 @@ class Day:
     def _issue(self, issue: Issue) -> None:
         requests: Any = list(issue.requests)
         assert 1 <= len(requests) <= self.settings.max_bundle
-        self.line.take_bundle(requests)
+        self.line.send_out(requests, self.clock)
         for request in requests:
             assert request.state is RequestState.QUEUED
             assert request.eligible <= self.latest
             assert self.clock < request.expires
             request.state, request.started = RequestState.RUNNING, self.clock
         self.policy.issued(issue, self.clock)
-        queue = self.line.queue_of(requests[0])
-        queue.pace.issued(len(requests), len(queue.requests), self.turn, self.clock)
-        self.turn += 1
         self.now += self.sending(len(requests))
         seconds = self.seconds(issue.key, len(requests)) * self.slower() / issue.share
         lane = issue.lane
@@ -227,8 +224,7 @@ class Day:
     def _settle(self, issue: Issue, seconds: float) -> None:
         requests: Any = list(issue.requests)
         self.policy.completed(issue, self.clock, seconds)
-        pace = self.line.queue_of(requests[0]).pace
-        pace.ended(len(requests), self.clock - requests[0].started)
+        self.line.ended(requests, self.clock)
         self.accounting.ran(requests, seconds, True)
         self.busy += seconds
         self.busy_of[self._kinds[issue.lane]] += seconds  # type: ignore[assignment]
