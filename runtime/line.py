@@ -170,10 +170,11 @@ class Line:
         self.alarms.forget(requests)
 
     def send_out(self, requests: Sequence[Request], now: float) -> None:
-        """A bundle of one queue goes out; how fast that goes is learned."""
+        """A bundle of one queue goes out; how fast that goes is learned where somebody asks."""
         queue = self.queue_of(requests[0])
         self.take_bundle(requests)
-        queue.pace.issued(len(requests), len(queue.requests), self._turn, now)
+        if queue.asked:
+            queue.pace.issued(len(requests), len(queue.requests), self._turn, now)
         self._turn += 1
 
     def rested(self) -> None:
@@ -183,7 +184,9 @@ class Line:
     def ended(self, requests: Sequence[Request], now: float) -> None:
         """A bundle has ended."""
         first = requests[0]
-        self.queue_of(first).pace.ended(len(requests), now - first.started)
+        queue = self.queue_of(first)
+        if queue.asked:
+            queue.pace.ended(len(requests), now - first.started)
 
     def _remove(self, requests: Sequence[Request]) -> None:
         queue = self.queue_of(requests[0])

@@ -37,6 +37,9 @@ class Prospect:
     queued: int = 0
     own: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.queue.asked = True
+
     def standing(self, quota: Quota) -> Standing:
         """What a new request of a quota finds there."""
         with self.mutex:

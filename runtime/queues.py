@@ -31,10 +31,10 @@ class ProgramQueue:
         requests: oldest first.
         key: identity of the program.
         name: what tells it from all other queues.
-        pace: how fast its bundles go out and end.
+        pace: how fast its bundles go out and end, from the moment on in which that was ``asked`` for.
     """
 
-    __slots__ = ("_delays", "_served", "key", "name", "pace", "requests", "reserved")
+    __slots__ = ("_delays", "_served", "asked", "key", "name", "pace", "requests", "reserved")
 
     def __init__(self, served: ServedProgram, reserved: bool) -> None:
         self._served = weakref.ref(served)  # which holds this: its tables on the device go when it does
@@ -42,7 +42,7 @@ class ProgramQueue:
         self.requests: Pending[Request] = Pending(attrgetter("reserve" if reserved else "weight"))
         self.key = served.key
         self.name: QueueName = (served.key, reserved)
-        self.pace = Pace()
+        self.pace, self.asked = Pace(), False
         self._delays: dict[int, Delay] = {}
 
     @property
