@@ -163,7 +163,7 @@ def measure(stage: Stage) -> Finding:
     """All tenants of one architecture at half of the closed-loop maximum."""
     _loadgen()  # before anything is measured in vain
     clients = stage.rivals(stage.mux.name)
-    rate = _LOAD * stage.most()
+    rate = _LOAD * stage.capacity()
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         bound, seconds = stage.options.bound, stage.options.seconds
