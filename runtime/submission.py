@@ -26,6 +26,10 @@ Call = tuple[Instance, Sequence[object], Quota]
 Admitted = tuple[Sequence[Call], "Sequence[float] | None", dict[int, tuple[Delay, float]]]
 
 
+def _nobody(index: int, seconds: float) -> None:
+    """Nobody is late without a deadline."""
+
+
 class Submission:
     """Queues requests together, or none of them.
 
@@ -108,20 +112,27 @@ class Submission:
         """Those that are accepted: all, but for what is noted in ``refused``."""
         if refused:
             refused.clear()  # it is from a try before
-        quotas, outlook = [quota for _, _, quota in calls], self._outlook(calls, now)
+        quotas = [quota for _, _, quota in calls]
         try:
-            waits = self._admission.admit(quotas, now, outlook.late, refused)
+            waits, foreseen = self._judge(calls, quotas, now, refused)
         except Overloaded:
             self._catch_up()
-            outlook = self._outlook(calls, now)
-            waits = self._admission.admit(quotas, now, outlook.late, refused)
-        foreseen = outlook.foreseen
+            waits, foreseen = self._judge(calls, quotas, now, refused)
         if refused:
             kept = [index for index in range(len(calls)) if index not in refused]
             calls = [calls[index] for index in kept]
             waits = waits and [waits[index] for index in kept]
             foreseen = {place: foreseen[index] for place, index in enumerate(kept) if index in foreseen}
         return calls, waits, foreseen
+
+    def _judge(
+        self, calls: Sequence[Call], quotas: Sequence[Quota], now: float, refused: Refusals | None
+    ) -> tuple[Sequence[float] | None, dict[int, tuple[Delay, float]]]:
+        """For how many seconds each is held, and what is foreseen of those with a deadline."""
+        if all(quota.deadline is None for quota in quotas):
+            return self._admission.admit(quotas, now, _nobody, refused), {}
+        outlook = self._outlook(calls, now)
+        return self._admission.admit(quotas, now, outlook.late, refused), outlook.foreseen
 
     def _outlook(self, calls: Sequence[Call], now: float) -> Outlook:
         """When each of these would end."""
