@@ -8,12 +8,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch_mux.errors import CancelledRequest, MuxError
 
-__all__ = ["Future", "Source", "kept", "raised"]
+__all__ = ["ENDED", "Future", "Source", "kept", "raised"]
 
 log = logging.getLogger(__name__)
 Raised = TypeVar("Raised", bound=BaseException)
@@ -37,6 +37,31 @@ class Source(Protocol):
     def add_done_callback(self, callback: Callable[[Any], object], /) -> None:
         """Calls ``callback`` once it ended."""
         ...
+
+
+class _Ended:
+    """The source of an answer that is known from the start, and of all such."""
+
+    def result(self) -> None:
+        """See :class:`Source`."""
+
+    def done(self) -> bool:
+        """See :class:`Source`."""
+        return True
+
+    def cancel(self) -> bool:
+        """See :class:`Source`."""
+        return False
+
+    def add_done_callback(self, callback: Callable[[Any], object], /) -> None:
+        """See :class:`Source`; what a callback raises is logged."""
+        try:
+            callback(self)
+        except Exception:
+            log.exception("a done callback of a request raised")
+
+
+ENDED: Final = _Ended()
 
 
 class Future:

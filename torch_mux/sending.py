@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import logging
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 from torch_mux import carry, state
 from torch_mux.calls import Prepared, prepare, prepare_all
 from torch_mux.errors import DeadlineUnattainable, InvalidRequest, MuxError
-from torch_mux.futures import Future, kept
+from torch_mux.futures import ENDED, Future, kept
 from torch_mux.quotas import QuotaScope, current_quota
 from torch_mux.routes import Here
 from torch_mux.types import Quota
@@ -130,6 +129,4 @@ def _guarded(call: Prepared, scope: QuotaScope | None) -> Future:
 
 
 def _refused(error: Exception, quota: Quota) -> Future:
-    refused: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    refused.set_result(None)
-    return Future(refused, quota.tenant, lambda source: None, kept(error))
+    return Future(ENDED, quota.tenant, lambda source: None, kept(error))

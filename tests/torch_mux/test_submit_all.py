@@ -105,6 +105,27 @@ def test_one_that_is_refused_leaves_the_others() -> None:
     assert tenant.refused == len(errors) - errors.count(None)
 
 
+def test_the_future_of_who_is_refused_has_ended_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    models, x = make(1), torch.randn(2, 8)
+    torch_mux.gather((models[0], x))
+    futures = torch_mux.submit_all(*[(torch_mux.quota("tight", max_pending=1), models[0], x)] * 40)
+    refused = [future for future in futures if isinstance(future.exception(), Overloaded)]
+    one, other = refused[:2]
+    called: list[Any] = []
+    one.add_done_callback(called.append)
+    one.add_done_callback(lambda future: called[9])
+    assert called == [one] and one.done() and not one.cancel()
+    assert "IndexError" in caplog.text, "what a callback raises is logged, and nobody else's affair"
+    with pytest.raises(Overloaded):
+        other.result(timeout=0.0)
+
+    async def awaiting() -> None:
+        await other
+
+    with pytest.raises(Overloaded):
+        asyncio.run(awaiting())
+
+
 def test_an_error_of_one_is_its_futures() -> None:
     models, x = make(2), torch.randn(2, 8)
     torch_mux.gather(*((model, x) for model in models))
