@@ -121,10 +121,10 @@ class Dispatcher:
         """What the caller does for what is pending now once he has left the mutex, which is held here."""
         self._driver.interrupt_for(self._line.unkicked())
         self._line.kick()
-        me, runnable = threading.current_thread(), self._line.runnable()
-        if self._holder is me or not (refused or (self._driver.flooded and runnable)):
+        me, flooded = threading.current_thread(), self._driver.flooded and self._line.runnable()
+        if self._holder is me or not (refused or flooded):
             return self.service.poke
-        if self._holder is None and runnable:
+        if flooded and self._holder is None:
             self._holder = me
             return partial(self._help, self._line.pending)
         return self._make_way if refused or not self._driver.resting else self.service.poke

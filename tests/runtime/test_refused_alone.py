@@ -8,6 +8,7 @@ import pytest
 from clocks import Told
 
 from torch_mux.errors import DeadlineUnattainable
+from torch_mux.runtime import dispatch
 from torch_mux.types import Quota
 
 
@@ -38,10 +39,15 @@ def test_of_a_round_those_that_cannot_be_in_time_are_refused_alone_where_that_is
     assert (found["b"].accepted, found["b"].ok) == (1, 1)
 
 
-def test_who_is_refused_sends_out_what_was_admitted(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """He asks faster than the host serves, and would take the interpreter from who does."""
+@pytest.mark.parametrize("more", [0, 4])
+def test_who_is_refused_leaves_the_host_to_who_sends_out(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    """He asks faster than the host serves. Small bundles sent out by himself would make it slower still: he
+    helps only where more is pending than bundles take.
+    """
     clock = Told()
-    engine, program, model = lab.engine(clock), lab.program(), lab.Affine(2.0)
+    engine, program, model = lab.engine(clock, max_bundle=2), lab.program(), lab.Affine(2.0)
     engine.register(program)
     assert engine.quiesce(10)
 
@@ -52,10 +58,14 @@ def test_who_is_refused_sends_out_what_was_admitted(lab: Any, monkeypatch: pytes
     for _ in range(5):
         lab.submit(engine, program, model).result()
     (dispatcher,) = engine._dispatchers.values()
+    slept: list[float] = []
     monkeypatch.setattr(dispatcher.service, "poke", lambda: None)
+    monkeypatch.setattr(dispatch.time, "sleep", slept.append)
     instance = engine.instance(program, model.tensors())
-    admitted = engine.submit(instance, [lab.x()], Quota("a", deadline=9.0), kick=True)
-    assert not admitted.out
+    quota = Quota("a", deadline=9.0)
+    admitted = [engine.submit(instance, [lab.x()], quota) for _ in range(1 + more)]
     with pytest.raises(DeadlineUnattainable):
         engine.submit(instance, [lab.x()], Quota("hasty", deadline=0.01), kick=True)
-    assert admitted.out and admitted.result()[0][0].item() == 2.0
+    assert [request.out for request in admitted] == [more > 0] * len(admitted)
+    assert slept == ([] if more else [dispatch._PAUSE])
+    assert [request.result()[0][0].item() for request in admitted] == [2.0] * len(admitted)
