@@ -205,3 +205,15 @@ def test_who_could_begin_at_once_does_not_wait_for_the_callbacks_of_others(lab: 
     assert called == [(0, False), *((number, True) for number in range(1, 8))]
     device.clock.now += 1.0
     lab.until(late[0].done)
+
+
+def test_callbacks_that_give_way_make_progress_and_none_is_lost(lab: Any) -> None:
+    """Somebody may come again and again: each look makes one, and who dispatches makes all in the end."""
+    engine, _, _ = served(lab, "a")
+    (dispatcher,) = engine._dispatchers.values()
+    runner, called = dispatcher._runner, list[int]()
+    runner._calls.extend([(called.append, number) for number in range(4)])
+    runner.interrupt.set()
+    assert not runner.land(gives_way=True) and called == [0]
+    assert not runner.land(gives_way=True) and called == [0, 1]
+    assert runner.land() and called == [0, 1, 2, 3]
